@@ -1,0 +1,233 @@
+"""Image pairs: where the evidence lies (CLIP attention), and noise put exactly there (paper 3.2.1).
+
+    python noise.py photo.png "How many red circles are there?"     # writes a contact sheet: see what the training sees
+
+The noise is the forward process of DDPM in pixel space with the schedule of Visual Contrastive Decoding. Regions:
+`key` (the smallest region that holds a share `mass` of the attention), `all`, and two controls of the same area that
+show the effect is about evidence and not about noise: `random` (the same shape, elsewhere) and `inverse` (the least
+attended).
+
+Left out on purpose: the cache of maps on disk; a map costs one small forward pass.
+"""
+import argparse
+import random
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+from data import InputError
+
+STEPS = 1000
+MODES = ("key", "all", "random", "inverse")
+CLIP = str(Path(__file__).resolve().parent / "tiny" / "clip")
+
+
+@lru_cache(1)
+def signal_levels():
+    """abar_t for t = 0 .. 1000, (1001,) float64: the share of signal variance left after t steps; abar_0 = 1.
+
+    beta_s = sigmoid(linspace(-6, 6)) * (0.5e-2 - 1e-5) + 1e-5, abar_t = prod_{s < t} (1 - beta_s) (VCD's schedule).
+    """
+    betas = 1 / (1 + np.exp(-np.linspace(-6, 6, STEPS))) * (0.5e-2 - 1e-5) + 1e-5
+    return np.concatenate([[1.0], np.cumprod(1 - betas)])
+
+
+def diffuse(image, t, *, mask=None, seed=0):
+    """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps on pixels scaled to [-1, 1], clamped; same size and mode.
+
+    t: 0 (identity) .. 1000. mask (H, W) in [0, 1]: how much of the noised picture shows, default 1 everywhere.
+    seed fixes eps. Transparency is left alone. Raises ValueError for t or a mask that does not fit.
+    """
+    if not 0 <= t <= STEPS or int(t) != t:
+        raise ValueError(f"noise step t is {t}; a whole number from 0 to {STEPS} is expected")
+    if mask is not None and mask.shape != (image.height, image.width):
+        raise ValueError(f"mask has shape {mask.shape}; the image needs {(image.height, image.width)}")
+    if t == 0:
+        return image.copy()
+    plain = image if image.mode in ("RGB", "L") else image.convert("RGB")
+    x = np.asarray(plain, dtype=np.float64) / 127.5 - 1
+    level = signal_levels()[int(t)]
+    noised = np.sqrt(level) * x + np.sqrt(1 - level) * np.random.default_rng(seed).standard_normal(x.shape)
+    if mask is not None:
+        noised = x + (noised - x) * (mask if x.ndim == 2 else mask[..., None])
+    noised = Image.fromarray(np.rint((noised.clip(-1, 1) + 1) * 127.5).astype(np.uint8), plain.mode)
+    if image.mode == plain.mode:
+        return noised
+    result = noised.convert(image.mode)
+    if "A" in image.getbands():
+        result.putalpha(image.getchannel("A"))
+    return result
+
+
+class ClipAttention:
+    """Attention from CLIP's class token to the patches, optionally times each patch's similarity to a question."""
+
+    def __init__(self, model, image_processor, tokenizer, layers=1):
+        self.model, self.image_processor, self.tokenizer, self.layers = model.eval(), image_processor, tokenizer, layers
+
+    @classmethod
+    def from_pretrained(cls, path=CLIP, device=None, layers=1):
+        """A CLIPModel directory or hub id (`openai/clip-vit-large-patch14-336`). layers: how many of the last are
+        averaged. Raises InputError when it cannot be opened."""
+        try:
+            # sdpa does not return attention weights; eager does.
+            model = CLIPModel.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
+            images, tokenizer = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise InputError(f"CLIP model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), images, tokenizer, layers)
+
+    @torch.no_grad()
+    def map(self, image, question=None):
+        """(H, W) float64 array that sums to 1: where a picture's evidence lies, for the question if one is given.
+
+        Attention of the class token, heads and the last `layers` averaged; with a question, times each patch's cosine
+        similarity to the question's text embedding, scaled to [0, 1] over the picture.
+        """
+        vision = self.model.vision_model
+        side = self.model.config.vision_config.image_size
+        # The whole picture is squeezed into CLIP's square: its usual centre crop would hide the margins.
+        pixels = self.image_processor(images=image.convert("RGB"), size={"height": side, "width": side},
+                                      do_center_crop=False, return_tensors="pt")["pixel_values"]
+        output = vision(pixels.to(self.model.device), output_attentions=True)
+        attention = torch.stack(output.attentions[-self.layers:])             # (layers, 1, heads, 1 + P, 1 + P)
+        weights = attention[:, 0, :, 0, 1:].mean((0, 1))                      # (P,)
+        if question:
+            patches = self.model.visual_projection(vision.post_layernorm(output.last_hidden_state[0, 1:]))   # (P, E)
+            tokens = self.tokenizer(question, truncation=True, return_tensors="pt",
+                                    max_length=self.model.config.text_config.max_position_embeddings)
+            text = self.model.text_projection(self.model.text_model(**tokens.to(self.model.device)).pooler_output)
+            similarity = torch.cosine_similarity(patches, text, dim=-1)       # (P,)
+            low, high = similarity.min(), similarity.max()
+            weights = weights * (similarity - low) / (high - low).clamp(min=1e-9)
+        grid = weights.view(side // vision.config.patch_size, -1).cpu().numpy()
+        return _spread(grid, image.width, image.height)
+
+
+def _spread(grid, width, height):
+    """Patch weights (h, w) -> (H, W) array, upsampled smoothly, that sums to 1."""
+    image = Image.fromarray(grid.astype(np.float32))
+    values = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64).clip(min=0)
+    total = values.sum()
+    return values / total if total > 0 else np.full(values.shape, 1 / values.size)
+
+
+def region(attention, mass=0.5, mode="key", seed=0):
+    """Where the noise goes -> (H, W) float array in [0, 1], feathered at its edges.
+
+    attention (H, W) that sums to 1. key: the smallest region that holds `mass` (0, 1] of it. random: the same shape
+    shifted around the picture by a seeded offset. inverse: the same number of pixels, the least attended. all: ones.
+    """
+    if mode not in MODES:
+        raise ValueError(f"region mode is {mode!r}; one of {', '.join(MODES)} is expected")
+    if not 0 < mass <= 1:
+        raise ValueError(f"attention mass is {mass}; a number above 0 and at most 1 is expected")
+    if mode == "all":
+        return np.ones(attention.shape)
+    order = np.argsort(-attention, axis=None, kind="stable")
+    area = 1 + int(np.searchsorted(np.cumsum(attention.ravel()[order]), mass * (1 - 1e-12)))
+    chosen = np.zeros(attention.size)
+    chosen[order[-area:] if mode == "inverse" else order[:area]] = 1
+    chosen = chosen.reshape(attention.shape)
+    if mode == "random":
+        rng = random.Random(f"region {seed}")
+        chosen = np.roll(chosen, (rng.randrange(chosen.shape[0]), rng.randrange(chosen.shape[1])), (0, 1))
+    feather = ImageFilter.GaussianBlur(max(attention.shape) / 100)
+    return np.asarray(Image.fromarray((chosen * 255).astype(np.uint8)).filter(feather), dtype=np.float64) / 255
+
+
+def parse_t(text):
+    """"500" -> (500, 500); "300-999" -> (300, 999). Raises InputError."""
+    parts = str(text).split("-")
+    if len(parts) > 2 or not all(part.strip().isdigit() and int(part) <= STEPS for part in parts):
+        raise InputError(f"noise step {text!r} is not a whole number from 0 to {STEPS}, nor a range such as 300-999")
+    low, high = int(parts[0]), int(parts[-1])
+    if low > high:
+        raise InputError(f"noise range {text!r} runs backwards; write {high}-{low}")
+    return low, high
+
+
+def make_pair(images, question, clip, t=(999, 999), mode="key", mass=0.5, seed=0, text_guidance=True):
+    """The noised twins i' of one question's images (paper 3.2.1) -> list of PIL images.
+
+    clip: a ClipAttention, unused when mode is "all". t: (low, high), one step drawn for the question, both included.
+    seed: any value; noise, step and random region follow from it.
+    """
+    rng = random.Random(f"pair {seed}")
+    step = rng.randint(*t)
+    noised = []
+    for image in images:
+        own = rng.getrandbits(63)
+        mask = None
+        if mode != "all":
+            mask = region(clip.map(image, question if text_guidance else None), mass, mode, own)
+        noised.append(diffuse(image, step, mask=mask, seed=own))
+    return noised
+
+
+def contact_sheet(image, question, clip, mass, ts, path, seed=0):
+    """Write one picture: original, heat map, and for each region its mask and the noised picture at every t."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    attention = clip.map(image, question)
+    modes = ("key", "random", "inverse")
+    figure, axes = pyplot.subplots(len(modes), 3 + len(ts), figsize=(2.1 * (3 + len(ts)), 2.3 * len(modes)))
+    for row, mode in zip(axes, modes):
+        mask = region(attention, mass, mode, seed)
+        row[0].imshow(image)
+        row[0].set_title(f"{mode}, {mask.mean():.0%} of the area", fontsize=9)
+        row[1].imshow(image)
+        row[1].imshow(attention, cmap="inferno", alpha=0.7)
+        row[1].set_title("attention", fontsize=9)
+        row[2].imshow(mask, cmap="gray", vmin=0, vmax=1)
+        row[2].set_title(f"mask, mass {mass:g}", fontsize=9)
+        for axis, t in zip(row[3:], ts):
+            axis.imshow(diffuse(image, t, mask=mask, seed=seed))
+            axis.set_title(f"t = {t}", fontsize=9)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.suptitle(question, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Write a contact sheet: original, attention, mask, noised pictures.")
+    parser.add_argument("image", help="a picture")
+    parser.add_argument("question", help="the question that guides the attention")
+    parser.add_argument("--clip", default=CLIP, help="CLIPModel directory or hub id")
+    parser.add_argument("--mass", type=float, default=0.5, help="share of the attention that the key region holds")
+    parser.add_argument("--t", type=int, nargs="+", default=[300, 500, 700, 999], help="noise steps to show, 0 to 1000")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="noise_sheet.png")
+    args = parser.parse_args(argv)
+    if not args.question.strip():
+        raise InputError("the question is empty; give the words that say what to look for")
+    if not 0 < args.mass <= 1:
+        raise InputError(f"--mass is {args.mass}; a number above 0 and at most 1 is expected")
+    for t in args.t:
+        parse_t(t)
+    if not Path(args.image).is_file():
+        raise InputError(f"image {args.image!r} does not exist")
+    try:
+        image = Image.open(args.image).convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"image {args.image!r} cannot be read ({error})") from error
+    contact_sheet(image, args.question, ClipAttention.from_pretrained(args.clip), args.mass, args.t, args.output,
+                  args.seed)
+    print(f"wrote {args.output}\nnext: python train_cdrl.py --noise_t {args.t[-1]} --mass {args.mass:g}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"noise.py: {error}", file=sys.stderr)
+        sys.exit(2)

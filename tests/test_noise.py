@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import noise
+from data import InputError
+
+
+def gradient(width=90, height=60, mode="RGB"):
+    x = np.linspace(60, 190, width * height * 3).reshape(height, width, 3).astype(np.uint8)
+    return Image.fromarray(x).convert(mode)
+
+
+def test_schedule_is_the_published_one():
+    """VCD's own lines, in torch."""
+    betas = torch.sigmoid(torch.linspace(-6, 6, 1000, dtype=torch.float64)) * (0.5e-2 - 1e-5) + 1e-5
+    np.testing.assert_allclose(noise.signal_levels()[1:], torch.cumprod(1 - betas, 0).numpy(), rtol=1e-12)
+    assert noise.signal_levels()[0] == 1
+
+
+@pytest.mark.parametrize("t", [100, 500])
+def test_one_jump_equals_step_by_step_in_distribution(t):
+    """x_t in closed form has the mean and variance of t single steps x <- sqrt(1 - b) x + sqrt(b) eps."""
+    level, x0 = noise.signal_levels(), 0.3
+    rng, x = np.random.default_rng(0), np.full(40_000, 0.3)
+    for s in range(t):
+        keep = level[s + 1] / level[s]
+        x = np.sqrt(keep) * x + np.sqrt(1 - keep) * rng.standard_normal(x.size)
+    assert abs(x.mean() - np.sqrt(level[t]) * x0) < 0.02 and abs(x.var() - (1 - level[t])) < 0.02
+
+
+def test_pixels_of_diffuse_follow_the_formula():
+    grey, t = 140, 250
+    pixels = np.asarray(noise.diffuse(Image.new("RGB", (300, 300), (grey,) * 3), t, seed=1), float) / 127.5 - 1
+    level = noise.signal_levels()[t]
+    assert abs(pixels.mean() - np.sqrt(level) * (grey / 127.5 - 1)) < 0.005       # clamping is rare at this t
+    assert abs(pixels.std() - np.sqrt(1 - level)) < 0.01
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK", "LA"])
+def test_size_and_mode_are_kept_and_zero_is_identity(mode):
+    image = gradient(mode=mode)
+    noised = noise.diffuse(image, 600, seed=2)
+    assert (noised.size, noised.mode) == (image.size, mode)
+    assert noise.diffuse(image, 0).tobytes() == image.tobytes() and noised.tobytes() != image.tobytes()
+    if "A" in mode:
+        assert noised.getchannel("A").tobytes() == image.getchannel("A").tobytes()
+
+
+def test_seeded_and_masked():
+    image, mask = gradient(), np.zeros((60, 90))
+    mask[10:30, 20:50] = 1
+    a, b, c = (np.asarray(noise.diffuse(image, 700, mask=mask, seed=s)) for s in (5, 5, 6))
+    assert (a == b).all() and (a != c).any()
+    outside, full = mask == 0, np.asarray(noise.diffuse(image, 700, seed=5))
+    assert (a[outside] == np.asarray(image)[outside]).all() and (a[~outside] == full[~outside]).all()
+
+
+def test_misfits_are_refused():
+    for bad in (dict(t=-1), dict(t=1001), dict(t=5.5), dict(t=5, mask=np.ones((90, 60)))):
+        with pytest.raises(ValueError):
+            noise.diffuse(gradient(), bad["t"], mask=bad.get("mask"))
+    for text in ("abc", "1-2-3", "2000", "-5", "800-200"):
+        with pytest.raises(InputError):
+            noise.parse_t(text)
+    assert noise.parse_t("300-999") == (300, 999) and noise.parse_t("7") == (7, 7)
+    with pytest.raises(ValueError):
+        noise.region(np.full((4, 4), 1 / 16), 0)
+    with pytest.raises(ValueError):
+        noise.region(np.full((4, 4), 1 / 16), mode="middle")
+
+
+def test_regions_key_is_smallest_controls_have_its_area():
+    rng = np.random.default_rng(0)
+    attention = rng.random((80, 100)) ** 4
+    attention /= attention.sum()
+    # feathering spreads an edge: compare the regions before it through their total weight
+    key, other, inverse = (noise.region(attention, 0.4, mode, seed=3) for mode in ("key", "random", "inverse"))
+    assert (noise.region(attention, mode="all") == 1).all()
+    assert abs(key.mean() - other.mean()) < 0.01 and abs(key.mean() - inverse.mean()) < 0.01
+    held = (attention * key).sum()
+    assert held > (attention * other).sum() > (attention * inverse).sum()
+    smooth = np.add.outer(np.linspace(-1, 1, 80) ** 2, np.linspace(-1, 1, 100) ** 2)
+    smooth = np.exp(-8 * smooth) / np.exp(-8 * smooth).sum()
+    chosen = noise.region(smooth, 0.5) > 0.5
+    assert abs(smooth[chosen].sum() - 0.5) < 0.03                # holds its mass
+    assert smooth[chosen].min() >= smooth[~chosen].max() * 0.8     # and nothing outside is denser, feather aside
+
+
+def test_map_sums_to_one_and_lies_on_the_evidence(clip):
+    """On held-out questions the guided map puts far more on the evidence than its share of the area, in every skill."""
+    share, mass = {}, {}
+    for i in range(48):
+        s = data.synthetic("test", 0, i)
+        attention = clip.map(s.images[0], s.question)
+        assert attention.shape == (112, 112) and abs(attention.sum() - 1) < 1e-9 and attention.min() >= 0
+        box = np.zeros((112, 112), bool)
+        for left, top, right, bottom in s.meta["evidence"]:
+            box[top:bottom, left:right] = True
+        share.setdefault(s.meta["skill"], []).append(box.mean())
+        mass.setdefault(s.meta["skill"], []).append(attention[box].sum())
+    for skill in data.SKILLS:
+        assert np.mean(mass[skill]) > 0.5 and np.mean(mass[skill]) > 3 * np.mean(share[skill]), (skill, np.mean(mass[skill]))
+
+
+def test_question_moves_the_map_and_any_size_works(clip):
+    s = data.synthetic("test", 0, 2)
+    unguided, guided = clip.map(s.images[0]), clip.map(s.images[0], s.question)
+    assert np.abs(unguided - guided).sum() > 0.1
+    wide = clip.map(s.images[0].resize((333, 50)), "What is this? " * 200)
+    assert wide.shape == (50, 333) and abs(wide.sum() - 1) < 1e-9
+
+
+def test_pairs_are_seeded_and_only_touch_their_region(clip):
+    s = data.synthetic("test", 0, 1)
+    first, again, other = (noise.make_pair(s.images, s.question, clip, seed=seed)[0] for seed in (1, 1, 2))
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+    changed = (np.asarray(first) != np.asarray(s.images[0])).any(-1).mean()
+    assert 0 < changed < 0.6
+    everywhere = noise.make_pair(s.images, s.question, None, mode="all", seed=1)[0]
+    assert (np.asarray(everywhere) != np.asarray(s.images[0])).any(-1).mean() > 0.95
+
+
+def test_command_writes_a_sheet(tmp_path):
+    data.synthetic("test", 0, 0).images[0].save(tmp_path / "q.png")
+    noise.main([str(tmp_path / "q.png"), "How many?", "--output", str(tmp_path / "sheet.png"), "--t", "500", "999"])
+    assert Image.open(tmp_path / "sheet.png").width > 500
+    for argv in ([str(tmp_path / "no.png"), "How many?"], [str(tmp_path / "q.png"), " "],
+                 [str(tmp_path / "q.png"), "How many?", "--mass", "2"], [str(tmp_path / "q.png"), "Q", "--clip", "no/such/clip"]):
+        with pytest.raises(InputError):
+            noise.main(argv)

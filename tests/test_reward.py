@@ -1,0 +1,255 @@
+"""Confidence and reward terms against their formulas, and proper scores against what "proper" means."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import reward
+
+
+def padded(lengths, width, left):
+    positions = torch.arange(width)
+    starts = [width - n if left else 0 for n in lengths]
+    return torch.stack([(positions >= start) & (positions < start + n) for start, n in zip(starts, lengths)])
+
+
+# ---- confidence
+
+
+@pytest.mark.parametrize(("vocab", "k"), [(1000, 20), (400, 5), (96, 20), (5, 20)])
+def test_token_confidence_is_equation_3(vocab, k):
+    logits = torch.randn(2, 7, vocab, generator=torch.Generator().manual_seed(0)) * 4
+    kept = min(k, max(1, vocab // 8))
+    log_probs = logits.log_softmax(-1).sort(dim=-1, descending=True).values
+    torch.testing.assert_close(reward.token_confidence(logits, k), -log_probs[..., :kept].sum(-1) / kept)
+
+
+def test_token_confidence_by_hand():
+    """16 tokens, so k = 2: p = (1/2, 1/4, 1/4 shared by 14) scores -(log 1/2 + log 1/4) / 2 = 1.5 log 2."""
+    probs = torch.tensor([0.5, 0.25] + [0.25 / 14] * 14)
+    assert reward.token_confidence(probs.log() + 3.0).item() == pytest.approx(1.5 * math.log(2), rel=1e-6)
+
+
+def test_peaked_is_more_certain_than_flat_and_the_known_flaw_is_real():
+    flat, peaked = torch.zeros(200), torch.zeros(200)
+    peaked[0] = 12.0
+    assert reward.token_confidence(peaked) > reward.token_confidence(flat)
+    narrow = torch.full((200,), -80.0)
+    narrow[:20] = 0.0  # uniform over k = 20: the lower entropy, and yet the lower confidence
+    assert reward.token_entropy(narrow) < reward.token_entropy(flat)
+    assert reward.token_confidence(narrow).item() == pytest.approx(math.log(20), rel=1e-5)
+    assert reward.token_confidence(flat).item() == pytest.approx(math.log(200), rel=1e-5)
+
+
+def test_k_for_tiny_and_large_vocabularies():
+    assert [reward.top_k_for(v) for v in (3, 8, 80, 160, 152_000)] == [1, 1, 10, 20, 20]
+    assert reward.top_k_for(152_000, k=5) == 5
+    with pytest.raises(ValueError, match="at least 1"):
+        reward.top_k_for(100, k=0)
+
+
+def test_half_precision_logits_are_read_in_fp32():
+    logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for measure in (reward.token_confidence, reward.token_entropy):
+        assert measure(logits).dtype == torch.float32
+        torch.testing.assert_close(measure(logits), measure(logits.float()))
+
+
+def test_entropy_is_minus_the_mean_log_prob_and_its_gradient_survives_underflow():
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(reward.token_entropy(logits), torch.distributions.Categorical(logits=logits).entropy())
+    extreme = torch.tensor([0.0, -500.0, 3.0], requires_grad=True)
+    reward.token_entropy(extreme).backward()
+    assert extreme.grad.isfinite().all()
+
+
+def reading_by_loop(values, reading, window):
+    if reading == "mean" or len(values) <= window:
+        return sum(values) / len(values)
+    means = [sum(values[i:i + window]) / window for i in range(len(values) - window + 1)]
+    if reading == "tail":
+        return means[-1]
+    means.sort()
+    lowest = means[:max(1, len(means) // 10)] if reading == "bottom" else means[:1]
+    return sum(lowest) / len(lowest)
+
+
+@pytest.mark.parametrize("reading", ["mean", "tail", "bottom", "min"])
+@pytest.mark.parametrize("left", [False, True])
+def test_readings_equal_a_plain_loop(reading, left):
+    lengths, width = [50, 33, 8, 7, 1], 50
+    mask = padded(lengths, width, left)
+    conf = torch.randn(5, width, generator=torch.Generator().manual_seed(3))
+    conf = conf.masked_fill(~mask, float("nan"))  # padding that leaks would show
+    wanted = [reading_by_loop(row[keep].tolist(), reading, 8) for row, keep in zip(conf, mask)]
+    for kind in (mask, mask.int(), mask.float()):
+        torch.testing.assert_close(reward.sequence_confidence(conf, kind, reading, window=8), torch.tensor(wanted))
+
+
+def test_eos_counts_and_padding_does_not():
+    conf = torch.tensor([[1.0, 2.0, 9.0, 100.0]])  # two words, EOS, padding
+    assert reward.sequence_confidence(conf, torch.tensor([[1, 1, 1, 0]])).item() == 4.0
+
+
+@pytest.mark.parametrize("reading", ["mean", "tail", "bottom", "min"])
+def test_gradient_reaches_the_tokens_and_not_the_padding(reading):
+    mask = padded([40, 9], 40, left=False)
+    conf = torch.randn(2, 40, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    reward.sequence_confidence(conf, mask, reading, window=8).sum().backward()
+    assert (conf.grad[~mask] == 0).all()
+    torch.testing.assert_close(conf.grad.sum(-1), torch.ones(2))  # each reading is an average: weights sum to 1
+
+
+def test_bad_readings_and_empty_rows_are_refused():
+    conf = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="median"):
+        reward.sequence_confidence(conf, conf, "median")
+    with pytest.raises(ValueError, match="at least one generated token"):
+        reward.sequence_confidence(conf, torch.tensor([[1, 1, 1], [0, 0, 0]]))
+
+
+# ---- reward terms
+
+
+def test_perception_term_is_bounded_odd_and_broadcasts():
+    c, c_noised = torch.randn(3, 4, generator=torch.Generator().manual_seed(5)) * 9, torch.zeros(3, 1)
+    term = reward.perception_term(c, c_noised, alpha=0.5, beta=2.0)
+    assert term.shape == (3, 4) and term.abs().max() <= 0.5
+    torch.testing.assert_close(term, -reward.perception_term(c_noised, c, 0.5, 2.0))
+    assert reward.perception_term(torch.tensor(50.0), torch.tensor(0.0), 0.5, 2.0).item() == pytest.approx(0.5)
+    small = torch.tensor(1e-3)  # slope alpha * beta at zero
+    assert reward.perception_term(small, torch.tensor(0.0), 0.5, 2.0).item() == pytest.approx(1e-3, rel=1e-5)
+
+
+def test_normalisers():
+    c = torch.tensor([9.0, 10.0, 12.5, 15.0, 99.0])
+    torch.testing.assert_close(reward.normalise_range(c, 10, 15), torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+    with pytest.raises(ValueError, match="lo < hi"):
+        reward.normalise_range(c, 15, 15)
+    group = torch.tensor([[1.0, 2.0, 5.0], [4.0, 4.0, 4.0]], requires_grad=True)
+    normal = reward.normalise_group(group)
+    torch.testing.assert_close(normal, torch.tensor([[0.0, 0.25, 1.0], [0.5, 0.5, 0.5]]))
+    normal.sum().backward()
+    assert group.grad.isfinite().all()
+    torch.testing.assert_close(reward.normalise_group(7 * group + 3), normal)  # a scale of its own for each group
+
+
+GRID = torch.linspace(0, 1, 101)
+
+
+def best_bet(score, rate):
+    """The reported probability that earns the most, when a fraction `rate` of the answers is right."""
+    right, wrong = torch.ones(101), torch.zeros(101)
+    expected = rate * score(GRID, right) + (1 - rate) * score(GRID, wrong)
+    return GRID[expected.argmax()].item()
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.5, 0.62, 0.97])
+def test_brier_and_log_pay_for_the_true_rate_and_linear_does_not(rate):
+    assert best_bet(reward.calibration_brier, rate) == pytest.approx(rate, abs=1e-6)
+    assert best_bet(reward.calibration_log, rate) == pytest.approx(rate, abs=1e-6)
+    if rate != 0.5:
+        assert best_bet(reward.calibration_linear, rate) == float(rate > 0.5)
+
+
+@pytest.mark.parametrize("score", [reward.calibration_brier, reward.calibration_log])
+def test_proper_scores_span_zero_to_one(score):
+    values = torch.stack([score(GRID, torch.full((101,), outcome)) for outcome in (True, False)])
+    assert values.min().item() == pytest.approx(0, abs=1e-6)
+    assert values.max().item() == pytest.approx(1, abs=1e-6)
+    assert (values[0].diff() >= 0).all() and (values[1].diff() <= 0).all()
+
+
+def test_linear_by_hand_and_bool_equals_float():
+    c_norm, correct = torch.tensor([0.25, 0.25]), torch.tensor([True, False])
+    assert reward.calibration_linear(c_norm, correct).tolist() == [0.25, -0.25]
+    for score in (reward.calibration_linear, reward.calibration_brier, reward.calibration_log):
+        torch.testing.assert_close(score(c_norm, correct), score(c_norm, correct.float()))
+
+
+def simulated(slope, intercept, n, spread=2.0):
+    generator = torch.Generator().manual_seed(6)
+    c = 13 + spread * torch.randn(n, generator=generator)
+    return c, torch.bernoulli(torch.sigmoid(slope * c + intercept), generator=generator)
+
+
+@pytest.mark.parametrize("slope", [0.8, -0.5])
+def test_platt_recovers_what_generated_the_data(slope):
+    c, correct = simulated(slope, -13 * slope + 0.3, 40_000)
+    found, intercept = reward.fit_platt(c, correct)
+    assert found == pytest.approx(slope, abs=0.03)
+    assert intercept == pytest.approx(-13 * slope + 0.3, abs=0.4)
+    p = reward.probability(c, found, intercept)
+    assert p.mean().item() == pytest.approx(correct.mean().item(), abs=1e-3)  # calibrated on average
+
+
+def test_platt_agrees_with_gradient_descent_on_its_objective():
+    c, correct = simulated(0.8, -10.0, 300)
+    positives = correct.sum()
+    targets = torch.where(correct > 0, (positives + 1) / (positives + 2), 1 / (300 - positives + 2)).double()
+    centred = c.double() - c.double().mean()
+    z = centred / centred.square().mean().sqrt()
+    weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weights], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        logits = weights[0] * z + weights[1]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+        loss = loss + 0.5e-3 * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    fitted = reward.probability(c.double(), *reward.fit_platt(c, correct))
+    torch.testing.assert_close(fitted, torch.sigmoid(weights[0] * z + weights[1]).detach(), atol=1e-6, rtol=0)
+
+
+def test_platt_is_monotone_and_survives_degenerate_data():
+    c = torch.linspace(5, 15, 50)
+    cases = {"separable": (c > 10).float(), "all right": torch.ones(50), "all wrong": torch.zeros(50),
+             "one outlier": (c == c[-1]).float()}
+    for name, correct in cases.items():
+        slope, intercept = reward.fit_platt(c, correct)
+        p = reward.probability(c, slope, intercept)
+        assert math.isfinite(slope) and math.isfinite(intercept) and ((p > 0) & (p < 1)).all(), name
+        assert slope >= -1e-6 and (p.diff() >= -1e-6).all(), name
+    assert reward.probability(c, *reward.fit_platt(c, torch.ones(50))).mean().item() == pytest.approx(51 / 52, abs=1e-3)
+    slope, intercept = reward.fit_platt(torch.full((10,), 12.0), torch.tensor([1.0] * 7 + [0.0] * 3))
+    assert abs(slope) < 1e-6 and 0.6 < reward.probability(torch.tensor(12.0), slope, intercept) < 0.75
+    wild = torch.cat([torch.zeros(200), torch.tensor([1e6])])  # one point carries all the spread
+    assert all(map(math.isfinite, reward.fit_platt(wild, torch.arange(201) % 2)))
+
+
+@pytest.mark.parametrize("c", [[], [[1.0, 2.0]], [1.0, float("nan")], [1.0]])
+def test_platt_refuses_what_it_cannot_fit(c):
+    with pytest.raises(ValueError, match="fit_platt"):
+        reward.fit_platt(torch.tensor(c), torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize(("text", "finished", "wanted"), [
+    (r"Three and four: \boxed{7}", True, 1.0),
+    (r"Three and four: \boxed{\frac{1}{2}}.", True, 1.0),
+    (r"A set: \boxed{\{1, 2\}}", True, 1.0),
+    (r"Three and four: \boxed{7}", False, 0.0),
+    (r"\boxed{7}", True, 0.0),
+    (r" $\boxed{7}$", True, 0.0),
+    (r"Seven: \boxed{}", True, 0.0),
+    (r"Seven: \boxed{ }", True, 0.0),
+    (r"Seven: \boxed{7", True, 0.0),
+    (r"Seven: \boxed{\frac{1}{2}", True, 0.0),
+    (r"Seven: \boxed{7} or \boxed{8}", True, 0.0),
+    (r"Seven: \boxed{7} or \boxed{8", True, 0.0),
+    (r"Seven: \boxed{\boxed{7}}", True, 0.0),
+    ("Seven: 7", True, 0.0),
+    ("", True, 0.0),
+])
+def test_format_reward(text, finished, wanted):
+    assert reward.format_reward(text, finished) == wanted
+
+
+def test_outcome_reward_is_the_judge():
+    sample = SimpleNamespace(id="q", answer="7", choices=None, meta={})
+    assert reward.outcome_reward(r"so \boxed{7}", sample) == 1.0
+    assert reward.outcome_reward(r"so \boxed{17}", sample) == 0.0

@@ -1,0 +1,355 @@
+"""The GRPO step, the run folder, and the command line of train_cdrl.py."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import data
+import reward
+import train_cdrl
+from data import InputError
+from train_cdrl import Order, group_advantages, kl_k3, learn, parse, policy_loss
+
+TINY = ["--steps", "3", "--batch_size", "4", "--group_size", "3", "--eval_size", "0", "--max_new_tokens", "24"]
+
+
+def run(output, *flags, ranks=0, check=True, **kwargs):
+    """train_cdrl.py as a user starts it: plain, or by torchrun on several ranks."""
+    start = [sys.executable] if not ranks else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*start, "train_cdrl.py", "--output", str(output), *flags], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=240, **kwargs)
+    assert not check or done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def log(output, times=False):
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return rows if times else [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+# ---- the pieces of GRPO
+
+def test_two_armed_bandit_the_better_arm_rises():
+    """policy_loss and group_advantages alone, on a softmax over two arms that start level."""
+    torch.manual_seed(0)
+    logits = torch.zeros(2, requires_grad=True)
+    optimiser = torch.optim.SGD([logits], lr=0.5)
+    for _ in range(60):
+        arms = torch.multinomial(logits.detach().softmax(0), 8, replacement=True)       # (G,)
+        advantages, _ = group_advantages((arms == 1).float()[None], "std")
+        logprobs = logits.log_softmax(0)[arms][:, None]                                  # (G, 1)
+        loss = policy_loss(logprobs, logprobs.detach(), advantages.view(-1, 1), 0.2, 0.2)[0].mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert logits.softmax(0)[1] > 0.9
+
+
+def test_on_policy_gradient_is_reinforce_and_clipping_stops_it():
+    logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    for old, advantage, expected in (([-1.0, -2.0], 1.5, [-1.5, -1.5]),           # ratio 1: -A dlogp
+                                     ([-2.0, -2.0], 1.0, [0.0, -1.0]),            # ratio e above 1 + clip_high: no gradient
+                                     ([-2.0, -2.0], -1.0, [2.718282, 1.0]),       # the pessimistic side is never clipped
+                                     ([0.0, -2.0], -1.0, [0.0, 1.0])):            # ratio 1/e below 1 - clip_low
+        gradient, = torch.autograd.grad(policy_loss(logprobs, torch.tensor([old]), torch.tensor([[advantage]]), 0.2, 0.28)[0]
+                                        .sum(), logprobs)
+        torch.testing.assert_close(gradient, torch.tensor([expected]))
+
+
+def test_advantages_are_centred_and_equal_groups_teach_nothing():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
+    for norm in ("std", "none"):
+        advantages, divisor = group_advantages(rewards, norm)
+        assert advantages.sum(-1).abs().max() < 1e-6 and (advantages[1] == 0).all() and divisor.shape == (2, 1)
+    torch.testing.assert_close(group_advantages(rewards, "std")[0][0], (rewards[0] - 0.5) / (rewards[0].std() + 1e-4))
+
+
+def test_k3_estimates_the_kl():
+    torch.manual_seed(0)
+    policy, reference = torch.randn(2, 6).log_softmax(-1)
+    exact = (policy.exp() * (policy - reference)).sum()
+    drawn = torch.multinomial(policy.exp(), 400_000, replacement=True)
+    values = kl_k3(policy[drawn], reference[drawn])
+    assert (values >= 0).all() and abs(values.mean() - exact) < 0.01
+
+
+def test_order_visits_every_question_once_an_epoch_from_any_step():
+    order = Order(10, 4, 0)
+    walked = [i for step in range(5) for i in order(step)]
+    assert sorted(walked[:10]) == sorted(walked[10:]) == list(range(10)) and walked[:10] != walked[10:]
+    assert Order(10, 4, 0)(3) == walked[12:16] != Order(10, 4, 1)(3)
+
+
+# ---- one step on the real model
+
+def step_views(vlm, clip, **settings):
+    args = replace(parse([]), **{"group_size": 3, "max_new_tokens": 24, "batch_size": 4, "mass": 0.7, **settings})
+    samples = [data.synthetic("train", 5, i) for i in range(4)]
+    views, prompts = train_cdrl.roll_out(vlm, clip, samples, 0, args)
+    scale = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}
+    train_cdrl.reward_views(views, scale, args)
+    return args, views, prompts, scale
+
+
+def gradient(vlm, views, prompts, scale, args):
+    learners = train_cdrl.learners(views, args)
+    vlm.model.zero_grad()
+    for view in views:
+        view.old_logprobs.clear()                # each call is the first update on these rollouts
+    learn(vlm, None, learners, prompts, scale, train_cdrl.batch_weight(learners, args, "cpu"), args)
+    return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in vlm.model.parameters()])
+
+
+@pytest.mark.parametrize("recipe, flows", [("paper", False), ("ours", True)])
+def test_gradient_from_the_noised_view(fresh, clip, recipe, flows):
+    """Change the noised pictures after the rewards are fixed: only a recipe that learns there may notice."""
+    args, views, prompts, scale = step_views(fresh, clip, **{**train_cdrl.RECIPES[recipe], "recipe": recipe})
+    before = gradient(fresh, views, prompts, scale, args)
+    views[1].images = [[Image.new("RGB", (112, 112), (200, 30, 30))]] * 4
+    after = gradient(fresh, views, prompts, scale, args)
+    assert before.abs().sum() > 0 and ((before - after).abs().max() > 1e-4) == flows
+
+
+def test_pathwise_agrees_with_finite_differences(fresh, clip):
+    """The pathwise part of the gradient along a random direction = the change of the confidence reward itself, on fixed
+    words, through C and through C'."""
+    args, views, prompts, scale = step_views(fresh, clip, pathwise=1.0)
+    for view in views:
+        view.advantages = torch.zeros_like(view.advantages)         # the policy gradient is silent
+    analytic = gradient(fresh, views, prompts, scale, args)
+    divisor = train_cdrl.batch_weight(views, args, "cpu")
+
+    def objective():
+        with torch.no_grad():
+            c = [reward.sequence_confidence((s := fresh.score(v.images, prompts, [r.tokens for g in v.rollouts for r in g]))
+                                            .confidence, s.mask).view(4, 3).double() for v in views]
+            # Eq. 4 with the Brier term, by hand, for both views
+            value = 0.0
+            for own, view in zip(c, views):
+                probability = torch.sigmoid(scale["slope"] * own + scale["intercept"])
+                r = args.alpha * torch.tanh(args.beta * (c[0] - c[1])) + 1 - (probability - view.correct) ** 2
+                value = value + (r / view.spread).sum()
+        return -(value / divisor).item()
+    torch.manual_seed(0)
+    parameters = list(fresh.model.parameters())
+    # along the gradient and a random vector: the sum must be seen above float noise
+    direction = analytic / analytic.norm() + 0.3 * torch.randn_like(analytic) / analytic.numel() ** 0.5
+    pieces, eps, values = direction.split([p.numel() for p in parameters]), 2e-3, []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for p, piece in zip(parameters, pieces):
+                p.add_(piece.view_as(p), alpha=sign * eps)
+        values.append(objective())
+    numeric = (values[0] - values[1]) / (2 * eps)
+    assert abs(numeric - float(analytic @ direction)) < 0.03 * abs(numeric), (numeric, float(analytic @ direction))
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss_norm": "sequence", "truncated": "mask"}, {"adv_norm": "none", "noised": "rescore",
+                                                                                         "learn_noised": False}])
+def test_micro_batches_do_not_change_the_gradient(fresh, clip, settings):
+    args, views, prompts, scale = step_views(fresh, clip, **settings)
+    whole, pieces = (gradient(fresh, views, prompts, scale, replace(args, micro_batch=size)) for size in (4, 1))
+    assert whole.abs().max() > 1e-3
+    torch.testing.assert_close(whole, pieces, atol=1e-5, rtol=1e-3)
+
+
+def test_rescored_confidence_is_that_of_the_same_words(fresh, clip):
+    """With no noise (t = 0) the re-scored C' equals C, so the gap is 0; with rollouts it is not."""
+    _, views, _, _ = step_views(fresh, clip, noise_t="0", noised="rescore", learn_noised=False)
+    torch.testing.assert_close(views[0].confidence, views[1].confidence, atol=1e-4, rtol=0)
+    _, views, _, _ = step_views(fresh, clip, noise_t="0")
+    assert (views[0].confidence - views[1].confidence).abs().max() > 1e-3
+
+
+def test_reward_is_the_sum_of_its_terms_as_in_eq_4(fresh, clip):
+    args, views, _, scale = step_views(fresh, clip, **train_cdrl.RECIPES["paper"])
+    c, c_other = views[0].confidence, views[1].confidence
+    low, high = c.amin(-1, keepdim=True), c.amax(-1, keepdim=True)
+    r = views[0].correct
+    expected = 0.5 * torch.tanh(c - c_other) + (2 * r - 1) * (c - low) / (high - low) + r + views[0].terms["format"]
+    torch.testing.assert_close(sum(views[0].terms.values()), expected)
+    for q, group in enumerate(views[0].rollouts):
+        for g, rollout in enumerate(group):
+            torch.testing.assert_close(c[q, g], rollout.confidences.mean())
+
+
+@pytest.mark.parametrize("kind", ["topk", "logprob", "entropy"])
+def test_each_confidence_reads_the_same_from_rollouts_and_from_scores(base, clip, kind):
+    args, views, prompts, _ = step_views(base, clip, confidence=kind)
+    with torch.no_grad():
+        scores = base.score(views[0].images, prompts, [r.tokens for g in views[0].rollouts for r in g])
+    again = reward.sequence_confidence(train_cdrl.token_values(scores, kind), scores.mask).view(4, 3)
+    torch.testing.assert_close(again, views[0].confidence, atol=1e-4, rtol=0)
+
+
+# ---- recipes and refusals
+
+def test_a_flag_wins_over_its_recipe():
+    assert parse(["--recipe", "paper"]).pathwise == 0 and parse(["--recipe", "paper", "--pathwise", "2"]).pathwise == 2
+    assert parse(["--alpha", "0.7", "--recipe", "grpo"]).alpha == 0.7
+    assert parse([]).output == "runs/cdrl" and parse(["--recipe", "grpo"]).output == "runs/grpo"
+
+
+def question(tmp_path, **row):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    rows = [{"id": f"q{i}", "image": "a.png", "question": "How many?", "answer": "1"} for i in range(4)]
+    rows[2] |= row
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ["--data", str(tmp_path / "train.jsonl")]
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, base, capsys):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    base.save(tmp_path / "blind")
+    (tmp_path / "blind" / "processor_config.json").unlink()
+    cases = [          # flags, or the row of a data file that spoils it; and what the sentence must name
+        (["--data", "absent.jsonl"], "absent.jsonl"), (["--group_size", "1"], "group_size"), (["--noise_t", "2000"], "2000"),
+        (["--mass", "0"], "mass"), (["--steps", "0"], "steps"), (["--noised", "rescore"], "rescore"),
+        (["--clip", str(tmp_path)], "CLIP"), (["--model", str(tmp_path / "nowhere")], "nowhere"),
+        (["--model", str(tmp_path / "blind")], "image processor"), ({"image": "bad.png"}, "q2"), ({"image": "absent.png"}, "q2"),
+        ({"question": " "}, "q2"), ({"answer": None}, "q2"), ({"question": "word " * 5000}, "q2")]
+    for case, names in cases:
+        flags = question(tmp_path, **case) if isinstance(case, dict) else case
+        with pytest.raises(SystemExit) as stop:
+            train_cdrl.main(["--output", str(tmp_path / "run"), *TINY, *flags])
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2 and names in message and message.startswith("train_cdrl.py: "), (case, message)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    with pytest.raises(InputError, match="ranks"):
+        train_cdrl.check(parse(["--batch_size", "3"]), 2)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        train_cdrl.open_run(parse(["--output", str(tmp_path / "file")]))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="not a run"):
+        train_cdrl.open_run(parse(["--output", str(tmp_path / "other")]))
+
+
+# ---- whole runs
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "first"
+    run(output, *TINY)
+    return output
+
+
+def test_same_seed_twice_gives_the_same_log_and_weights(first, tmp_path):
+    run(tmp_path / "second", *TINY)
+    assert log(first) == log(tmp_path / "second") and len(log(first)) == 3
+    assert (first / "model.safetensors").read_bytes() == (tmp_path / "second" / "model.safetensors").read_bytes()
+    assert (first / "samples.jsonl").read_text() == (tmp_path / "second" / "samples.jsonl").read_text()
+
+
+def test_the_log_holds_every_term_per_view(first):
+    row = log(first, times=True)[0]
+    for view in ("original", "noised"):
+        for name in ("reward", "perception", "calibration", "outcome", "format", "confidence", "entropy", "length",
+                     "truncated", "zero_variance", "distinct"):
+            assert f"{view}/{name}" in row
+    assert {"gap", "kl", "grad_norm", "seconds/sample", "seconds/learn"} <= set(row)
+
+
+def test_a_run_opens_with_plain_transformers(first):
+    model = AutoModelForImageTextToText.from_pretrained(first)
+    processor = AutoProcessor.from_pretrained(first)
+    s = data.synthetic("test", 0, 0)
+    text = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": data.prompt(s)}]}],
+                                         tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=[text], images=s.images, return_tensors="pt")
+    reply = model.generate(**inputs, max_new_tokens=30, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+    assert "\\boxed" in processor.batch_decode(reply, skip_special_tokens=True)[0]
+
+
+def test_killed_and_resumed_equals_undisturbed(first, tmp_path):
+    """kill -9 after the first checkpoint; the same command goes on."""
+    output, flags = tmp_path / "killed", [*TINY, "--save_every", "1"]
+    process = subprocess.Popen([sys.executable, "train_cdrl.py", "--output", str(output), *flags], cwd=ROOT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(1200):
+        if (output / "checkpoint-1").exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and not (output / "model.safetensors").exists()
+    with open(output / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "torn')
+    run(output, *flags)
+    assert log(output) == log(first)
+    assert (output / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+def test_ctrl_c_saves_the_step_under_way(tmp_path):
+    output = tmp_path / "stopped"
+    process = subprocess.Popen([sys.executable, "train_cdrl.py", "--output", str(output), *TINY, "--steps", "500"], cwd=ROOT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if (output / "metrics.jsonl").exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    steps = len(log(output))
+    assert process.returncode == 130 and f"stopped after step {steps}" in error
+    assert (output / f"checkpoint-{steps}").is_dir()
+
+
+def test_two_ranks_equal_one(first, tmp_path):
+    """The same global batch on two processes: the same questions and words, the same weights up to float noise."""
+    run(tmp_path / "two", *TINY, ranks=2)
+    one, two = log(first), log(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        for key in ("original/outcome", "original/confidence", "noised/confidence", "gap", "loss", "grad_norm"):
+            assert abs(a[key] - b[key]) < 1e-3 * max(1, abs(a[key])), (key, a[key], b[key])
+    models = [AutoModelForImageTextToText.from_pretrained(path).state_dict() for path in (first, tmp_path / "two")]
+    assert max((models[0][k] - models[1][k]).abs().max().item() for k in models[0]) < 1e-4
+
+
+def test_other_settings_move_an_earlier_run_aside_and_finished_runs_stay(tmp_path, capsys):
+    output = tmp_path / "run"
+    args = ["--output", str(output), "--batch_size", "2", "--group_size", "2", "--max_new_tokens", "16", "--eval_size", "4"]
+    train_cdrl.main([*args, "--steps", "1"])
+    printed = capsys.readouterr().out
+    assert "all, before" in printed and "next: python eval.py" in printed and (output / "report.png").stat().st_size > 10_000
+    weights = (output / "model.safetensors").read_bytes()
+    train_cdrl.main([*args, "--steps", "1"])
+    assert (output / "model.safetensors").read_bytes() == weights and not (tmp_path / "run-1").exists()
+    train_cdrl.main([*args, "--steps", "2"])                     # more steps: goes on
+    assert len(log(output)) == 2 and not (tmp_path / "run-1").exists()
+    train_cdrl.main([*args, "--steps", "1", "--lr", "1e-3"])
+    assert len(log(tmp_path / "run-1")) == 2 and len(log(output)) == 1 and "moved to" in capsys.readouterr().out
+
+
+def test_mu_and_kl_run_and_are_logged(tmp_path):
+    train_cdrl.main(["--output", str(tmp_path / "mu"), *TINY, "--steps", "2", "--mu", "2", "--kl_beta", "0.1", "--lr", "1e-3"])
+    rows = log(tmp_path / "mu")
+    assert rows[0]["kl"] > 0 and rows[1]["kl"] > rows[0]["kl"]     # within a step the policy leaves the reference
+    assert rows[0]["clipped"] > 0
+
+
+def test_real_questions_run_through(real, tmp_path):
+    """Sizes from 64 to 1,600 px, choices, five images in one question; MathVision is for testing only and stays out."""
+    rows = [json.loads(line) for line in (real / "data.jsonl").read_text().splitlines()]
+    path = tmp_path / "real.jsonl"
+    with open(path, "w") as file:
+        for row in rows:
+            if not row["source"].startswith(("MathVision", "MathVista")):
+                images = row["image"] if isinstance(row["image"], list) else [row["image"]]
+                file.write(json.dumps({**row, "image": [str(real / image) for image in images]}) + "\n")
+    train_cdrl.main(["--data", str(path), "--output", str(tmp_path / "run"), "--steps", "2", "--batch_size", "4", "--group_size", "2",
+                     "--eval_size", "4", "--max_new_tokens", "16"])
+    assert len(log(tmp_path / "run")) == 2

@@ -1,0 +1,754 @@
+"""CDRL: reinforcement learning that ties confidence to perception (paper 3.2), with GRPO written by hand.
+
+    torchrun train_cdrl.py                                # the built-in model and questions; minutes on two CPU cores
+    torchrun train_cdrl.py --recipe paper                 # the paper's objective; `grpo`: no confidence at all
+    torchrun --nproc-per-node 8 train_cdrl.py --model Qwen/Qwen2.5-VL-7B-Instruct --lr 1e-6 \\
+        --clip openai/clip-vit-large-patch14-336 --data train.jsonl --max_new_tokens 1024 --output runs/qwen7b
+
+One step: draw questions; noise their key regions; roll out G answers on the original and on the noised picture; read
+confidences C and C'; reward; advantages within the group; clipped policy gradient, and the exact gradient of the
+confidence reward beside it (`--pathwise`). The run folder holds args.json, metrics.jsonl, samples.jsonl, checkpoints,
+before.json and after.json, report.png, and the final model. The same command resumes a run that was stopped.
+
+Left out of GRPO on purpose: a reference model unless --kl_beta is set (the paper's T = 1 on-policy setting does not need
+it), stored old log-probs unless --mu is above 1, a learning-rate decay. Gradients are summed over ranks by one
+all-reduce; sharding (FSDP2) is not here yet, so every rank holds the whole model and its optimiser state.
+"""
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import noise
+import reward
+from data import InputError
+from vlm import VLM
+
+HERE = Path(__file__).resolve().parent
+
+
+def option(default, text, choices=None):
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass
+class Args:
+    """Every setting of a run. The defaults are the recipe `ours`; RECIPES holds what the others change."""
+    # What is trained, on what, where it goes
+    model: str = option(str(HERE / "tiny" / "base"), "model directory or hub id")
+    clip: str = option(noise.CLIP, "CLIPModel directory or hub id, finds the key regions")
+    data: str = option("synthetic", "'synthetic' or a .jsonl file; a share of a file is held out for the table")
+    output: str = option("", "run folder; default runs/cdrl, or runs/RECIPE for another recipe")
+    recipe: str = option("ours", "a group of settings; an explicit flag wins", ("ours", "paper", "grpo"))
+    resume: str = option("auto", "auto: go on where the run folder stopped; no: move an earlier run aside", ("auto", "no"))
+    seed: int = option(0, "decides questions, noise and samples")
+    # Scale
+    steps: int = option(60, "optimisation steps")
+    batch_size: int = option(16, "questions a step, over all ranks")
+    group_size: int = option(8, "rollouts a question on each view, G (the paper: 4 pairs)")
+    micro_batch: int = option(16, "questions a forward pass when learning; less saves memory, the gradient is the same")
+    max_new_tokens: int = option(64, "longest completion")
+    dtype: str = option("auto", "auto: bfloat16 on a GPU, else float32", ("auto", "float32", "bfloat16"))
+    save_every: int = option(20, "steps between checkpoints")
+    eval_size: int = option(200, "held-out questions for the table before and after; 0 = no table")
+    # Optimisation (paper 3.2; DAPO, Dr. GRPO for the alternatives)
+    lr: float = option(1e-4, "learning rate of AdamW, reached after 5 steps; 1e-6 suits a 7B model")
+    max_grad_norm: float = option(1.0, "gradient norm is clipped here")
+    temperature: float = option(1.0, "of sampling; the log-probs of the loss are divided alike")
+    mu: int = option(1, "updates on the same rollouts")
+    clip_low: float = option(0.2, "the probability ratio is clipped below 1 - clip_low")
+    clip_high: float = option(0.28, "and above 1 + clip_high")
+    adv_norm: str = option("std", "divide advantages by the group's std, or not (Dr. GRPO)", ("std", "none"))
+    loss_norm: str = option("token", "mean over the batch's tokens (DAPO), or over sequences", ("token", "sequence"))
+    truncated: str = option("keep", "completions cut at max_new_tokens: keep them in the loss, or mask", ("keep", "mask"))
+    kl_beta: float = option(0.0, "weight of the KL to the starting model (k3); 0 loads no reference")
+    # Image pairs (paper 3.2.1)
+    noise_t: str = option("999", "diffusion step 0 to 1000, or a range such as 500-999 to draw from")
+    region: str = option("key", "where the noise goes", noise.MODES)
+    mass: float = option(0.5, "share of CLIP's attention that the key region holds")
+    text_guidance: bool = option(True, "the question guides CLIP's attention")
+    noised: str = option("rollout", "C' from rollouts on the noised picture (paper), or from scoring the same words there",
+                         ("rollout", "rescore"))
+    # Reward (paper Eq. 4)
+    confidence: str = option("topk", "C: Eq. 3, or mean log-prob, or minus mean entropy", ("topk", "logprob", "entropy"))
+    alpha: float = option(0.2, "weight of the perception term tanh(beta (C - C')); 0 = no term")
+    beta: float = option(0.5, "its steepness, per nat")
+    cnorm: str = option("range", "scale of C in the linear term: the base's 5th-95th percentile, or the group's min-max",
+                        ("range", "group"))
+    calibration: str = option("brier", "calibration term: the paper's linear one, a proper score of sigmoid(aC + b), none",
+                              ("linear", "brier", "log", "none"))
+    learn_noised: bool = option(True, "rollouts on the noised picture get a reward and a gradient of their own")
+    pathwise: float = option(1.0, "weight of the gradient through C itself; 1 = the exact gradient, 0 = the paper")
+
+
+RECIPES = {
+    "ours": {},
+    "paper": dict(alpha=0.5, beta=1.0, cnorm="group", calibration="linear", learn_noised=False, pathwise=0.0),
+    "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0),
+}
+# A resumed run may change these; every other setting must be the same.
+FREE = ("steps", "save_every", "resume")
+
+
+def parse(argv=None):
+    """Command line -> Args: defaults, then the recipe, then explicit flags."""
+    parser = argparse.ArgumentParser(description="Train CDRL.", argument_default=argparse.SUPPRESS)
+    for f in fields(Args):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
+        choices = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {}
+        assert f.default is not MISSING
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default!r})", **kind, **choices)
+    given = vars(parser.parse_args(argv))
+    recipe = given.get("recipe", Args.recipe)
+    args = Args(**{**RECIPES[recipe], **given})
+    args.output = args.output or f"runs/{'cdrl' if recipe == 'ours' else recipe}"
+    return args
+
+
+def check(args, world):
+    """Refuse settings that cannot work, each in one sentence."""
+    for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "save_every", "mu"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    for name in ("lr", "temperature", "beta", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            raise InputError(f"--{name} is {getattr(args, name)}; it must be above 0")
+    for name in ("alpha", "kl_beta", "pathwise", "eval_size", "clip_low", "clip_high"):
+        if not getattr(args, name) >= 0:
+            raise InputError(f"--{name} is {getattr(args, name)}; it must not be negative")
+    if args.group_size < 2:
+        raise InputError(f"--group_size is {args.group_size}; a group needs at least 2 rollouts to compare")
+    if args.batch_size % world:
+        raise InputError(f"--batch_size {args.batch_size} does not divide over {world} ranks; use a multiple of {world}")
+    if not 0 < args.mass <= 1:
+        raise InputError(f"--mass is {args.mass}; a number above 0 and at most 1 is expected")
+    if args.learn_noised and args.noised == "rescore":
+        raise InputError("--noised rescore has no rollouts on the noised picture to learn from; add --no-learn_noised")
+    noise.parse_t(args.noise_t)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks
+
+def start_ranks():
+    """(rank, world, device) from torchrun's environment; one process without it."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, device
+
+
+def summed(values, device):
+    """Sum a list of floats over ranks (a list)."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def gathered(items):
+    """Concatenate a list over ranks, in the order of ranks."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+def open_data(args):
+    """(training questions, held-out questions). Built-in questions have a test split; a file gives up every fifth
+    question at most, drawn by the seed."""
+    if args.data == "synthetic":
+        held_out = data.load("synthetic", "test", args.eval_size, args.seed) if args.eval_size else []
+        return data.load("synthetic", "train", None, args.seed), held_out
+    samples = data.load(args.data)
+    for sample in samples:
+        if sample.answer is None:
+            raise InputError(f"question {sample.id!r} of {args.data!r} has no answer; training needs one, remove the row")
+    order = list(range(len(samples)))
+    random.Random(f"hold out {args.seed}").shuffle(order)
+    size = min(args.eval_size, len(samples) // 5)
+    return [samples[i] for i in sorted(order[size:])], [samples[i] for i in sorted(order[:size])]
+
+
+class Order:
+    """Which questions step s sees: a fresh seeded permutation an epoch; a pure function of the step, so that a resumed
+    run neither replays nor skips (the step is the data position)."""
+
+    def __init__(self, size, batch_size, seed):
+        self.size, self.batch_size, self.seed, self.epoch, self.permutation = size, batch_size, seed, None, None
+
+    def __call__(self, step):
+        indices = []
+        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+            epoch, place = divmod(position, self.size)
+            if epoch != self.epoch:
+                self.epoch, self.permutation = epoch, list(range(self.size))
+                random.Random(f"order {self.seed} {epoch}").shuffle(self.permutation)
+            indices.append(self.permutation[place])
+        return indices
+
+
+def check_prompts(vlm, samples, max_new_tokens, progress):
+    """Before training: every image opens, every prompt and its completion fit the model's context. Else InputError
+    that names the question: a truncated prompt would cut image tokens."""
+    for sample in tqdm(samples, desc="checking questions", unit="question", leave=False, disable=not progress):
+        length = vlm.prompt_length(sample.pictures(), data.prompt(sample))
+        if length + max_new_tokens > vlm.context:
+            raise InputError(f"question {sample.id!r} takes {length} tokens and --max_new_tokens {max_new_tokens} more, but "
+                             f"the model's context is {vlm.context}; shorten it, shrink its images, or remove it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Confidence and reward
+
+def token_values(source, kind):
+    """The per-token confidence of a Rollout (T,) or Scores (B, T) that --confidence names; higher = surer."""
+    one = hasattr(source, "confidences")
+    if kind == "topk":
+        return source.confidences if one else source.confidence
+    if kind == "logprob":
+        return source.logprobs
+    return -(source.entropies if one else source.entropy)
+
+
+def rollout_confidence(groups, kind):
+    """Q lists of G rollouts -> C (Q, G), paper Eq. 3: the mean over generated tokens, EOS included."""
+    flat = [r for group in groups for r in group]
+    values = pad_sequence([token_values(r, kind) for r in flat], batch_first=True)              # (Q*G, T)
+    mask = pad_sequence([torch.ones(len(r.tokens)) for r in flat], batch_first=True).bool()
+    return reward.sequence_confidence(values, mask).view(len(groups), -1)
+
+
+def measure_scale(groups, noised, samples, kind):
+    """The base model's confidence, once, before step 0 -> {"lo", "hi", "slope", "intercept"}.
+
+    lo, hi: 5th and 95th percentile of C on original pictures (`--cnorm range`). slope, intercept: the logistic map from
+    C to the probability of being right, fitted on both views (`--calibration brier|log`).
+    """
+    clean_c, noised_c = (rollout_confidence(view, kind).flatten() for view in (groups, noised))
+    correct = [outcomes(view, samples).flatten() for view in (groups, noised)]
+    lo, hi = torch.quantile(clean_c, torch.tensor([0.05, 0.95])).tolist()
+    slope, intercept = reward.fit_platt(torch.cat([clean_c, noised_c]), torch.cat(correct))
+    return {"lo": lo, "hi": max(hi, lo + 1e-6), "slope": slope, "intercept": intercept}
+
+
+def outcomes(groups, samples):
+    """R_out (Q, G)."""
+    return torch.tensor([[reward.outcome_reward(r.text, s) for r in group] for s, group in zip(samples, groups)])
+
+
+def confidence_reward(c, c_own, c_other, correct, scale, args):
+    """R_conf's two terms (paper Eq. 4), differentiable in both confidences -> perception, calibration, (Q, G) each.
+
+    c_own is the confidence that the calibration term judges: C for the original view, C' for the noised one.
+    c, c_other: C and C' of the perception term, the same for both views; c_other None = no noised view.
+    """
+    perception = torch.zeros_like(c_own)
+    if args.alpha and c_other is not None:
+        perception = reward.perception_term(c, c_other, args.alpha, args.beta)
+    if args.calibration == "none":
+        return perception, torch.zeros_like(c_own)
+    if args.calibration == "linear":
+        c_norm = (reward.normalise_group(c_own) if args.cnorm == "group"
+                  else reward.normalise_range(c_own, scale["lo"], scale["hi"]))
+        return perception, reward.calibration_linear(c_norm, correct)
+    proper = reward.calibration_brier if args.calibration == "brier" else reward.calibration_log
+    return perception, proper(reward.probability(c_own, scale["slope"], scale["intercept"]), correct)
+
+
+@dataclass
+class View:
+    """One side of the image pairs in a step: Q questions, G rollouts each, and what they earned."""
+    name: str                       # "original" or "noised"
+    images: list                    # Q lists of PIL images
+    rollouts: list                  # Q lists of G Rollouts (the original's words when --noised rescore)
+    confidence: torch.Tensor        # (Q, G)
+    correct: torch.Tensor           # (Q, G)
+    learns: bool                    # it has a policy gradient
+    terms: dict = field(default_factory=dict)        # reward terms by name, (Q, G) each
+    advantages: torch.Tensor | None = None           # (Q, G)
+    spread: torch.Tensor | None = None               # (Q, 1): what advantages were divided by
+    old_logprobs: dict = field(default_factory=dict)         # by first question of the micro-batch, for mu > 1
+
+
+def group_advantages(rewards, norm):
+    """A_j = (r_j - mean) / (std + 1e-4) in the group (GRPO), or r_j - mean (Dr. GRPO): (Q, G) -> (Q, G), divisor (Q, 1)."""
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    spread = rewards.std(-1, keepdim=True) + 1e-4 if norm == "std" else torch.ones_like(rewards[:, :1])
+    return centred / spread, spread
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+def policy_loss(logprobs, old_logprobs, advantages, clip_low, clip_high):
+    """-min(ratio A, clip(ratio) A) per token: (B, T), (B, T), (B, 1) -> (B, T), and the share of clipped ratios (B, T)."""
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -torch.minimum(ratio * advantages, clipped * advantages), (ratio != clipped).float()
+
+
+def kl_k3(logprobs, reference):
+    """KL(policy || reference) by the k3 estimator, per token: exp(d) - d - 1 >= 0 with d = reference - policy."""
+    difference = reference - logprobs
+    return difference.exp() - difference - 1
+
+
+def weights_of(mask, args):
+    """What a token, and its sequence's confidence, weigh before the division by the batch: (B, T) and (B,).
+
+    token: 1 each. sequence: 1/length, so that each sequence counts once. The policy gradient of a sequence's reward then
+    carries this weight on each log-prob; the pathwise term of the same reward carries it once.
+    """
+    per_sequence = 1 / mask.sum(-1).clamp(min=1) if args.loss_norm == "sequence" else torch.ones(len(mask), device=mask.device)
+    return mask * per_sequence[:, None], per_sequence
+
+
+def used_mask(rollouts, args):
+    """Which rollouts the loss uses, flat list -> (B,) bool."""
+    return torch.tensor([r.finished or args.truncated == "keep" for r in rollouts])
+
+
+def batch_weight(views, args, device):
+    """The divisor of the loss, summed over ranks: tokens (token mean) or sequences (sequence mean) that learn."""
+    total = 0
+    for view in views:
+        flat = [r for group in view.rollouts for r in group]
+        if view.learns:
+            used = used_mask(flat, args).tolist()
+            total += sum((len(r.tokens) if args.loss_norm == "token" else 1) for r, u in zip(flat, used) if u)
+    return max(1.0, summed([total], device)[0])
+
+
+def learn(vlm, reference, views, prompts, scale, divisor, args):
+    """Accumulate the gradient of one update over micro-batches of questions -> sums of statistics (dict of floats).
+
+    Policy gradient of every view that learns, and w times d R_conf / d theta through C and C' (--pathwise), scaled as
+    the policy gradient is, so that w = 1 is the exact gradient of the expected reward.
+    """
+    stats = dict.fromkeys(("loss", "pathwise", "kl", "clipped", "tokens"), 0.0)
+    for first in range(0, len(prompts), args.micro_batch):
+        part = slice(first, first + args.micro_batch)
+        loss, confidences, weights = 0.0, {}, {}
+        for view in views:
+            flat = [r for group in view.rollouts[part] for r in group]
+            completions = [r.tokens for r in flat]
+            scores = vlm.score(view.images[part], prompts[part], completions, temperature=args.temperature)
+            used = used_mask(flat, args).to(vlm.device)
+            token_weights, weights[view.name] = weights_of(scores.mask & used[:, None], args)
+            weights[view.name] = weights[view.name] * used
+            confidences[view.name] = reward.sequence_confidence(token_values(scores, args.confidence), scores.mask)
+            if not view.learns:
+                continue
+            old = view.old_logprobs.setdefault(first, scores.logprobs.detach())     # mu = 1: ratio 1, with gradient
+            advantages = view.advantages[part].reshape(-1, 1).to(vlm.device)
+            per_token, clipped = policy_loss(scores.logprobs, old, advantages, args.clip_low, args.clip_high)
+            if reference is not None:
+                with torch.no_grad():
+                    anchor = reference.score(view.images[part], prompts[part], completions, temperature=args.temperature)
+                kl = kl_k3(scores.logprobs, anchor.logprobs)
+                per_token = per_token + args.kl_beta * kl
+                stats["kl"] += (kl.detach() * scores.mask).sum().item()
+            loss = loss + (per_token * token_weights).sum() / divisor
+            stats["clipped"] += (clipped * scores.mask).sum().item()
+            stats["tokens"] += scores.mask.sum().item()
+        if args.pathwise:
+            shape = (-1, args.group_size)
+            c, c_other = confidences["original"].view(shape), None
+            if "noised" in confidences:
+                c_other = confidences["noised"].view(shape)
+            for view in views:
+                if not view.learns:
+                    continue
+                own = c if view.name == "original" else c_other
+                correct, spread = view.correct[part].to(vlm.device), view.spread[part].to(vlm.device)
+                value = sum(confidence_reward(c, own, c_other, correct, scale, args)) / spread
+                pathwise = -args.pathwise * (value * weights[view.name].view(shape)).sum() / divisor
+                loss = loss + pathwise
+                stats["pathwise"] += pathwise.item()
+        loss.backward()
+        stats["loss"] += loss.item()
+    return stats
+
+
+def reduce_gradients(parameters):
+    """Sum gradients over ranks in one all-reduce (the loss is already divided by the global count)."""
+    if not dist.is_initialized():
+        return
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, piece in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad.copy_(piece.view_as(p))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folder
+
+def write_json(path, value):
+    """Atomically: a kill leaves the old file or the new one."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    with open(temporary, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(output, vlm, optimiser, step, scale, keep=2):
+    """checkpoint-STEP with model, optimiser, RNG, step (= data position) and confidence scale, made by one rename."""
+    final, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    vlm.save(temporary)
+    torch.save({"optimiser": optimiser.state_dict(), "rng": torch.get_rng_state(), "step": step, "scale": scale},
+               temporary / "training.pt")
+    for path in temporary.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
+    for old in checkpoints(output)[:-keep]:
+        shutil.rmtree(old)
+
+
+def checkpoints(output):
+    """Complete checkpoints, oldest first."""
+    found = [path for path in output.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
+
+
+def trim_log(path, step):
+    """Drop the lines of steps that a resumed run will do again, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            break
+    path.write_text("".join(kept))
+
+
+def open_run(args):
+    """Prepare the run folder -> (path, newest checkpoint or None). A run with other settings is moved aside."""
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {args.output!r} is a file; give a directory")
+    if output.is_dir() and any(output.iterdir()):
+        try:
+            old = json.loads((output / "args.json").read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise InputError(f"--output {args.output!r} holds something that is not a run; choose another folder") from error
+        other = [key for key, value in asdict(args).items() if key not in FREE and old.get(key) != value]
+        done = checkpoints(output)
+        longer = bool(done) and int(done[-1].name.split("-")[-1]) > args.steps
+        if args.resume == "no" or other or longer:
+            aside = next(p for i in range(1, 10**6) if not (p := output.with_name(f"{output.name}-{i}")).exists())
+            output.rename(aside)
+            why = f"other settings ({', '.join(other)})" if other else "more steps" if longer else "an earlier run"
+            print(f"{args.output} held {why}: moved to {aside}")
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "args.json", asdict(args))
+    done = checkpoints(output)
+    if not (done and done[-1].name == f"checkpoint-{args.steps}"):
+        (output / "after.json").unlink(missing_ok=True)         # of an earlier, shorter run in this folder
+    return output, done[-1] if done else None
+
+
+def run_probe(vlm, held_out, clip, args, rank, world, name):
+    """The held-out probe before or after training, questions split over ranks -> {t: list of Answer}."""
+    t = noise.parse_t(args.noise_t)[1]
+    ts = sorted({*evaluation.PROBE_STEPS, t})
+    mine = [held_out[i] for i in range(rank, len(held_out), world)]
+    found = evaluation.probe(vlm, mine, clip, ts, args.region, args.mass, n=2, seed=args.seed, name=name,
+                             max_new_tokens=args.max_new_tokens)
+    return {t: gathered(found[t]) for t in ts}
+
+
+def load_or(path, make, rank):
+    """A probe stored in the run folder, or made now and stored."""
+    if path.exists():
+        return {int(t): [evaluation.Answer(**a) for a in answers] for t, answers in json.loads(path.read_text()).items()}
+    found = make()
+    if rank == 0:
+        write_json(path, {t: [asdict(a) for a in answers] for t, answers in found.items()})
+    return found
+
+
+def draw_report(output, before, after, args):
+    """report.png: reward and gap over steps; reliability; accuracy and confidence against noise, before and after."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in log]
+    figure, axes = pyplot.subplots(2, 3, figsize=(14, 8))
+    for key in ("original/reward", "original/outcome", "noised/reward"):
+        if key in log[0]:
+            axes[0, 0].plot(steps, [row[key] for row in log], label=key)
+    axes[0, 0].set(xlabel="step", title="Reward")
+    axes[0, 0].legend(fontsize=8)
+    if "gap" in log[0]:
+        axes[0, 1].plot(steps, [row["gap"] for row in log], color="tab:green")
+    axes[0, 1].set(xlabel="step", title="Gap C - C' while training")
+    evaluation.plot_reliability(axes[0, 2], {"before": before[0], "after": after[0]})
+    named = {"before": before, "after": after}
+    for axis, name, label in ((axes[1, 0], "correct", "accuracy"), (axes[1, 1], "token_probability", "mean token probability"),
+                              (axes[1, 2], "confidence", "confidence C")):
+        evaluation.plot_probe(axis, named, name, label)
+    figure.suptitle(f"{args.recipe}: {args.model}, {len(steps)} steps")
+    figure.tight_layout()
+    figure.savefig(output / "report.png", dpi=110)
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step and the loop
+
+def needs_noised(args):
+    """Whether the noised view is used at all: by the perception term, or because it learns."""
+    return bool(args.alpha) or args.learn_noised
+
+
+def roll_out(vlm, clip, samples, step, args):
+    """Image pairs, rollouts on each view, confidences -> views (original first), prompts, seconds of sampling."""
+    prompts = [data.prompt(s) for s in samples]
+    images = [s.pictures() for s in samples]
+    sampling = dict(n=args.group_size, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                    entropy=args.confidence == "entropy")
+    # ---- I. image pairs (paper 3.2.1)
+    noised = [noise.make_pair(pictures, s.question, clip, noise.parse_t(args.noise_t), args.region, args.mass,
+                              f"{args.seed} {step} {s.id}", args.text_guidance)
+              for pictures, s in zip(images, samples)] if needs_noised(args) else None
+    # ---- II. rollouts: y_j on i, y'_j on i'
+    groups = vlm.sample(images, prompts, seed=[f"{args.seed} {step} {s.id}" for s in samples], **sampling)
+    views = [View("original", images, groups, rollout_confidence(groups, args.confidence), outcomes(groups, samples), True)]
+    if noised is not None:
+        if args.noised == "rollout":
+            others = vlm.sample(noised, prompts, seed=[f"{args.seed} {step} {s.id} noised" for s in samples], **sampling)
+            # ---- III. confidences (Eq. 3), online while sampling
+            confidence = rollout_confidence(others, args.confidence)
+        else:
+            others = groups
+            with torch.no_grad():
+                scores = vlm.score(noised, prompts, [r.tokens for group in groups for r in group])
+            confidence = reward.sequence_confidence(token_values(scores, args.confidence), scores.mask)
+            confidence = confidence.view(len(samples), -1).cpu()
+        views.append(View("noised", noised, others, confidence, outcomes(others, samples), args.learn_noised))
+    return views, prompts
+
+
+def learners(views, args):
+    """The views whose words must be scored with gradient: those with a policy gradient, and the noised one when the
+    pathwise term reaches the parameters through C'."""
+    return [view for view in views if view.learns or (args.pathwise and args.alpha)]
+
+
+def reward_views(views, scale, args):
+    """Fill in each view's reward terms (Eq. 4 and 3.2.2) and advantages."""
+    c, c_other = views[0].confidence, views[1].confidence if len(views) > 1 else None
+    for view in views:
+        perception, calibration = confidence_reward(c, view.confidence, c_other, view.correct, scale, args)
+        formats = torch.tensor([[reward.format_reward(r.text, r.finished) for r in group] for group in view.rollouts])
+        view.terms = {"perception": perception, "calibration": calibration, "outcome": view.correct, "format": formats}
+        view.advantages, view.spread = group_advantages(sum(view.terms.values()), args.adv_norm)
+
+
+def statistics(views):
+    """Every reward term, confidence, length and entropy, per view (dict of floats, means over this rank's rollouts)."""
+    stats = {}
+    for view in views:
+        flat = [r for group in view.rollouts for r in group]
+        total = sum(view.terms.values())
+        row = {"reward": total.mean(), **{name: term.mean() for name, term in view.terms.items()},
+               "confidence": view.confidence.mean(), "confidence_std": view.confidence.std(),
+               # minus the mean log-prob of what was sampled: an unbiased estimate of the policy's entropy a token
+               "entropy": -torch.cat([r.logprobs for r in flat]).mean(),
+               "length": sum(len(r.tokens) for r in flat) / len(flat),
+               "truncated": sum(not r.finished for r in flat) / len(flat),
+               "zero_variance": (total.std(-1) < 1e-6).float().mean(),
+               "distinct": sum(len({r.text for r in group}) / len(group) for group in view.rollouts) / len(view.rollouts),
+               "words": len({word for r in flat for word in r.text.split()})}
+        stats |= {f"{view.name}/{name}": float(value) for name, value in row.items()}
+    if len(views) > 1:
+        stats["gap"] = float((views[0].confidence - views[1].confidence).mean())
+    return stats
+
+
+def train(args):
+    """The whole run -> the table's rows (rank 0) or None."""
+    rank, world, device = start_ranks()
+    check(args, world)
+    main_rank = rank == 0
+    torch.manual_seed(args.seed)
+    train_set, held_out = open_data(args)
+    order = Order(len(train_set), args.batch_size, args.seed)
+    output, checkpoint = None, None
+    clip = noise.ClipAttention.from_pretrained(args.clip, device)
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    vlm = VLM.load(args.model, device, dtype)
+    wanted = (range(len(train_set)) if isinstance(train_set, list)
+              else sorted({i for s in range(args.steps) for i in order(s)}))
+    check_prompts(vlm, [train_set[i] for i in list(wanted)[rank::world]], args.max_new_tokens, main_rank)
+    check_prompts(vlm, [held_out[i] for i in range(rank, len(held_out), world)], args.max_new_tokens, main_rank)
+    if main_rank:
+        output, checkpoint = open_run(args)
+    output, checkpoint = gathered([(output, checkpoint)])[0]
+    reference = VLM.load(args.model, device, dtype) if args.kl_beta else None
+
+    before = load_or(output / "before.json", lambda: run_probe(vlm, held_out, clip, args, rank, world, "before"), rank) \
+        if held_out else None
+    start, state = 0, None
+    if checkpoint is not None:
+        vlm = VLM.load(checkpoint, device, dtype)
+        state = torch.load(checkpoint / "training.pt", weights_only=True, map_location=device)
+        start, scale = state["step"], state["scale"]
+        torch.set_rng_state(state["rng"].cpu())
+    else:
+        scale = base_scale(vlm, clip, train_set, order, args)
+    parameters = [p for p in vlm.model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    if state is not None:
+        optimiser.load_state_dict(state["optimiser"])
+    if main_rank:
+        for log in ("metrics.jsonl", "samples.jsonl"):
+            trim_log(output / log, start)
+        count = sum(p.numel() for p in parameters)
+        print(f"{args.recipe}: {args.model}, {count:,} parameters on {device} x {world}, steps {start} to {args.steps}")
+
+    stop = []
+    previous = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="step", disable=not main_rank)
+    try:
+        for step in progress:
+            for group in optimiser.param_groups:
+                group["lr"] = args.lr * min(1.0, (step + 1) / 5)
+            samples = [train_set[i] for i in order(step)[rank::world]]
+            clock = time.perf_counter()
+            views, prompts = roll_out(vlm, clip, samples, step, args)                  # I - III
+            reward_views(views, scale, args)                                           # IV, V: rewards, advantages
+            sampled = time.perf_counter()
+            used, updates = learners(views, args), []
+            divisor = batch_weight(used, args, device)
+            for _ in range(args.mu):                                                   # VI. loss and update
+                optimiser.zero_grad()
+                updates.append(learn(vlm, reference, used, prompts, scale, divisor, args))
+                reduce_gradients(parameters)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                updates[-1]["grad_norm"] = float(norm)
+                optimiser.step()
+            learned = time.perf_counter()
+            row = log_row(step, statistics(views), updates, group["lr"], device, world)    # VII. log
+            row |= {"seconds/sample": sampled - clock, "seconds/learn": learned - sampled}
+            if main_rank:
+                write_step(output, row, samples, views)
+                progress.set_postfix(reward=f"{row['original/reward']:.2f}", right=f"{row['original/outcome']:.2f}",
+                                     gap=f"{row.get('gap', float('nan')):.2f}")
+            halted = summed([float(bool(stop))], device)[0] > 0
+            if main_rank and ((step + 1) % args.save_every == 0 or step + 1 == args.steps or halted):
+                save_checkpoint(output, vlm, optimiser, step + 1, scale)
+            if halted and step + 1 < args.steps:
+                progress.close()
+                if main_rank:
+                    print(f"stopped after step {step + 1}, saved; the same command goes on from here", file=sys.stderr)
+                raise SystemExit(130)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return finish(vlm, clip, held_out, before, output, scale, args, rank, world)
+
+
+def base_scale(vlm, clip, train_set, order, args):
+    """Roll out the base model on the questions of the first steps to measure its confidence (`measure_scale`); every
+    rank does the same, so that all hold the same numbers."""
+    pair = Args(**{**asdict(args), "alpha": 1.0, "noised": "rollout"})
+    views, questions = [], []
+    for step in range(max(1, 64 // args.batch_size)):
+        samples = [train_set[i] for i in order(step)]
+        views.append(roll_out(vlm, clip, samples, f"scale {step}", pair)[0])
+        questions += samples
+    original, noised = ([group for pair in views for group in pair[side].rollouts] for side in (0, 1))
+    return measure_scale(original, noised, questions, args.confidence)
+
+
+def log_row(step, stats, updates, lr, device, world):
+    """One line of metrics.jsonl: means over ranks and over the mu updates."""
+    keys = list(stats)
+    means = dict(zip(keys, [v / world for v in summed([stats[k] for k in keys], device)]))
+    sums = {key: sum(u[key] for u in updates) for key in ("loss", "pathwise", "kl", "clipped", "tokens")}
+    sums = dict(zip(sums, summed(list(sums.values()), device)))
+    tokens = max(1.0, sums["tokens"])
+    return {"step": step, **means, "loss": sums["loss"] / len(updates), "pathwise": sums["pathwise"] / len(updates),
+            "kl": sums["kl"] / tokens, "clipped": sums["clipped"] / tokens,
+            "grad_norm": sum(u["grad_norm"] for u in updates) / len(updates), "lr": lr}
+
+
+def write_step(output, row, samples, views):
+    """Append to metrics.jsonl, and the first two questions' first rollouts with their terms to samples.jsonl."""
+    with open(output / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    with open(output / "samples.jsonl", "a") as file:
+        for view in views:
+            for q, sample in enumerate(samples[:2]):
+                terms = {name: float(term[q, 0]) for name, term in view.terms.items()}
+                record = {"step": row["step"], "view": view.name, "id": sample.id, "text": view.rollouts[q][0].text,
+                          "answer": sample.answer, "confidence": float(view.confidence[q, 0]), **terms}
+                file.write(json.dumps(record) + "\n")
+
+
+def finish(vlm, clip, held_out, before, output, scale, args, rank, world):
+    """Save the final model, run the probe again, write report.png and the table."""
+    after = load_or(output / "after.json", lambda: run_probe(vlm, held_out, clip, args, rank, world, "after"), rank) \
+        if held_out else None
+    if rank:
+        return None
+    vlm.save(output)
+    write_json(output / "confidence.json", scale)
+    rows = None
+    if held_out:
+        draw_report(output, before, after, args)
+        t = noise.parse_t(args.noise_t)[1]
+        rows = evaluation.before_after(*(evaluation.summaries(found[0], found[t]) for found in (before, after)))
+        print(f"\n{len(held_out)} held-out questions x 2 answers; noised = t {t} on the {args.region} region")
+        print(evaluation.table(rows))
+        print(f"\nwrote {output}/: the model, metrics.jsonl, samples.jsonl, report.png")
+    baseline = os.path.relpath(args.model) if os.path.isdir(args.model) else args.model
+    print(f"next: python eval.py --model {output} --baseline {baseline}")
+    return rows
+
+
+def main(argv=None):
+    try:
+        train(parse(argv))
+    except InputError as error:
+        print(f"train_cdrl.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

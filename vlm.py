@@ -1,0 +1,327 @@
+"""A vision-language model that we can speak to: load, sample with confidence, score with gradient, save.
+
+Any Hugging Face image-text-to-text model that keeps its keys and values in a `DynamicCache`: one prefill encodes the
+prompt and its images once, the cache is cloned for the G samples, and `score` walks exactly the same path (prefill,
+clone, completion), so that sampled and re-scored log-probs agree by construction.
+
+Everything is read from the raw logits in fp32: before temperature, top-k, top-p and banned ids (paper Eq. 3). No
+(B, T, V) tensor is ever kept.
+
+Left out on purpose: contrastive decoding, which comes with CA-TTS; activation checkpointing, which a shared prefill
+does not allow.
+"""
+import inspect
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    DynamicCache,
+    PaddleOCRVLProcessor,
+)
+
+from data import InputError
+from reward import token_confidence, token_entropy, top_k_for
+
+# Rows of the batch that have ended leave it every so many tokens (looking costs a synchronisation on a GPU).
+TRIM_EVERY = 8
+# Logits that one chunk of the vocabulary head may hold (64 MiB in fp32).
+CHUNK_LOGITS = 2**24
+
+
+@dataclass
+class Rollout:
+    """One sampled completion. tokens (T,) int64, EOS included; logprobs (T,), at temperature 1 on raw logits, in nats;
+    confidences (T,), Eq. 3 a token; finished: it ended by EOS and was not cut at max_new_tokens; entropies (T,) in nats,
+    only when asked for."""
+    text: str
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    confidences: torch.Tensor
+    finished: bool
+    entropies: torch.Tensor | None = None
+
+
+@dataclass
+class Scores:
+    """logprobs, confidence, entropy (B, T) fp32, zero where padded; mask (B, T) bool, True on completion tokens."""
+    logprobs: torch.Tensor
+    confidence: torch.Tensor
+    entropy: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass
+class _Prefill:
+    """Prompts, read once. cache: keys and values; hidden (B, D) of the last token; mask (B, L); position (..., B, 1) of
+    the last token, with a leading axis of 3 for multimodal rotary embeddings."""
+    cache: DynamicCache
+    hidden: torch.Tensor
+    mask: torch.Tensor
+    position: torch.Tensor
+
+    def repeat(self, n):
+        self.cache.batch_repeat_interleave(n)      # a copy: samples cannot overwrite each other's keys
+        self.hidden, self.mask = self.hidden.repeat_interleave(n, 0), self.mask.repeat_interleave(n, 0)
+        self.position = self.position.repeat_interleave(n, -2)
+
+    def keep(self, rows):
+        self.cache.batch_select_indices(rows)
+        self.hidden, self.mask = self.hidden[rows], self.mask[rows]
+        self.position = self.position.index_select(-2, rows)
+
+
+def load_processor(path):
+    """AutoProcessor, or where that fails or finds no image processor, one put together from its parts.
+
+    Qwen's processors insist on a video processor, which needs torchvision. Without it the directory's own tokenizer and
+    image processor are joined by an image-only class of transformers with the same `image_grid_thw` arithmetic.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        if hasattr(processor, "image_processor"):
+            return processor
+    except (ImportError, OSError, ValueError, TypeError):
+        pass        # the parts below say what is missing, in a sentence
+    try:
+        images = AutoImageProcessor.from_pretrained(path)
+    except (ImportError, OSError, ValueError) as error:
+        raise InputError(f"model {str(path)!r} has no image processor that can be opened; a vision-language model with "
+                         "preprocessor_config.json or processor_config.json is needed") from error
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not hasattr(images, "merge_size"):
+        raise InputError(f"model {str(path)!r} has a processor that needs torchvision; install torchvision")
+    if not hasattr(tokenizer, "image_token"):
+        tokenizer.add_special_tokens({"extra_special_tokens": {"image_token": "<|image_pad|>"}}
+                                     if "<|image_pad|>" in tokenizer.get_vocab() else {})
+        tokenizer.image_token = "<|image_pad|>"
+        tokenizer.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return PaddleOCRVLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+
+
+class VLM:
+    """model: an image-text-to-text model; processor: its processor. Use `VLM.load`."""
+
+    def __init__(self, model, processor):
+        self.model, self.processor = model.eval(), processor       # eval: dropout would make score differ from sample
+        self.tokenizer = processor.tokenizer
+        self.tokenizer.padding_side = "left"
+        self.backbone, self.head = model.model, model.get_output_embeddings()
+        self.text_config = model.config.get_text_config()
+        self.vocabulary = self.head.weight.shape[0]
+        self.top_k = top_k_for(self.vocabulary)
+        self.eos = self._eos_ids()
+        self.banned = self._banned_ids()
+        # transformers 5.20 renamed past_key_values to cache.
+        names = inspect.signature(self.backbone.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
+
+    @classmethod
+    def load(cls, path, device=None, dtype=None):
+        """Open a directory or hub id. device: default CUDA where there is one; dtype: default bf16 there, fp32 on a
+        CPU. Raises InputError, in a sentence, when there is no such model or it has no image processor."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or (torch.float32 if str(device) == "cpu" else torch.bfloat16)
+        if not Path(path).is_dir() and (str(path).startswith((".", "/")) or str(path).count("/") != 1):
+            raise InputError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name")
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise InputError(f"model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        return cls(model.to(device), load_processor(path))
+
+    def save(self, path):
+        """Write the model and its processor in Hugging Face form."""
+        self.model.save_pretrained(path)
+        self.processor.save_pretrained(path)
+
+    @property
+    def device(self):
+        return self.head.weight.device
+
+    @property
+    def context(self):
+        """The longest sequence, in tokens, that the model's positions allow (int)."""
+        return self.text_config.max_position_embeddings
+
+    def _eos_ids(self):
+        ids = self.model.generation_config.eos_token_id
+        ids = ids if isinstance(ids, list) else [ids if ids is not None else self.tokenizer.eos_token_id]
+        return torch.tensor(ids, device=self.device)
+
+    def _banned_ids(self):
+        """(V,) bool, True on ids that must never be sampled: every special token but EOS, and rows of the head beyond
+        the tokenizer. An image placeholder in a completion would break the next forward pass."""
+        banned = torch.zeros(self.vocabulary, dtype=torch.bool, device=self.device)
+        banned[len(self.tokenizer):] = True
+        special = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
+        config = [value for key, value in vars(self.model.config).items()
+                  if key.endswith(("token_id", "token_index")) and isinstance(value, int)]
+        banned[[i for i in special + config + self.tokenizer.all_special_ids if i < self.vocabulary]] = True
+        banned[self.eos] = False
+        return banned
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Prompts in
+
+    def encode(self, images, prompts):
+        """User turns with their images -> left-padded model inputs (dict of tensors, input_ids (B, L))."""
+        texts = []
+        for pictures, prompt in zip(images, prompts, strict=True):
+            content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": prompt}]
+            texts.append(self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                            add_generation_prompt=True))
+        pictures = [picture for row in images for picture in row] or None
+        inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+        return {key: value.to(self.device) for key, value in inputs.items()}
+
+    def prompt_length(self, images, prompt):
+        """Tokens of one prompt, its images included (int)."""
+        return self.encode([images], [prompt])["input_ids"].shape[1]
+
+    def _positions(self, inputs):
+        """Position ids of the prompts: (3, B, L) for multimodal rotary embeddings, else (B, L)."""
+        if hasattr(self.backbone, "get_rope_index") and "image_grid_thw" in inputs:
+            wanted = inspect.signature(self.backbone.get_rope_index).parameters
+            return self.backbone.get_rope_index(**{key: inputs[key] for key in inputs if key in wanted})[0]
+        return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+    def _forward(self, cache, **inputs):
+        return self.backbone(**inputs, use_cache=True, **{self._cache_name: cache}).last_hidden_state
+
+    def _prefill(self, images, prompts):
+        inputs = self.encode(images, prompts)
+        positions, cache = self._positions(inputs), DynamicCache(config=self.text_config)
+        hidden = self._forward(cache, position_ids=positions, **inputs)         # (B, L, D)
+        return _Prefill(cache, hidden[:, -1], inputs["attention_mask"], positions[..., -1:])
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Completions out
+
+    @torch.no_grad()
+    def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, greedy=False,
+               seed=0, entropy=False):
+        """n completions for each of B prompts -> list (B) of lists (n) of Rollout.
+
+        images: list (B) of lists of PIL images. temperature, top_k (0 = off), top_p (1 = off) shape what is drawn;
+        log-probs and confidences are read from the raw logits. greedy: argmax (lowest id on a tie).
+        seed: an int, or one for each prompt. The random numbers of a prompt are drawn before decoding starts, from its
+        own seed: they do not depend on the other prompts of the batch, nor on how a batch is split over ranks.
+        """
+        seeds = seed if isinstance(seed, (list, tuple)) else [f"{seed} {b}" for b in range(len(prompts))]
+        state = self._prefill(images, prompts)
+        state.repeat(n)
+        total = len(prompts) * n
+        uniform = torch.stack([torch.rand(n, max_new_tokens, generator=_generator(s), dtype=torch.float64)
+                               for s in seeds]).view(total, max_new_tokens).to(self.device)      # (B*n, T)
+        tokens = torch.full((total, max_new_tokens), -1, device=self.device)                      # (B*n, T), -1 = none
+        logprobs = torch.zeros(total, max_new_tokens, device=self.device)
+        confidences = torch.zeros(total, max_new_tokens, device=self.device)
+        entropies = torch.zeros(total, max_new_tokens, device=self.device) if entropy else None
+        rows = torch.arange(total, device=self.device)              # the rows still in the batch
+        ended = torch.zeros(total, dtype=torch.bool, device=self.device)
+
+        for t in range(max_new_tokens):
+            logits = self.head(state.hidden).float()                # (R, V), raw
+            allowed = logits.masked_fill(self.banned, -torch.inf)
+            if greedy:
+                token = allowed.argmax(-1)
+            else:
+                token = draw(allowed, uniform[rows, t], temperature, top_k, top_p)
+            tokens[rows, t] = torch.where(ended, -1, token)
+            logprobs[rows, t] = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+            confidences[rows, t] = token_confidence(logits, self.top_k)
+            if entropy:
+                entropies[rows, t] = token_entropy(logits)
+            ended = ended | torch.isin(token, self.eos)
+            if t % TRIM_EVERY == TRIM_EVERY - 1 or t == max_new_tokens - 1 or len(rows) <= TRIM_EVERY:
+                alive = (~ended).nonzero()[:, 0]
+                if len(alive) == 0:
+                    break
+                if len(alive) < len(rows):
+                    state.keep(alive)
+                    rows, token, ended = rows[alive], token[alive], ended[alive]
+            if t < max_new_tokens - 1:
+                state.mask = torch.cat([state.mask, state.mask.new_ones(len(rows), 1)], 1)
+                state.position = state.position + 1
+                state.hidden = self._forward(state.cache, input_ids=token[:, None], attention_mask=state.mask,
+                                             position_ids=state.position)[:, -1]
+
+        lengths = (tokens >= 0).sum(-1).tolist()
+        tokens, logprobs, confidences = tokens.cpu(), logprobs.cpu(), confidences.cpu()
+        eos = set(self.eos.tolist())
+        rollouts = []
+        for row, length in enumerate(lengths):
+            ids = tokens[row, :length]
+            rollouts.append(Rollout(self.tokenizer.decode(ids, skip_special_tokens=True), ids, logprobs[row, :length],
+                                    confidences[row, :length], int(ids[-1]) in eos,
+                                    entropies[row, :length].cpu() if entropy else None))
+        return [rollouts[b * n:(b + 1) * n] for b in range(len(prompts))]
+
+    def score(self, images, prompts, completions, *, temperature=1.0):
+        """Log-probs, confidence and entropy of given completions, with gradient -> Scores, (B*n, T) each.
+
+        completions: B*n lists of token ids, n after each other for each of the B prompts (n = 1: one each), which are
+        read once. temperature divides the logits of `logprobs` alone; confidence and entropy stay raw.
+        Positions, cache and mask are those of `sample`; the vocabulary head sees completion tokens only, in chunks
+        whose logits are recomputed in the backward pass.
+        """
+        n, rest = divmod(len(completions), len(prompts))
+        if rest or not n or not all(len(ids) for ids in completions):
+            raise ValueError(f"{len(completions)} completions, some perhaps empty, for {len(prompts)} prompts; the same "
+                             "number, none empty, is needed for each")
+        state = self._prefill(images, prompts)
+        state.repeat(n)
+        ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(c) for c in completions], batch_first=True,
+                                              padding_value=-1).to(self.device)                    # (B*n, T)
+        mask, width = ids >= 0, ids.shape[1]
+        hidden = state.hidden[:, None]                                                             # (B*n, 1, D)
+        if width > 1:
+            steps = torch.arange(1, width, device=self.device)
+            after = self._forward(state.cache, input_ids=ids[:, :-1].clamp(min=0),
+                                  attention_mask=torch.cat([state.mask, mask[:, :-1].long()], 1),
+                                  position_ids=state.position + steps)
+            hidden = torch.cat([hidden, after], 1)                                                 # (B*n, T, D)
+        rows, targets = hidden[mask], ids[mask]                                                    # (N, D), (N,)
+        size = max(1, CHUNK_LOGITS // self.vocabulary)
+        parts = [checkpoint(self._head_scores, h, y, temperature, use_reentrant=False)
+                 for h, y in zip(rows.split(size), targets.split(size))]
+        fields = [torch.zeros(ids.shape, device=self.device).masked_scatter(mask, torch.cat(part))
+                  for part in zip(*parts)]
+        return Scores(*fields, mask)
+
+    def _head_scores(self, hidden, targets, temperature):
+        """(N, D), (N,) -> log-prob of the target, confidence, entropy, (N,) each."""
+        logits = self.head(hidden).float()                                                         # (N, V)
+        picked = (logits / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        return picked, token_confidence(logits, self.top_k), token_entropy(logits)
+
+
+def _generator(seed):
+    """A CPU generator from any seed; a string is hashed, so that neighbouring seeds share nothing."""
+    return torch.Generator().manual_seed(random.Random(str(seed)).getrandbits(63))
+
+
+def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
+    """One token a row by inverting the cumulative distribution at a given uniform number.
+
+    logits (R, V), -inf where banned; uniform (R,) float64 in [0, 1) -> (R,) int64. Summed in float64: in float32 the
+    tail of a 152k vocabulary is lost, and rounding could select a banned last id.
+    """
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probs = logits.double().softmax(-1)
+    if top_p < 1:
+        ordered, order = probs.sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p              # the first token always stays
+        probs = probs.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
+    cumulative = probs.cumsum(-1)
+    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
