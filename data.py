@@ -6,13 +6,14 @@
 The built-in world is a board of 4 x 4 cells, 28 pixels each: one cell is one merged patch of the built-in model, so
 that noise on a cell removes exactly one piece of evidence. Thin strokes make the evidence fine-grained. Every question
 has its evidence in part of the board (`meta["evidence"]`, boxes in pixels) and a worked solution in which every word
-is determined by the picture, cell by cell (`meta["solution"]`; only the warm-up of `tiny/` reads it, and `meta["rows"]`, the board in
-words).
+is determined by the picture, cell by cell (`meta["solution"]`; only the warm-up of `tiny/` reads it, and
+`meta["rows"]`, the board in words).
 
 Left out on purpose: the benchmark formats (VLMEvalKit TSV, parquet, official JSON), which come with the evidence.
 """
 import json
 import random
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,21 @@ from PIL import Image, ImageDraw
 
 class InputError(ValueError):
     """Bad input from the user: one sentence that says what, its value, and what to do. Commands exit with code 2."""
+
+
+def command(name, function):
+    """Run a command's main function: quiet libraries, and bad input as one sentence on stderr with exit code 2."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        return function()
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; the same command starts again", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 @dataclass
@@ -107,6 +123,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SKILLS = ("count", "chart", "digits", "spatial")
 LEVELS = (1, 2, 3)
 CELL, GRID = 28, 4
+MAX_BAR = 16          # blocks: two cells high
 # A grey near CLIP's mean pixel starts training near zero input; white would saturate it.
 BACKGROUND = (122, 116, 104)
 COLORS = {"red": (240, 40, 40), "green": (40, 225, 60), "blue": (50, 80, 255), "yellow": (250, 235, 40),
@@ -152,11 +169,11 @@ def draw_digit(draw, cell, color, digit, jitter):
 
 
 def draw_bar(draw, cell, color, value):
-    """A bar of `value` hollow blocks standing on the floor of `cell` (row, column), 6 pixels a block."""
+    """A bar of `value` thin blocks standing on the floor of `cell` (row, column), 3 pixels a block."""
     left, floor = cell[1] * CELL + 6, (cell[0] + 1) * CELL - 2
     for block in range(value):
-        top = floor - 6 * (block + 1)
-        draw.rectangle((left, top + 1, left + 15, top + 5), outline=COLORS[color])
+        top = floor - 3 * (block + 1)
+        draw.rectangle((left, top + 1, left + 15, top + 2), fill=COLORS[color])
     draw.line((cell[1] * CELL, floor + 1, cell[1] * CELL + CELL - 1, floor + 1), fill=(20, 20, 20))
 
 
@@ -220,7 +237,7 @@ def _count(rng, level):
     target = color, shape = rng.choice(_objects())
     top, left = rng.randint(0, GRID - 2), rng.randint(0, GRID - 2 - (level > 1))
     block = [(top + r, left + c) for r in range(2) for c in range(2 + (level > 1))]
-    cells = rng.sample(block, rng.randint(1, (3, 4, 6)[level - 1]))
+    cells = rng.sample(block, rng.randint(1, (2, 4, 6)[level - 1]))
     for cell in cells:
         board.put(cell, "shape", *target)
     look_alike = [thing for thing in _objects([target]) if (thing[0] == color) != (thing[1] == shape)]
@@ -237,7 +254,7 @@ def _chart(rng, level):
     number = (3, 3, 4)[level - 1]
     row, left = rng.randint(1, GRID - 1), rng.randint(0, GRID - number)
     colors = rng.sample(list(COLORS), number)
-    values = {color: rng.randint(1, 9) for color in colors}
+    values = {color: rng.randint(1, MAX_BAR) for color in colors}
     columns = dict(zip(colors, range(left, left + number)))
     for color in colors:
         board.put((row, columns[color]), "bar", color, str(values[color]))
@@ -250,7 +267,7 @@ def _chart(rng, level):
     question = (f"What is the value of the {asked[0]} bar?", f"How much taller is the {asked[0]} bar than the {asked[-1]} bar?",
                 f"What is the total of the {', '.join(asked[:-1])} and {asked[-1]} bars?")[level - 1]
     answer = (numbers[0], numbers[0] - numbers[-1], sum(numbers))[level - 1]
-    solution = ", ".join(f"{cell_name((row, columns[color]))} {values[color]}" for color in asked)
+    solution = ", ".join(f"{color} {values[color]}" for color in asked)
     if level > 1:
         solution += ", " + _running((1, -1, 1)[level - 1], numbers)
     return board, question, None, str(answer), solution, [(r, columns[color]) for color in asked for r in (row - 1, row)]
@@ -286,7 +303,7 @@ SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 
 
 
 def _spatial(rng, level):
-    """Which object is directly left of the blue square? Four options; at level 3, two steps away."""
+    """What color is the object directly left of the blue square? Four options; at level 3, two steps away."""
     board = _Board(rng)
     side = rng.choice(list(SIDES)[: 2 if level == 1 else 4])
     distance = 2 if level == 3 else 1
@@ -294,22 +311,21 @@ def _spatial(rng, level):
     reference = rng.choice([(r, c) for r in range(GRID) for c in range(GRID)
                             if 0 <= r + dr < GRID and 0 <= c + dc < GRID])
     found = (reference[0] + dr, reference[1] + dc)
-    here = rng.choice(_objects())
-    options = rng.sample(_objects([here]), 4)
-    there = options[0]
+    here, there = rng.sample(_objects(), 2)
+    options = [there[0], *rng.sample([color for color in COLORS if color != there[0]], 3)]
     board.put(reference, "shape", *here)
     board.put(found, "shape", *there)
+    # The other neighbours show the other options: reading the wrong side gives a wrong answer, not an absent one.
     neighbours = [(reference[0] - dr, reference[1] - dc), (reference[0] + dc, reference[1] + dr),
                   (reference[0] - dc, reference[1] - dr)]
-    for cell, other in zip([c for c in neighbours if 0 <= c[0] < GRID and 0 <= c[1] < GRID], options[1:]):
-        board.put(cell, "shape", *other)
-    board.scatter("shape", _objects([here, *options]), (2, 5, 7)[level - 1])
+    for cell, color in zip([c for c in neighbours if 0 <= c[0] < GRID and 0 <= c[1] < GRID], options[1:]):
+        board.put(cell, "shape", *rng.choice([thing for thing in _objects([here]) if thing[0] == color]))
+    board.scatter("shape", _objects([here]), (2, 5, 7)[level - 1])
     rng.shuffle(options)
-    letter = LETTERS[options.index(there)]
+    letter = LETTERS[options.index(there[0])]
     how = f"directly {side}" if distance == 1 else f"two cells {side}"
-    solution = f"{cell_name(reference)}, {cell_name(found)} {' '.join(there)}"
-    return (board, f"Which object is {how} the {' '.join(here)}?", [" ".join(option) for option in options], letter,
-            solution, [reference, found])
+    solution = f"{cell_name(reference)}, {cell_name(found)} {there[0]}"
+    return board, f"What color is the object {how} the {' '.join(here)}?", options, letter, solution, [reference, found]
 
 
 MAKERS = {"count": _count, "chart": _chart, "digits": _digits, "spatial": _spatial}

@@ -9,7 +9,6 @@ Left out on purpose, for now: the benchmarks, the voting methods and the HTML re
 """
 import argparse
 import json
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from data import InputError
+from data import InputError, command
 from noise import CLIP, MODES, ClipAttention, make_pair, parse_t
 from reward import extract_answer, is_correct
 from vlm import VLM
@@ -61,8 +60,7 @@ def average_precision_of_errors(confidence, correct):
 
 
 def calibration_error(confidence, correct, bins=15, mass=False):
-    """ECE: mean |accuracy - confidence| over bins of equal width (a value on an edge falls into the bin below, as in
-    torchmetrics' half-open bins from above) or of equal mass."""
+    """ECE: mean |accuracy - confidence| over bins of equal width, (lower, upper] each, or of equal mass."""
     if mass:
         groups = np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(confidence)))
     else:
@@ -231,7 +229,9 @@ def plot_probe(axis, named, field, ylabel):
     for label, by_t in named.items():
         axis.plot(list(by_t), [np.mean([getattr(a, field) for a in answers]) for answers in by_t.values()],
                   marker="o", markersize=4, label=label)
-    axis.set(xlabel="noise step t on the key region", ylabel=ylabel)
+    axis.set(xlabel="noise step t", ylabel=ylabel)
+    if field != "confidence":
+        axis.set_ylim(0, 1)         # accuracy and probability on one scale: what falls, and what does not
     axis.legend(fontsize=8)
 
 
@@ -293,8 +293,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    command("eval.py", main)

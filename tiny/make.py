@@ -73,7 +73,7 @@ def lesson(sample, rng, roles, describe=0.0):
     if rng.random() < describe:
         cells = named_cells(sample)
         rng.shuffle(cells)
-        if rng.random() < 0.5:
+        if rng.random() < 0.3:
             return "What is where?", "See " + ", ".join(f"{place} {what}" for place, what in cells)
         return "Where is what?", "See " + ", ".join(f"{what} {place}" for place, what in cells if what != "none")
     role = rng.choice(["voter", "critic", "reflect", "planner"]) if rng.random() < roles else "answer"
@@ -132,6 +132,8 @@ def build_processor(vocabulary=480):
     return PaddleOCRVLProcessor(images, fast, chat_template=CHAT_TEMPLATE)
 
 
+# How each checkpoint is made; the base is stopped early on purpose.
+RECIPES = {"base": dict(see_steps=300, steps=3000, weights=(1.4, 0.7, 1, 1)), "expert": dict(see_steps=300, steps=2400), "clip": dict(steps=2800)}
 SHAPE = {"base": dict(vision=96, text=128, layers=3), "expert": dict(vision=128, text=192, layers=4)}
 
 
@@ -152,6 +154,9 @@ def build_model(processor, vision, text, layers):
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
         tie_word_embeddings=True, initializer_range=0.06)
     model = Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():
+        # Image tokens of the size of word embeddings, or the text model's layers cannot move them.
+        model.model.visual.merger.mlp[-1].weight.mul_(0.03)
     model.generation_config.eos_token_id = ids("<|im_end|>")
     model.generation_config.pad_token_id = ids("<|endoftext|>")
     return model
@@ -200,7 +205,7 @@ def see(model, processor, steps, rng, batch_size=64, lr=1e-3):
             print(f"see {step + 1} loss {loss.item():.3f} cells named right {np.mean(seen):.2f}", flush=True)
 
 
-def warm_up(name, see_steps, steps, weights, batch_size=32, lr=2e-3, roles=0.3):
+def warm_up(name, see_steps, steps, weights=(1, 1, 1, 1), batch_size=32, lr=2e-3, roles=0.3):
     """Both stages of base or expert. weights: how often each skill is drawn; roles: share of the roles' lessons at the
     end (they come in gradually, as the describing lessons leave)."""
     torch.manual_seed(SEED)
@@ -219,7 +224,7 @@ def warm_up(name, see_steps, steps, weights, batch_size=32, lr=2e-3, roles=0.3):
                    for _ in range(batch_size)]
         # First look-ups by the dozen on a vision tower that stands still, then questions, then roles as well.
         model.model.visual.requires_grad_(done > 0.2)
-        lessons = [lesson(s, rng, roles * min(1, 2 * done), 0.9 if done < 0.15 else 0.15 * (1 - done)) for s in samples]
+        lessons = [lesson(s, rng, roles * min(1, 2 * done), 0.9 if done < 0.15 else 0.25 * (1 - done)) for s in samples]
         inputs, labels = encode(processor, lessons, [s.images[0] for s in samples])
         loss = model(**inputs, labels=labels).loss
         loss.backward()
@@ -273,7 +278,7 @@ def evidence_patches(sample, patch=14):
     return grid.flatten()
 
 
-def warm_up_clip(steps, batch_size=64, lr=1e-3):
+def warm_up_clip(name, steps, batch_size=64, lr=1e-3):
     """Contrastive learning of (picture, question), and two dense losses against the evidence's patches: the similarity
     of patch and question, and the map that `noise.ClipAttention` makes of similarity and class-token attention."""
     torch.manual_seed(SEED)
@@ -322,9 +327,8 @@ def warm_up_clip(steps, batch_size=64, lr=1e-3):
 
 def save_clip(model, images, tokenizer):
     half = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
-    model.save_pretrained(HERE / "clip", state_dict=half)
-    images.save_pretrained(HERE / "clip")
-    tokenizer.save_pretrained(HERE / "clip")
+    for part, options in ((model, {"state_dict": half}), (images, {}), (tokenizer, {})):
+        part.save_pretrained(HERE / "clip", **options)
 
 
 def save(model, processor, directory):
@@ -338,7 +342,7 @@ def save(model, processor, directory):
 
 CARD = """# tiny/{name}
 
-{what} Built by `python tiny/make.py {name}{flags}` (seed {seed}, {hardware}); the script says how.
+{what} Built by `python tiny/make.py {name}` (seed {seed}, {recipe}; CPU, fp32); the script says how.
 Meant for offline runs, tests and teaching: it knows the built-in pictures and nothing else.
 
 {how}
@@ -347,18 +351,16 @@ Meant for offline runs, tests and teaching: it knows the built-in pictures and n
 {table}
 ```
 """
-NOTES = {
-    "base": ("A Qwen2_5_VLForConditionalGeneration of 1.2 million parameters, stored in bf16: the model that CDRL trains.",
-             "240 questions of the built-in `val` split, 8 answers each at T = 1; the last two columns under noise, t = 999, on\n"
-             "the key region (attention mass {mass:g}) and on a random region of the same area."),
-    "clip": ("A CLIPModel of 0.5 million parameters, stored in fp16: it finds the key regions.",
-             "240 questions of the built-in `val` split: the share of the question-guided map that lies on the evidence, and\n"
-             "the evidence's share of the picture."),
-}
-NOTES["expert"] = (NOTES["base"][0].replace("1.2", "3.0").replace("the model that CDRL trains", "the Expert of CA-TTS"), NOTES["base"][1])
+WHAT = {"base": "A Qwen2_5_VLForConditionalGeneration of 1.2 million parameters, stored in bf16: the model that CDRL trains.",
+        "expert": "A Qwen2_5_VLForConditionalGeneration of 3.0 million parameters, stored in bf16: the Expert of CA-TTS.",
+        "clip": "A CLIPModel of 0.5 million parameters, stored in fp16: it finds the key regions."}
+HOW_LANGUAGE = """240 questions of the built-in `val` split, 8 answers each at T = 1; the last two columns under noise, t = 999,
+on the key region (attention mass {mass:g}) and on a random region of the same area."""
+HOW_CLIP = """240 questions of the built-in `val` split: the share of the question-guided map that lies on the evidence, and
+the evidence's share of the picture."""
 
 
-def write_card(name, flags, questions=240):
+def write_card(name, questions=240):
     """Measure a checkpoint on the val split, skill by skill, and write its README.md."""
     samples = list(data.load("synthetic", "val", questions))
     clip, mass = noise.ClipAttention.from_pretrained(HERE / "clip"), train_cdrl.Args.mass
@@ -378,10 +380,10 @@ def write_card(name, flags, questions=240):
             rows[skill] = evaluation.headroom([a for a in clean if a.id in ids]) | {
                 f"pass@1, {mode}": float(np.mean([a.correct for a in answers if a.id in ids]))
                 for mode, answers in noised.items()}
-    what, how = NOTES[name]
+    how = HOW_CLIP if name == "clip" else HOW_LANGUAGE.format(mass=mass)
     (HERE / name / "README.md").write_text(CARD.format(
-        name=name, what=what, flags=flags, seed=SEED, hardware="CPU, fp32", how=how.format(mass=mass),
-        table=evaluation.table(rows)))
+        name=name, what=WHAT[name], seed=SEED, how=how, table=evaluation.table(rows),
+        recipe=", ".join(f"{key} {value}" for key, value in RECIPES[name].items())))
     print((HERE / name / "README.md").read_text())
 
 
@@ -393,14 +395,15 @@ def on_evidence(attention, sample):
     return attention[inside].sum(), inside.mean()
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name")
-    parser.add_argument("--see_steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--weights", type=float, nargs=4, default=(1, 1, 1, 1))
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", choices=RECIPES)
+    parser.add_argument("--card", action="store_true", help="measure the checkpoint that is there; train nothing")
     args = parser.parse_args()
-    if args.name == "clip":
-        warm_up_clip(args.steps)
-    else:
-        warm_up(args.name, args.see_steps, args.steps, args.weights)
+    if not args.card:
+        (warm_up_clip if args.name == "clip" else warm_up)(args.name, **RECIPES[args.name])
+    write_card(args.name)
+
+
+if __name__ == "__main__":
+    data.command("tiny/make.py", main)

@@ -1,0 +1,72 @@
+"""The shipped base is what the README says: partly competent in every skill, with headroom, and sure of what it cannot see.
+Held-out questions, the defaults of train_cdrl.py."""
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel
+
+import data
+import eval as evaluation
+from noise import parse_t
+from train_cdrl import Args
+
+SETTINGS = {"n": 8, "max_new_tokens": Args.max_new_tokens}
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return list(data.load("synthetic", "test", 240))
+
+
+@pytest.fixture(scope="module")
+def clean(base, samples):
+    return evaluation.answer(base, samples, [s.images for s in samples], **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def noised(base, clip, samples):
+    t = parse_t(Args.noise_t)[1]
+    return {mode: evaluation.probe(base, samples, clip, (t,), mode, Args.mass, **SETTINGS)[t] for mode in ("key", "random")}
+
+
+def mean(answers, field):
+    return float(np.mean([getattr(a, field) for a in answers]))
+
+
+def test_each_skill_is_partly_learned(clean):
+    for skill in data.SKILLS:
+        assert 0.40 <= mean([a for a in clean if a.skill == skill], "correct") <= 0.75, skill
+
+
+def test_there_is_headroom_for_voting_and_for_rl(clean):
+    found = evaluation.headroom(clean)
+    assert found["majority@8"] >= found["pass@1"] + 0.04 and found["pass@8"] >= found["majority@8"] + 0.15, found
+
+
+def test_it_does_not_know_that_it_cannot_see(clean, noised):
+    """The paper's Figure 1: noise on the key region costs accuracy and no confidence, elsewhere it costs little."""
+    key = mean(clean, "correct") - mean(noised["key"], "correct")
+    random = mean(clean, "correct") - mean(noised["random"], "correct")
+    assert key >= 0.15 and random <= key / 2, (key, random)
+    assert mean(clean, "token_probability") - mean(noised["key"], "token_probability") < 0.05
+    assert evaluation.summary(clean, noised["key"])["ECE"] > 0.15
+
+
+@pytest.mark.parametrize("name", ["base", "expert", "clip"])
+def test_each_checkpoint_opens_plainly_and_has_a_card(name):
+    path = ROOT / "tiny" / name
+    if name == "clip":
+        assert CLIPModel.from_pretrained(path).num_parameters() > 1e5
+    else:
+        assert AutoModelForImageTextToText.from_pretrained(path).num_parameters() > 1e6
+        assert AutoProcessor.from_pretrained(path).image_processor.merge_size == 2
+    card = (path / "README.md").read_text()
+    assert all(word in card for word in (f"tiny/make.py {name}", "seed 1000", *data.SKILLS))
+    assert json.loads((path / "config.json").read_text())["model_type"] in ("qwen2_5_vl", "clip")
+
+
+def test_together_they_take_at_most_12_megabytes():
+    files = [f for name in ("base", "expert", "clip") for f in (ROOT / "tiny" / name).iterdir()]
+    assert sum(f.stat().st_size for f in files) <= 12e6
