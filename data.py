@@ -245,7 +245,7 @@ def _count(rng, level):
     board.scatter("digit", [(c, d) for c in COLORS for d in DIGITS], rng.randint(0, 3))
     solution = f"{' '.join(cell_name(cell) for cell in sorted(cells))}, total {len(cells)}"
     plural = shape + ("es" if shape == "cross" else "s")
-    return board, f"How many {color} {plural} are there?", None, str(len(cells)), solution, cells
+    return board, f"How many {color} {plural} are there?", str(len(cells)), solution, cells
 
 
 def _chart(rng, level):
@@ -270,7 +270,7 @@ def _chart(rng, level):
     solution = ", ".join(f"{color} {values[color]}" for color in asked)
     if level > 1:
         solution += ", " + _running((1, -1, 1)[level - 1], numbers)
-    return board, question, None, str(answer), solution, [(r, columns[color]) for color in asked for r in (row - 1, row)]
+    return board, question, str(answer), solution, [(r, columns[color]) for color in asked for r in (row - 1, row)]
 
 
 def _running(sign, numbers):
@@ -296,14 +296,14 @@ def _digits(rng, level):
     board.scatter("shape", _objects(), rng.randint(1, 5))
     numbers = [int(digit) for digit in digits]
     solution = ", ".join(f"{cell_name(cell)} {digit}" for cell, digit in zip(cells, digits)) + ", " + _running(1, numbers)
-    return board, f"What is the sum of the {color} digits?", None, str(sum(numbers)), solution, cells
+    return board, f"What is the sum of the {color} digits?", str(sum(numbers)), solution, cells
 
 
 SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 
 def _spatial(rng, level):
-    """What color is the object directly left of the blue square? Four options; at level 3, two steps away."""
+    """What color is the object directly left of the blue square? At level 3, two steps away."""
     board = _Board(rng)
     side = rng.choice(list(SIDES)[: 2 if level == 1 else 4])
     distance = 2 if level == 3 else 1
@@ -312,20 +312,18 @@ def _spatial(rng, level):
                             if 0 <= r + dr < GRID and 0 <= c + dc < GRID])
     found = (reference[0] + dr, reference[1] + dc)
     here, there = rng.sample(_objects(), 2)
-    options = [there[0], *rng.sample([color for color in COLORS if color != there[0]], 3)]
     board.put(reference, "shape", *here)
     board.put(found, "shape", *there)
-    # The other neighbours show the other options: reading the wrong side gives a wrong answer, not an absent one.
+    # The other neighbours have other colours: reading the wrong side gives a wrong answer.
     neighbours = [(reference[0] - dr, reference[1] - dc), (reference[0] + dc, reference[1] + dr),
                   (reference[0] - dc, reference[1] - dr)]
-    for cell, color in zip([c for c in neighbours if 0 <= c[0] < GRID and 0 <= c[1] < GRID], options[1:]):
+    others = rng.sample([color for color in COLORS if color != there[0]], 3)
+    for cell, color in zip([c for c in neighbours if 0 <= c[0] < GRID and 0 <= c[1] < GRID], others):
         board.put(cell, "shape", *rng.choice([thing for thing in _objects([here]) if thing[0] == color]))
     board.scatter("shape", _objects([here]), (2, 5, 7)[level - 1])
-    rng.shuffle(options)
-    letter = LETTERS[options.index(there[0])]
     how = f"directly {side}" if distance == 1 else f"two cells {side}"
     solution = f"{cell_name(reference)}, {cell_name(found)} {there[0]}"
-    return board, f"What color is the object {how} the {' '.join(here)}?", options, letter, solution, [reference, found]
+    return board, f"What color is the object {how} the {' '.join(here)}?", there[0], solution, [reference, found]
 
 
 MAKERS = {"count": _count, "chart": _chart, "digits": _digits, "spatial": _spatial}
@@ -341,13 +339,13 @@ def synthetic(split, seed, index, skill=None):
     level = LEVELS[index // len(SKILLS) % len(LEVELS)]
     rng = random.Random(f"{split} {seed} {index} {skill}")
     while True:
-        board, question, choices, answer, solution, cells = MAKERS[skill](rng, level)
+        board, question, answer, solution, cells = MAKERS[skill](rng, level)
         content = repr((question, sorted(board.things.items())))
         if zlib.crc32(content.encode()) % 10 in SPLITS[split]:
             break
     meta = {"skill": skill, "level": level, "evidence": _boxes(cells), "rows": board.words(),
             "solution": f"See {solution}. \\boxed{{{answer}}}"}
-    return Sample(f"{split}-{seed}-{index}", [board.render()], question, answer, choices, "synthetic", meta)
+    return Sample(f"{split}-{seed}-{index}", [board.render()], question, answer, None, "synthetic", meta)
 
 
 class Synthetic(Sequence):

@@ -54,7 +54,7 @@ def test_it_does_not_know_that_it_cannot_see(clean, noised):
     assert evaluation.summary(clean, noised["key"])["ECE"] > 0.15
 
 
-@pytest.mark.parametrize("name", ["base", "expert", "clip"])
+@pytest.mark.parametrize("name", ["base", "clip"])
 def test_each_checkpoint_opens_plainly_and_has_a_card(name):
     path = ROOT / "tiny" / name
     if name == "clip":
@@ -68,5 +68,5 @@ def test_each_checkpoint_opens_plainly_and_has_a_card(name):
 
 
 def test_together_they_take_at_most_12_megabytes():
-    files = [f for name in ("base", "expert", "clip") for f in (ROOT / "tiny" / name).iterdir()]
+    files = [f for name in ("base", "clip") for f in (ROOT / "tiny" / name).iterdir()]
     assert sum(f.stat().st_size for f in files) <= 12e6

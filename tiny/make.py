@@ -53,8 +53,8 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 
 def wrong_answer(sample, rng):
     """A plausible answer that is not the gold one."""
-    if sample.choices:
-        return rng.choice([letter for letter in data.LETTERS[:len(sample.choices)] if letter != sample.answer])
+    if sample.answer in data.COLORS:
+        return rng.choice([color for color in data.COLORS if color != sample.answer])
     gold = int(sample.answer)
     return str(rng.choice([value for value in (gold - 2, gold - 1, gold + 1, gold + 2) if value >= 0]))
 
@@ -133,7 +133,8 @@ def build_processor(vocabulary=480):
 
 
 # How each checkpoint is made; the base is stopped early on purpose.
-RECIPES = {"base": dict(see_steps=300, steps=3000, weights=(1.4, 0.7, 1, 1)), "expert": dict(see_steps=300, steps=2400), "clip": dict(steps=2800)}
+RECIPES = {"base": dict(see_steps=300, steps=2600, weights=(1.4, 0.7, 0.55, 1)),
+           "expert": dict(see_steps=300, steps=3000), "clip": dict(steps=2800)}
 SHAPE = {"base": dict(vision=96, text=128, layers=3), "expert": dict(vision=128, text=192, layers=4)}
 
 
