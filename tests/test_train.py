@@ -177,7 +177,8 @@ def test_reward_is_the_sum_of_its_terms_as_in_eq_4(fresh, clip):
     c, c_other = views[0].confidence, views[1].confidence
     low, high = c.amin(-1, keepdim=True), c.amax(-1, keepdim=True)
     r = views[0].correct
-    expected = 0.5 * torch.tanh(c - c_other) + (2 * r - 1) * (c - low) / (high - low) + r + views[0].terms["format"]
+    c_norm = torch.where(high > low, (c - low) / (high - low), 0.5)      # equal words in a group: the middle
+    expected = 0.5 * torch.tanh(c - c_other) + (2 * r - 1) * c_norm + r + views[0].terms["format"]
     torch.testing.assert_close(sum(views[0].terms.values()), expected)
     for q, group in enumerate(views[0].rollouts):
         for g, rollout in enumerate(group):
