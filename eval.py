@@ -5,7 +5,7 @@
 The probe noises a region of each picture step by step and reads accuracy and confidence: a model that knows that it
 cannot see loses confidence where it loses accuracy. Sampled at T = 1, n answers a question, each scored alone (pass@1).
 
-Left out on purpose, for now: the benchmarks, the voting methods and the HTML report.
+Not here yet: the benchmarks, the voting methods and the HTML report.
 """
 import argparse
 import json
