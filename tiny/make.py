@@ -3,9 +3,9 @@
     python tiny/make.py base            # also: expert, clip; each overwrites its directory, model card included
 
 Base and expert are trained from scratch by next-token prediction on worked solutions of the built-in training questions
-(split "train", seed 1000; `train_cdrl.py` draws with its own --seed, 0 by default), and on the prompts of the Expert's roles. The base stops early
-and is small: it is meant to be only partly competent. All three are saved in half precision and open with plain
-`from_pretrained`.
+(split "train", seed 1000; `train_cdrl.py` draws with its own --seed, 0 by default), and on the prompts of the Expert's
+roles. The base stops early and is small: it is meant to be only partly competent. All three are saved in half precision
+and open with plain `from_pretrained`.
 """
 import argparse
 import json
