@@ -2,6 +2,7 @@
 
     data.load("synthetic", split="test")          # four skills, three levels, drawn on demand
     data.load("questions.jsonl")                  # {"id", "image", "question", "choices"?, "answer"} a line
+    data.load("MathVista_MINI.tsv")               # VLMEvalKit; also the official .json and .jsonl files, and parquet
 
 The built-in world is a board of 4 x 4 cells, 28 pixels each: one cell is one merged patch of the built-in model, so
 that noise on a cell removes exactly one piece of evidence. Thin strokes make the evidence fine-grained. Every question
@@ -9,14 +10,22 @@ has its evidence in part of the board (`meta["evidence"]`, boxes in pixels) and 
 is determined by the picture, cell by cell (`meta["solution"]`; only the warm-up of `tiny/` reads it, and
 `meta["rows"]`, the board in words).
 
-Left out on purpose: the benchmark formats (VLMEvalKit TSV, parquet, official JSON), which come with the evidence.
+Left out on purpose: downloads. A file is opened where the user has it.
 """
+import argparse
+import ast
+import base64
+import csv
+import io
 import json
+import os
 import random
+import re
 import sys
 import zlib
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -41,18 +50,53 @@ def command(name, function):
         raise SystemExit(130) from None
 
 
+def option(default, text, choices=None):
+    """A dataclass field that is also a command-line flag: its default, a sentence of help, what it may be."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def add_options(parser, settings):
+    """One flag for each field of a dataclass made of `option`s."""
+    for f in fields(settings):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        kind |= {"choices": f.metadata["choices"]} if f.metadata["choices"] else {}
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"),
+                            default=f.default if parser.argument_default is None else parser.argument_default, **kind)
+
+
+def write_atomically(path, text):
+    """Write a file by one rename: a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def table(rows):
+    """{row name: {column: number}} -> text with aligned columns."""
+    columns = list(next(iter(rows.values())))
+    lines = [["", *columns]] + [[name, *(f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns)]
+                                for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+                     for line in lines)
+
+
 @dataclass
 class Sample:
     """One question.
 
-    id: unique in its source. images: PIL images or paths, opened when `pictures` is called. answer: the gold answer, a
-    LETTER when `choices` (the option texts) is given, None when unknown. meta: whatever the source knows; the built-in
-    questions carry "skill", "level", "evidence", "rows" and "solution".
+    id: unique in its source. images: PIL images, paths, or the bytes of a file, opened when `pictures` is called. answer:
+    the gold answer, a LETTER when `choices` (the option texts, "" where a letter is left out) is given, a list where any of
+    several is right, None when unknown. meta: whatever the source knows; the built-in questions carry "skill", "level",
+    "evidence", "rows" and "solution".
     """
     id: str
     images: list
     question: str
-    answer: str | None = None
+    answer: str | list | None = None
     choices: list[str] | None = None
     source: str = ""
     meta: dict = field(default_factory=dict)
@@ -63,11 +107,12 @@ class Sample:
         for image in self.images:
             if not isinstance(image, Image.Image):
                 try:
-                    with Image.open(image) as file:
+                    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as file:
                         file.load()
                         image = file.convert("RGB")
                 except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                    raise InputError(f"question {self.id!r}: image {str(image)!r} cannot be read ({error}); "
+                    shown = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
+                    raise InputError(f"question {self.id!r}: image {shown} cannot be read ({error}); "
                                      "repair or remove that row") from error
             opened.append(image.convert("RGB"))
         return opened
@@ -80,7 +125,7 @@ def ask(sample):
     """The question with its options, without instructions."""
     if not sample.choices:
         return sample.question
-    options = [f"({letter}) {text}" for letter, text in zip(LETTERS, sample.choices)]
+    options = [f"({letter}) {text}" for letter, text in zip(LETTERS, sample.choices) if text]
     return "\n".join([sample.question, *options])
 
 
@@ -364,13 +409,23 @@ class Synthetic(Sequence):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading
+# Loading: one converter for every layout, since the columns say what they are
 
-def load(source, split="train", limit=None, seed=0):
+READERS = {".jsonl": "_read_jsonl", ".json": "_read_json", ".tsv": "_read_tsv", ".parquet": "_read_parquet"}
+# The names under which the known formats keep a thing, in the order in which they are looked for.
+ID, QUESTION, IMAGE = ("id", "qid", "pid", "index"), ("question", "problem"), ("image", "images", "decoded_image", "image_path")
+LAYOUT = ("a question (question or problem), image, image_path, images or image_1.., answer, and for multiple choice choices, "
+          "options or columns A, B, ..")
+
+
+def load(source, split="train", limit=None, seed=0, strict=True):
     """Open a set of questions -> Sequence[Sample].
 
-    source: "synthetic", or the path of a .jsonl file. split and seed choose among the built-in questions and are
-    ignored for files. limit: at most so many. Raises InputError in one sentence.
+    source: "synthetic", or a file: .jsonl (plain, MathVision, ViRL39K or Geometry3K rows), .json (MathVista, or a list of
+    rows), .tsv (VLMEvalKit: MathVista, MathVision, MMStar, MMMU, ..), .parquet (needs pyarrow). Image paths are relative
+    to the file. split and seed choose among the built-in questions and are ignored for files. limit: at most so many.
+    strict: a broken row raises InputError, which names line and id; else it is named on stderr, left out and counted in
+    the result's `broken`. A .tsv stays on the disk and is read row by row; some 200 bytes a row are held.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; it must be at least 1")
@@ -380,54 +435,235 @@ def load(source, split="train", limit=None, seed=0):
         return Synthetic(split, seed, SIZES[split] if limit is None else limit)
     path = Path(source)
     if not path.is_file():
-        raise InputError(f"data file {str(source)!r} does not exist; give 'synthetic' or the path of a .jsonl file")
-    if path.suffix != ".jsonl":
-        raise InputError(f"data file {str(source)!r} ends in {path.suffix!r}; a .jsonl file is expected")
-    samples, seen = [], set()
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if limit is not None and len(samples) == limit:
-                break
-            if line.strip():
-                sample = _from_json(line, number, path)
-                if sample.id in seen:
-                    raise InputError(f"{path}, line {number}: id {sample.id!r} occurs twice; make ids unique")
-                seen.add(sample.id)
-                samples.append(sample)
-    if not samples:
+        raise InputError(f"data file {str(source)!r} does not exist; give 'synthetic' or the path of a file")
+    if path.suffix.lower() not in READERS:
+        raise InputError(f"data file {str(source)!r} ends in {path.suffix!r}; one of {', '.join(READERS)} is expected")
+    samples = File(path, globals()[READERS[path.suffix.lower()]](path), limit, strict)
+    if not len(samples):
         raise InputError(f"data file {str(source)!r} holds no question")
     return samples
 
 
-def _from_json(line, number, path):
-    """One JSONL row -> Sample; image paths are relative to the file."""
-    where = f"{path}, line {number}"
+class File(Sequence):
+    """The questions of a file, made on demand. rows: see `Rows`. broken: how many rows were left out."""
+
+    def __init__(self, path, rows, limit, strict):
+        self.path, self.rows, self.kept, self.broken = path, rows, array("q"), 0
+        seen = set()
+        for place, (where, row) in enumerate(rows):
+            if limit is not None and len(self.kept) == limit:
+                break
+            try:
+                if isinstance(row, InputError):
+                    raise row
+                sample = to_sample(row, where, path, rows.picture)
+                if sample.id in seen:
+                    raise InputError(f"{where}: id {sample.id!r} occurs twice; make ids unique")
+            except InputError as error:
+                if strict:
+                    raise
+                self.broken += 1
+                print(f"left out: {error}", file=sys.stderr)
+                continue
+            seen.add(sample.id)
+            self.kept.append(place)
+        if self.broken:
+            print(f"{path}: {self.broken} broken rows left out, {len(self.kept)} questions kept", file=sys.stderr)
+
+    def __len__(self):
+        return len(self.kept)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        where, row = self.rows[self.kept[index]]
+        return to_sample(row, where, self.path, self.rows.picture)
+
+
+class Rows(Sequence):
+    """Rows of a file that fits in memory: (where in the file, dict or InputError) each."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, place):
+        return self.rows[place]
+
+    def picture(self, cell, folder, where):
+        """An image cell -> a path, or the bytes of a picture."""
+        if isinstance(cell, dict):                      # Hugging Face: {"bytes": ..., "path": ...}
+            cell = cell.get("bytes") or cell.get("path")
+        if isinstance(cell, str) and cell:
+            return folder / cell
+        if isinstance(cell, bytes) and cell:
+            return cell
+        raise InputError(f"{where} has the image {str(cell)[:40]!r}; a path, a list of paths, or picture data is expected")
+
+
+class TsvRows(Rows):
+    """Rows of a VLMEvalKit TSV: only their places in the file are held; base64 pictures are decoded on demand."""
+
+    def __init__(self, path):
+        csv.field_size_limit(2**31 - 1)
+        self.file, self.offsets, self.lines, self.by_index = open(path, "rb"), array("q"), array("q"), {}
+        self.path, self.header = path, None
+        for offset, line, cells in self._records(0, 1):
+            if self.header is None:
+                self.header = [name.strip().lstrip("\ufeff") for name in cells]
+                if not {"question"} <= set(self.header) or not {"image", "image_path"} & set(self.header):
+                    raise InputError(f"{path} has the columns {', '.join(self.header)[:200]}; {LAYOUT} are expected")
+                continue
+            if cells:
+                if "index" in self.header and len(cells) == len(self.header):
+                    self.by_index[cells[self.header.index("index")]] = len(self.offsets)
+                self.offsets.append(offset)
+                self.lines.append(line)
+
+    def _records(self, offset, line):
+        """(offset, line, cells) of the records from a place on; a cell may span lines, so csv decides where one ends."""
+        self.file.seek(offset)
+        end = [offset, line]
+
+        def lines():
+            for raw in iter(self.file.readline, b""):
+                end[0], end[1] = end[0] + len(raw), end[1] + 1
+                yield raw.decode("utf-8", "replace")
+        start = list(end)
+        for cells in csv.reader(lines(), delimiter="\t"):
+            yield (*start, cells)
+            self.file.seek(end[0])
+            start = list(end)
+
+    def __len__(self):
+        return len(self.offsets)
+
+    def __getitem__(self, place):
+        if not 0 <= place < len(self.offsets):
+            raise IndexError(place)
+        line = self.lines[place]
+        _, _, cells = next(self._records(self.offsets[place], line))
+        where = f"{self.path}, line {line}"
+        if len(cells) != len(self.header):
+            return where, InputError(f"{where}: row {(cells or [''])[0][:40]!r} has {len(cells)} cells where the header has "
+                                     f"{len(self.header)}; repair or remove the row")
+        return where, dict(zip(self.header, cells))
+
+    def picture(self, cell, folder, where):
+        for _ in range(2):
+            if not isinstance(cell, str) or len(cell) > 64:
+                break
+            if cell not in self.by_index:               # a path, where the file has no base64 pictures
+                return super().picture(cell, folder, where)
+            cell = self[self.by_index[cell]][1]["image"]        # the same picture as in another row
+        try:
+            return base64.b64decode(cell, validate=True)
+        except ValueError as error:
+            raise InputError(f"{where} has an image that is not base64 ({error}); repair or remove the row") from error
+
+
+def _read_jsonl(path):
+    rows = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    row = InputError(f"{where}: not JSON ({error}); repair or remove the line")
+                rows.append((where, row))
+    return Rows(rows)
+
+
+def _read_json(path):
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error}); repair or remove the line") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); repair the file") from error
+    if isinstance(found, dict):                 # MathVista: {"pid": row}
+        found = [{"pid": key, **row} if isinstance(row, dict) else row for key, row in found.items()]
+    if not isinstance(found, list):
+        raise InputError(f"{path} holds a {type(found).__name__}; a list of rows, or an object of rows by id, is expected")
+    return Rows([(f"{path}, row {number}", row) for number, row in enumerate(found, 1)])
+
+
+def _read_tsv(path):
+    return TsvRows(path)
+
+
+def _read_parquet(path):
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{path} is a parquet file; install pyarrow to read it") from error
+    table = parquet.read_table(path)
+    return Rows([(f"{path}, row {number}", row) for number, row in enumerate(table.to_pylist(), 1)])
+
+
+def _listed(value):
+    """A list, or one written as text ("['a', 'b']"), parsed as a literal and never evaluated -> list, else None."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return None
+    return list(value) if isinstance(value, (list, tuple)) else None
+
+
+_HINT = re.compile(r"^Hint: .*?\nQuestion: ", re.DOTALL)        # VLMEvalKit and MathVista wrap the question in instructions
+_OPTIONS = re.compile(r"\n(?:Options?|Choices): *\n?(?=\(?A)", re.IGNORECASE)
+
+
+def to_sample(row, where, path, picture):
+    """One row of any known layout -> Sample. Raises InputError that names place and id."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON object is expected, found {type(row).__name__}")
-    name = str(row.get("id", number))
-    question, images = row.get("question"), row.get("image", row.get("images", []))
+    name = next((str(row[key]) for key in ID if row.get(key) not in (None, "")), where.split()[-1])
+    here = f"{where}: question {name!r}"
+    if not any(key in row for key in QUESTION):
+        raise InputError(f"{where} has the fields {', '.join(map(str, row))[:200]}; {LAYOUT} are expected")
+    question = next((row[key] for key in QUESTION if row.get(key)), "")
     if not isinstance(question, str) or not question.strip():
-        raise InputError(f"{where}: question {name!r} is empty; give it a text or remove the row")
-    images = images if isinstance(images, list) else [images]
-    if not all(isinstance(image, str) and image for image in images):
-        raise InputError(f"{where}: question {name!r} has images {images!r}; a path or a list of paths is expected")
-    choices, answer = row.get("choices") or None, row.get("answer")
-    if choices is not None and not (isinstance(choices, list) and 2 <= len(choices) <= len(LETTERS)):
-        raise InputError(f"{where}: question {name!r} has choices {choices!r}; a list of 2 to 26 texts is expected")
-    if choices is not None:
-        choices = [str(choice) for choice in choices]
-        if answer is not None and str(answer).strip().upper() not in LETTERS[:len(choices)]:
-            if str(answer) not in choices:
-                raise InputError(f"{where}: question {name!r} has the answer {answer!r}; a letter from A to "
-                                 f"{LETTERS[len(choices) - 1]} or the text of a choice is expected")
-            answer = LETTERS[choices.index(str(answer))]
-    meta = dict(row.get("meta") or {})
-    if "answer_type" in row:
-        meta["answer_type"] = row["answer_type"]
+        raise InputError(f"{here} is empty; give it a text or remove the row")
+    # Options: a list, a list as text, columns A, B, .., or the question's own last lines (MMStar)
+    choices = row.get("choices") if row.get("choices") not in (None, "") else row.get("options")
+    if choices not in (None, "", [], "[]"):
+        listed = _listed(choices)
+        if listed is None or not 2 <= len(listed) <= len(LETTERS):
+            raise InputError(f"{here} has choices {str(choices)[:60]!r}; a list of 2 to 26 texts is expected")
+        choices = [str(choice) for choice in listed]
+    else:
+        columns = [str(row.get(letter) or "") for letter in LETTERS]
+        used = [place for place, text in enumerate(columns) if text]
+        choices = columns[:used[-1] + 1] if len(used) > 1 else None
+    question = _HINT.sub("", question.strip())
+    tail = _OPTIONS.split(question, maxsplit=1)
+    if len(tail) == 2:
+        if choices is None:
+            parts = re.split(r"(?:^|,\s*|\n\s*)\(?([A-H])[:.)]\s*", tail[1])
+            choices = [text.strip() for text in parts[2::2]] if parts[1::2] == list(LETTERS[:len(parts) // 2]) else None
+        question = tail[0].strip() if choices else question
+    answer = row.get("answer_option") if row.get("answer_option") not in (None, "") else row.get("answer")
     answer = None if answer is None or not str(answer).strip() else str(answer).strip()
-    return Sample(name, [path.parent / image for image in images], question.strip(), answer, choices,
-                  str(row.get("source", path.stem)), meta)
+    if row.get("question_type") == "open" and _listed(answer):         # MMMU: any of several
+        answer = [str(item) for item in _listed(answer)]
+    by_text = "pid" in row and "answer_option" not in row               # MathVista's own files give the option's text
+    if choices and answer is not None and (by_text or answer not in LETTERS[:len(choices)]):
+        if answer.upper() not in LETTERS[:len(choices)] and answer not in choices:
+            raise InputError(f"{here} has the answer {answer[:60]!r}; a letter from A to {LETTERS[len(choices) - 1]} or the "
+                             "text of a choice is expected")
+        answer = LETTERS[choices.index(answer)] if answer in choices else answer.upper()
+    # Pictures: base64 cells, paths, picture data; one, a list, a list as text, or image_1, image_2, ..
+    cells = next((row[key] for key in ("decoded_image", *IMAGE) if row.get(key) not in (None, "", [])), None)
+    if cells is None:
+        numbered = sorted((key for key in row if re.fullmatch(r"image_\d+", str(key))), key=lambda key: int(key[6:]))
+        cells = [row[key] for key in numbered if row[key] not in (None, "")]
+    cells = _listed(cells) if _listed(cells) is not None else [cells]
+    images = [picture(cell, path.parent, here) for cell in cells]
+    meta = dict(row["meta"]) if isinstance(row.get("meta"), dict) else {}
+    meta |= {key: row[key] for key in ("answer_type", "precision", "category", "level", "subject", "split", "question_type")
+             if row.get(key) not in (None, "")}
+    return Sample(name, images, question, answer, choices, str(row.get("source") or path.stem), meta)

@@ -1,26 +1,36 @@
-"""Does the model know when it does not know? Metrics, and the probe of the paper's Figure 1.
+"""Does the model know when it does not know? Methods, metrics, scaling, and the probe of the paper's Figure 1.
 
-    python eval.py --model runs/cdrl --baseline tiny/base     # the probe for both: table, probe.json, probe.png
+    python eval.py --model runs/cdrl --baseline tiny/base          # both on the built-in questions: tables, report.html
+    python eval.py --model runs/qwen7b --data MMStar.tsv --expert https://host/v1 --expert_model NAME
 
-The probe noises a region of each picture step by step and reads accuracy and confidence: a model that knows that it
-cannot see loses confidence where it loses accuracy. Sampled at T = 1, n answers a question, each scored alone (pass@1).
+Two files are stored for each model, a line a question, resumable and split over torchrun's ranks: votes.jsonl (samples,
+and every module's votes) and probe.jsonl (answers under noise). Every table is recomputed from them: a row is measured,
+never inferred. Unanswered counts as wrong. Intervals are bootstrapped by question, differences are paired.
 
-Not here yet: the benchmarks, the voting methods and the HTML report.
+Left out on purpose: an LLM as the judge; the rules of reward.py decide.
 """
 import argparse
 import json
-from collections import Counter
-from dataclasses import asdict, dataclass
+import math
+import re
+import sys
+import zlib
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import catts
 import data
+import report
+from catts import Vote, sample_votes, spoken, tally, winner
 from data import InputError, command
-from noise import CLIP, MODES, ClipAttention, make_pair, parse_t
-from reward import extract_answer, is_correct
+from noise import MODES, ClipAttention, make_pair, parse_t
+from reward import accepts, extract_answer, fit_platt, is_correct
 from vlm import VLM
 
 HERE = Path(__file__).resolve().parent
@@ -103,6 +113,86 @@ def metrics(confidence, correct, groups=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# How sure the figures are: bootstrap by question, maps fitted on held-out questions, thresholds
+
+def clusters(ids):
+    """(N,) labels -> list of index arrays, one a question, in the order of first appearance."""
+    found = {}
+    for i, name in enumerate(ids):
+        found.setdefault(name, []).append(i)
+    return [np.array(indices) for indices in found.values()]
+
+
+def bootstrap(ids, confidence, correct, statistics, rounds=1000, seed=0):
+    """Statistics of (confidence, correct) on `rounds` resamples of whole questions -> {name: (rounds,) floats}.
+
+    The answers to one question stay together. The same ids and seed give the same questions: differences of two results
+    are paired.
+    """
+    groups, rng = clusters(ids), np.random.default_rng(seed)
+    found = {name: np.empty(rounds) for name in statistics}
+    for i in range(rounds):
+        index = np.concatenate([groups[g] for g in rng.integers(len(groups), size=len(groups))])
+        for name, statistic in statistics.items():
+            found[name][i] = statistic(confidence[index], correct[index])
+    return found
+
+
+def interval(values, level=0.95):
+    """Percentile interval of bootstrap values, nans left out -> (low, high)."""
+    tail = 50 * (1 - level)
+    if not np.isfinite(values).any():
+        return math.nan, math.nan
+    return tuple(float(x) for x in np.nanpercentile(values, [tail, 100 - tail]))
+
+
+def fit_isotonic(confidence, correct):
+    """Isotonic regression by pooling adjacent violators -> a function of confidences, rising, linear between blocks."""
+    order = np.argsort(confidence, kind="stable")
+    values, index = np.unique(confidence[order], return_inverse=True)
+    weights = np.bincount(index).astype(float)
+    blocks = []                                     # [mean, weight, number of distinct values]
+    for mean, weight in zip(np.bincount(index, correct[order]) / weights, weights):
+        blocks.append([mean, weight, 1])
+        while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
+            mean, weight, size = blocks.pop()
+            last = blocks[-1]
+            blocks[-1] = [(last[0] * last[1] + mean * weight) / (last[1] + weight), last[1] + weight, last[2] + size]
+    fitted = np.repeat([block[0] for block in blocks], [block[2] for block in blocks])
+    return lambda x: np.interp(x, values, fitted)
+
+
+def fit_map(confidence, correct, kind):
+    """Confidence -> probability of being right: "platt" (logistic) or "isotonic" -> a function of arrays."""
+    if kind == "isotonic":
+        return fit_isotonic(confidence, correct)
+    slope, intercept = fit_platt(confidence, correct)
+    return lambda x: 1 / (1 + np.exp(-np.clip(slope * x + intercept, -60, 60)))
+
+
+def cross_fitted(ids, confidence, correct, kind="platt"):
+    """Confidences mapped to probabilities, each by a map fitted on the other half of the questions (N,)."""
+    half = np.array([zlib.crc32(f"half {name}".encode()) % 2 for name in ids])
+    mapped = np.full(len(half), np.nan)
+    for side in (0, 1):
+        if (half == side).any() and (half != side).any():
+            mapped[half == side] = fit_map(confidence[half != side], correct[half != side], kind)(confidence[half == side])
+    return mapped
+
+
+def threshold_for(confidence, correct, risk):
+    """The lowest confidence from which on at most a share `risk` of the answers is wrong -> (threshold, coverage, risk);
+    (1.0, 0.0, nan) when no threshold reaches it."""
+    best = (1.0, 0.0, math.nan)
+    for threshold in np.unique(confidence)[::-1]:
+        kept = confidence >= threshold
+        wrong = float(1 - correct[kept].mean())
+        if wrong <= risk:
+            best = (float(threshold), float(kept.mean()), wrong)
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Answers and the probe
 
 @dataclass
@@ -139,16 +229,34 @@ def answer(vlm, samples, images, n=4, *, seed=0, batch_size=32, progress=None, *
     return answers
 
 
+def noised_answers(vlm, samples, clip, t, mode, mass, n, seed, progress=None, **sampling):
+    """Answers to the same questions on pictures noised at step t on a region -> list of Answer."""
+    images = [make_pair(s.pictures(), s.question, clip, (t, t), mode if t else "all", mass, f"{seed} {s.id}") for s in samples]
+    return answer(vlm, samples, images, n, seed=f"{seed} {t}", progress=progress, **sampling)
+
+
 def probe(vlm, samples, clip, ts=PROBE_STEPS, mode="key", mass=0.5, n=4, seed=0, name="", **sampling):
     """Answers on the same questions at each noise step t (paper Figure 1) -> {t: list of Answer}."""
     samples = list(samples)
     with tqdm(total=len(samples) * len(ts), desc=f"probe {name}".strip(), unit="question", leave=False) as progress:
-        found = {}
-        for t in ts:
-            images = [make_pair(s.pictures(), s.question, clip, (t, t), mode if t else "all", mass, f"{seed} {s.id}")
-                      for s in samples]
-            found[t] = answer(vlm, samples, images, n, seed=f"{seed} {t}", progress=progress, **sampling)
-    return found
+        return {t: noised_answers(vlm, samples, clip, t, mode, mass, n, seed, progress, **sampling) for t in ts}
+
+
+def prober(vlm, clip, regions, ts, mass, n, seed, **sampling):
+    """-> a function: batch of samples -> rows for `catts.answer_file`: {"id", "found": {region: {t: [Answer, ...]}}}."""
+    def collect(batch):
+        rows = {s.id: {"id": s.id, "found": {region: {} for region in ("clean", *regions)}} for s in batch}
+        for region, t in [("clean", 0)] + [(region, t) for region in regions for t in ts if t]:
+            for a in noised_answers(vlm, batch, clip, t, region, mass, n, seed, **sampling):
+                rows[a.id]["found"][region].setdefault(str(t), []).append(asdict(a))
+        return list(rows.values())
+    return collect
+
+
+def probed(rows, region, t):
+    """Rows of `prober` -> list of Answer on a region at step t."""
+    region, t = (region, t) if t else ("clean", 0)
+    return [Answer(**a) for row in rows for a in row["found"][region][str(t)]]
 
 
 def summary(clean, noised):
@@ -194,19 +302,144 @@ def headroom(answers):
             f"pass@{n}": float(np.mean(best))}
 
 
-def table(rows):
-    """{row name: {column: number}} -> text with aligned columns."""
-    columns = list(next(iter(rows.values())))
-    lines = [["", *columns]] + [[name, *(f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns)]
-                                for name, row in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
-                     for line in lines)
-
-
 def before_after(before, after):
-    """Two `summaries` interleaved, pooled and within skill, for `table`."""
+    """Two `summaries` interleaved, pooled and within skill, for `data.table`."""
     return {f"{skill}, {when}": rows[skill] for skill in before for when, rows in (("before", before), ("after", after))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Methods: one stored run of samples and votes, from which every table is recomputed
+
+class Memo:
+    """An Expert that is asked the same thing once. What it said before counts as asked anew: costs stay those of a method
+    that runs alone."""
+
+    def __init__(self, expert):
+        self.expert, self.said = expert, {}
+
+    def ask(self, turns, attempt=0):
+        keys = [(attempt, prompt, *(zlib.crc32(p.tobytes()) for p in pictures)) for pictures, prompt in turns]
+        new = {key: turn for key, turn in zip(keys, turns) if key not in self.said}
+        self.said |= dict(zip(new, self.expert.ask(list(new.values()), attempt))) if new else {}
+        return [self.said[key] for key in keys]
+
+
+def collector(controller, sizes):
+    """-> a function: batch of samples -> rows for `catts.answer_file`, with all that the methods need.
+
+    The largest of `sizes` samples a question; the votes of every module for the first n of them, for each n; the greedy
+    answer, the one with the plausibility cut alone (alpha = 0), and the Expert's own.
+    """
+    vlm, settings, checker = controller.vlm, controller.settings, controller.checker
+    length = {"max_new_tokens": settings.max_new_tokens}
+
+    def collect(batch):
+        pictures, prompts = [s.pictures() for s in batch], [data.prompt(s) for s in batch]
+        groups = vlm.sample(pictures, prompts, max(sizes), temperature=settings.temperature, top_k=settings.top_k,
+                            seed=[f"{settings.seed} {s.id}" for s in batch], **length)
+        greedy = [group[0] for group in vlm.sample(pictures, prompts, greedy=True, **length)]
+        cut = checker.contrast(pictures, pictures, prompts, alpha=0, beta=settings.check_beta, **length) if checker else None
+        expert, own = controller.expert, controller.expert.ask(list(zip(pictures, prompts)))
+        controller.expert = Memo(expert)
+        found = {n: controller.answer_all(batch, [group[:n] for group in groups]) for n in sizes}
+        controller.expert = expert
+        rows = []
+        for i, sample in enumerate(batch):
+            row = found[max(sizes)][i].record(sample, settings.window)
+            row = {key: row[key] for key in ("id", "gold", "choices", "question", "source", "meta", "samples")}
+            row |= {"greedy": spoken(greedy[i], sample), "cut_only": spoken(cut[i], sample) if cut else None}
+            answer = extract_answer(own[i].text, sample.choices)
+            row["expert"] = {"answer": answer, "correct": accepts(answer, sample), "tokens": own[i].tokens}
+            row["by_n"] = {str(n): {"ran": list(votes), "votes": votes, "parts": r.ledger.parts, "notes": r.ledger.notes,
+                                    "said": r.said, "order": r.order}
+                           for n, results in found.items() for r in [results[i]] for votes in [r.by_source()]}
+            rows.append(row)
+        return rows
+    return collect
+
+
+@dataclass
+class Outcome:
+    """What a method made of one question: confidence in [0, 1] or nan; tokens, a contrasted one counting twice, the
+    Expert's included; calls of the Expert."""
+    id: str
+    confidence: float
+    correct: bool
+    tokens: int
+    calls: int = 0
+
+
+LETTER = {"voter": "V", "self_reflection": "R", "self_check": "C"}
+
+
+def outcomes(row, n, settings):
+    """One stored row -> {method: [Outcome, ...]}; several for pass@1, one each for the others.
+
+    Every subset of the modules is recomputed from its own stored votes: InputError when a module's votes are gone.
+    """
+    sample = data.Sample(row["id"], [], row["question"], row["gold"], row["choices"], row["source"], row["meta"])
+    run, drawn = row["by_n"][str(n)], row["samples"][:n]
+    parts = run["parts"]
+
+    def single(spoken, factor=1):
+        return [Outcome(row["id"], math.exp(spoken["logprob"]), spoken["correct"], factor * spoken["tokens"])]
+
+    def voted(votes, tokens, calls=0):
+        rows = tally(votes, taus, sample.choices)
+        best = winner(rows)
+        share = best.total / sum(r.total for r in rows) if best else 0.0
+        return [Outcome(row["id"], share, best is not None and accepts(best.answer, sample), tokens, calls)]
+
+    def samples(**change):
+        return sample_votes([s["answer"] for s in drawn], [s["confidence"][settings.reading] for s in drawn],
+                            [math.exp(s["logprob"]) for s in drawn], replace(settings, **change))
+
+    taus = settings.taus()
+    tokens = sum(s["tokens"] for s in drawn)
+    found = {"pass@1": [outcome for s in drawn for outcome in single(s)], "greedy": single(row["greedy"])}
+    if row["cut_only"]:
+        found["greedy, cut only"] = single(row["cut_only"])
+    found |= {f"majority@{n}": voted(samples(weight="equal"), tokens), f"weighted@{n}": voted(samples(), tokens),
+              f"filtered@{n}": voted(samples(top_share=0.5), tokens),
+              "expert alone": [Outcome(row["id"], float("nan"), row["expert"]["correct"], row["expert"]["tokens"], 1)]}
+    part = defaultdict(lambda: defaultdict(int), {name: defaultdict(int, cost) for name, cost in parts.items()})
+    cost = {"voter": (part["voter"]["expert_tokens"], part["voter"]["expert_calls"]),
+            "self_reflection": (part["critic"]["expert_tokens"] + part["self_reflection"]["tokens"],
+                                part["critic"]["expert_calls"]),
+            "self_check": (2 * part["self_check"]["tokens"], 0)}
+    modules = [source for source in LETTER if source in run["ran"]]
+    for size in range(1, len(modules) + 1):
+        for subset in combinations(modules, size):
+            for source in subset:
+                if source not in run["votes"]:
+                    raise InputError(f"question {row['id']!r}: the votes of {source} for {n} samples are gone; collect again")
+            votes = samples() + [Vote(source, *vote) for source in subset for vote in run["votes"][source]]
+            name = "CA-TTS" if len(subset) == len(LETTER) else "+" + "".join(LETTER[source] for source in subset)
+            found[f"{name}@{n}"] = voted(votes, tokens + sum(cost[s][0] for s in subset), sum(cost[s][1] for s in subset))
+            if subset == ("self_check",):
+                check = run["votes"]["self_check"]
+                found["greedy VCD"] = [Outcome(row["id"], float("nan"), bool(check) and accepts(check[0][0], sample),
+                                               cost["self_check"][0])]
+    return found
+
+
+def by_method(rows, n, settings):
+    """Stored rows -> {method: list of Outcome over all questions}."""
+    found = defaultdict(list)
+    for row in rows:
+        for method, some in outcomes(row, n, settings).items():
+            found[method] += some
+    return dict(found)
+
+
+def method_row(some):
+    """List of Outcome -> one row of the methods' table."""
+    correct = np.array([o.correct for o in some], float)
+    confidence = np.array([o.confidence for o in some])
+    known = metrics(confidence, correct) if np.isfinite(confidence).all() else defaultdict(lambda: float("nan"))
+    shown = ("auroc", "ece", "brier", "aurc", "accuracy@80")
+    return {"accuracy": float(correct.mean()), **{name: known[name] for name in shown},
+            "tokens": float(np.mean([o.tokens for o in some])), "calls": float(np.mean([o.calls for o in some]))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,61 +468,344 @@ def plot_probe(axis, named, field, ylabel):
     axis.legend(fontsize=8)
 
 
-def load_questions(source, limit, split="test"):
-    """Held-out questions, each with an answer. Raises InputError."""
-    samples = list(data.load(source, split, limit))
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables: plain dicts of numbers; a triple is (value, low, high), a 95% interval clustered by question
+
+ROUNDS = 1000
+STATISTICS = {"accuracy": lambda confidence, correct: float(correct.mean()), "auroc": auroc, "ece": calibration_error}
+
+
+def arrays(some):
+    """List of Outcome -> ids, confidence (N,), correct (N,)."""
+    return [o.id for o in some], np.array([o.confidence for o in some]), np.array([o.correct for o in some], float)
+
+
+def resampled(some):
+    """List of Outcome -> `bootstrap` of every statistic that its confidence allows."""
+    ids, confidence, correct = arrays(some)
+    known = STATISTICS if np.isfinite(confidence).all() else {"accuracy": STATISTICS["accuracy"]}
+    return bootstrap(ids, confidence, correct, known, ROUNDS)
+
+
+def summarise(some, boot):
+    """List of Outcome and its `resampled` -> `method_row` with intervals."""
+    return method_row(some) | {name: (STATISTICS[name](*arrays(some)[1:]), *interval(values)) for name, values in boot.items()}
+
+
+def paired(first, second, boots):
+    """second minus first, both lists of Outcome on the same questions, boots their two `resampled`
+    -> {statistic: (difference, low, high)}."""
+    found = {}
+    for name in boots[0].keys() & boots[1].keys():
+        values = [float(STATISTICS[name](*arrays(some)[1:])) for some in (first, second)]
+        found[name] = (values[1] - values[0], *interval(boots[1][name] - boots[0][name]))
+    return {name: found[name] for name in STATISTICS if name in found}
+
+
+def groups_of(rows):
+    """{id: labels}: skill, level, category and question type, for tables within them; a label is "what: value"."""
+    found = {}
+    for row in rows:
+        meta = row["meta"]
+        labels = [f"{name}: {meta[name]}" for name in ("skill", "level", "category", "subject") if name in meta]
+        found[row["id"]] = [*labels, "type: multiple choice" if row["choices"] else "type: open"]
+    return found
+
+
+def slope(accuracies, sizes):
+    """Least-squares slope of accuracy per log2 N. accuracies (..., len(sizes))."""
+    x = np.log2(sizes) - np.mean(np.log2(sizes))
+    return (accuracies * x).sum(-1) / (x**2).sum()
+
+
+def scaling(rows, sizes, settings):
+    """Accuracy against N for the methods that scale, and its slope per log2 N in points, with intervals."""
+    found, by_n = {}, {n: by_method(rows, n, settings) for n in sizes}
+    for name in sorted({method.split("@")[0] for method in by_n[sizes[-1]] if method.endswith(f"@{sizes[-1]}")}):
+        table = np.array([[o.correct for o in by_n[n][f"{name}@{n}"]] for n in sizes], float).T             # (Q, sizes)
+        draws = np.random.default_rng(0).integers(len(table), size=(ROUNDS, len(table)))
+        means = table[draws].mean(1)                                                                        # (rounds, sizes)
+        found[name] = {str(n): (float(table[:, i].mean()), *interval(means[:, i])) for i, n in enumerate(sizes)}
+        found[name]["slope"] = tuple(100 * v for v in (float(slope(table.mean(0), sizes)), *interval(slope(means, sizes))))
+        found[name]["tokens"] = {str(n): float(np.mean([o.tokens for o in by_n[n][f"{name}@{n}"]])) for n in sizes}
+    return found
+
+
+def at_equal_cost(scaled, n):
+    """CA-TTS with n samples against majority at the same tokens, interpolated in log tokens between the measured N."""
+    if "CA-TTS" not in scaled:
+        return {}
+    cost = scaled["CA-TTS"]["tokens"][str(n)]
+    tokens, accuracy = zip(*((scaled["majority"]["tokens"][size], scaled["majority"][size][0])
+                             for size in scaled["majority"]["tokens"]))
+    inside = tokens[0] <= cost <= tokens[-1]
+    return {"tokens": cost, "CA-TTS": scaled["CA-TTS"][str(n)][0],
+            "majority": float(np.interp(math.log(cost), np.log(tokens), accuracy)) if inside else math.nan}
+
+
+def calibration(methods, names):
+    """ECE and Brier as they are, and after a map fitted on the other half of the questions."""
+    found = {}
+    for name in names:
+        ids, confidence, correct = arrays(methods[name])
+        found[name] = {"ece": calibration_error(confidence, correct), "brier": float(((confidence - correct) ** 2).mean())}
+        for kind in ("platt", "isotonic"):
+            mapped = cross_fitted(ids, confidence, correct, kind)
+            if np.isfinite(mapped).all():
+                found[name] |= {f"ece, {kind}": calibration_error(mapped, correct),
+                                f"brier, {kind}": float(((mapped - correct) ** 2).mean())}
+    return found
+
+
+def abstention(some, risk):
+    """A threshold for a target risk, fitted on one half of the questions, and what it does on the other half."""
+    ids, confidence, correct = arrays(some)
+    half = np.array([zlib.crc32(f"half {name}".encode()) % 2 for name in ids]) == 0
+    if half.all() or not half.any():
+        return {"threshold": 1.0, "target risk": risk, "coverage": math.nan, "risk": math.nan}
+    threshold, _, _ = threshold_for(confidence[half], correct[half], risk)
+    kept = confidence[~half] >= threshold
+    return {"threshold": threshold, "target risk": risk, "coverage": float(kept.mean()),
+            "risk": float(1 - correct[~half][kept].mean()) if kept.any() else math.nan}
+
+
+def make_tables(votes, probes, settings, sizes, regions, ts, risk):
+    """Everything that is reported, from stored rows. votes, probes: {model name: rows}."""
+    n, last = settings.samples, max(ts)
+    methods = {name: by_method(rows, n, settings) for name, rows in votes.items()}
+    best = f"CA-TTS@{n}" if all(f"CA-TTS@{n}" in found for found in methods.values()) else f"majority@{n}"
+    shown = ["pass@1", f"majority@{n}", *([best] if best != f"majority@{n}" else [])]
+    boots = {name: {method: resampled(some) for method, some in found.items()} for name, found in methods.items()}
+    tables = {"methods": {name: {method: summarise(some, boots[name][method]) for method, some in found.items()}
+                          for name, found in methods.items()}}
+    names = list(votes)
+    if len(names) == 2:
+        both = [method for method in methods[names[1]] if method in methods[names[0]]]
+        tables["difference"] = {method: paired(*(methods[name][method] for name in names),
+                                               [boots[name][method] for name in names]) for method in both}
+    majority = f"majority@{n}"
+    tables["against majority"] = {name: {method: {"accuracy": paired(
+        found[majority], found[method], [boots[name][majority], boots[name][method]])["accuracy"]}
+        for method in found if method.endswith(f"@{n}") and method != majority} for name, found in methods.items()}
+    tables["within"] = {}
+    for name, rows in votes.items():
+        labels = groups_of(rows)
+        for label in sorted({label for some in labels.values() for label in some}):
+            for method in shown:
+                part = [o for o in methods[name][method] if label in labels[o.id]]
+                row = method_row(part)
+                tables["within"][f"{name}, {label}, {method}"] = {"n": len({o.id for o in part})} | {
+                    key: row[key] for key in ("accuracy", "auroc", "ece", "brier")}
+    tables["calibration"] = {name: calibration(found, shown) for name, found in methods.items()}
+    tables["scaling"] = {name: scaling(rows, sizes, settings) for name, rows in votes.items()} if len(sizes) > 1 else {}
+    tables["equal cost"] = {name: at_equal_cost(found, n) for name, found in tables["scaling"].items()}
+    tables["abstention"] = {name: {"method": best} | abstention(found[best], risk) for name, found in methods.items()}
+    tables["probe"] = {f"{name}, {region}, {part}": row for name, rows in probes.items() for region in regions
+                       for part, row in summaries(probed(rows, region, 0), probed(rows, region, last)).items()}
+    tables["curves"] = {name: {region: {field: {str(t): float(np.mean([getattr(a, field) for a in probed(rows, region, t)]))
+                                                for t in ts} for field in ("correct", "token_probability", "confidence")}
+                               for region in regions} for name, rows in probes.items()}
+    return tables
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+def reliability_points(some, bins=10):
+    """(mean confidence, accuracy) in bins of equal mass."""
+    _, confidence, correct = arrays(some)
+    order = np.argsort(confidence, kind="stable")
+    return [(float(confidence[g].mean()), float(correct[g].mean())) for g in np.array_split(order, min(bins, len(order)))]
+
+
+def risk_coverage(some, points=40):
+    """(coverage, risk), most confident first."""
+    _, confidence, correct = arrays(some)
+    kept = _tied(confidence, correct)
+    risk = 1 - np.cumsum(kept) / np.arange(1, len(kept) + 1)
+    places = np.unique(np.linspace(max(0, len(kept) // 20), len(kept) - 1, points).astype(int))
+    return [((int(i) + 1) / len(kept), float(risk[i])) for i in places]
+
+
+def make_report(tables, votes, settings, sizes, regions, samples, clip, folders, lead):
+    """report.html from the tables, the stored votes, and a run folder's metrics.jsonl where there is one -> str."""
+    n = settings.samples
+    methods = {name: by_method(rows, n, settings) for name, rows in votes.items()}
+    best = next(iter(tables["abstention"].values()))["method"]
+    sections = [(f"Methods: {name}", "Value and 95% interval, clustered by question. Tokens: generated, a contrasted one "
+                 "counting twice, the Expert's included.", [report.table(found)]) for name, found in tables["methods"].items()]
+    if "difference" in tables:
+        sections.append((f"Difference: {' against '.join(reversed(list(votes)))}", "Paired by question.",
+                         [report.table(tables["difference"])]))
+    for heading, kind in (("Reliability", reliability_points), ("Risk and coverage", risk_coverage)):
+        labels = ("confidence", "accuracy") if kind is reliability_points else ("coverage", "risk")
+        charts = [report.chart({name: kind(found[method]) for name, found in methods.items()}, method, *labels,
+                               diagonal=kind is reliability_points, xlim=(0, 1), ylim=(0, 1)) for method in ("pass@1", best)]
+        sections.append((heading, "", charts))
+    sections.append(("Calibration", "As it is, and after a map fitted on the other half of the questions.",
+                     [report.table({f"{name}, {method}": row for name, found in tables["calibration"].items()
+                                    for method, row in found.items()})]))
+    charts = [report.chart({f"{name}, {region}": [(float(t), y) for t, y in curves[field].items()]
+                            for name, by_region in tables["curves"].items() for region, curves in by_region.items()},
+                           title, "noise step t", title, ylim=None if field == "confidence" else (0, 1))
+              for field, title in (("correct", "accuracy"), ("token_probability", "mean token probability"),
+                                   ("confidence", "confidence C"))]
+    sections.append(("The probe: does confidence follow perception?", "Noise on the region where the evidence lies, and on two "
+                     "controls of the same area.", [*charts, report.table(tables["probe"])]))
+    if tables["scaling"]:
+        shown = ("majority", "weighted", "CA-TTS")
+        charts = [report.chart({method: [(float(size), *found[method][str(size)]) for size in sizes] for method in shown
+                                if method in found}, f"{name}: accuracy against N", "samples N", "accuracy", log=True)
+                  for name, found in tables["scaling"].items()]
+        charts += [report.chart({method: sorted((found[method]["tokens"][str(size)], found[method][str(size)][0])
+                                                for size in sizes) for method in shown if method in found},
+                                f"{name}: accuracy against cost", "tokens a question", "accuracy")
+                   for name, found in tables["scaling"].items()]
+        sections.append(("Scaling", "Slope: points of accuracy per log2 N.", charts + [report.table(
+            {f"{name}, {method}": {key: value for key, value in row.items() if key != "tokens"}
+             for name, found in tables["scaling"].items() for method, row in found.items()})]))
+    sections.append(("Abstention", "A threshold fitted on half of the questions, tried on the other half.",
+                     [report.table(tables["abstention"])]))
+    sections.append(("Within skill, level and type", "Pooled numbers lie.", [report.table(tables["within"])]))
+    for name, folder in folders.items():
+        if (log := Path(folder) / "metrics.jsonl").is_file():
+            steps = [json.loads(line) for line in log.read_text().splitlines() if line.strip()]
+            terms = ("reward", "perception", "calibration", "outcome", "format")
+            charts = [report.chart({term: [(row["step"], row[f"{view}/{term}"]) for row in steps] for term in terms},
+                                   f"{name}: {view} view", "step", "mean reward")
+                      for view in ("original", "noised") if f"{view}/reward" in steps[0]]
+            sections.append(("Training", "Each term of the reward, by view.", charts))
+    sections.append(("Cases", "Picture, noised twin, samples, votes, verdict: where CA-TTS mends the majority, where it spoils "
+                     "it, where both fail, and where both are right.", cases(votes, settings, samples, clip)))
+    return report.page("Does it know when it does not know?", lead, sections)
+
+
+def cases(votes, settings, samples, clip, each=3):
+    """A dozen questions of the last model -> list of HTML."""
+    n, rows = settings.samples, list(votes.values())[-1]
+    by_id, kinds, taus = {s.id: s for s in samples}, defaultdict(list), settings.taus()
+    for row in rows:
+        found = outcomes(row, n, settings)
+        verdict = found.get(f"CA-TTS@{n}", found[f"majority@{n}"])[0].correct
+        kinds[(verdict, found[f"majority@{n}"][0].correct)].append(row)
+    picked = [row for kind in ((True, False), (False, True), (False, False), (True, True)) for row in kinds[kind][:each]]
+    blocks = []
+    for row in picked:
+        sample, run = by_id[row["id"]], row["by_n"][str(n)]
+        drawn = row["samples"][:n]
+        cast = [Vote(source, *vote) for source, some in run["votes"].items() for vote in some]
+        table = tally(cast, taus, sample.choices)
+        best = winner(table)
+        noised = make_pair(sample.pictures(), sample.question, clip, parse_t(settings.noise_t), settings.region, settings.mass,
+                           f"{settings.seed} {sample.id}")
+        blocks.append(report.case(
+            [report.picture(image) for image in (sample.pictures()[0], noised[0])], sample.question, sample.answer,
+            [(s["text"], math.exp(s["logprob"]), s["correct"]) for s in drawn[:4]],
+            {r.answer: {source: taus[source] * r.shares.get(source, 0.0) for source in taus} | {"total": r.total}
+             for r in table}, str(best.answer if best else None), best is not None and accepts(best.answer, sample)))
+    return blocks
+
+
+def load_questions(args):
+    """The questions of --data, each with an answer. Raises InputError; without --strict a question without one is left out."""
+    samples = data.load(args.data or "synthetic", "test", args.limit, args.data_seed, args.strict)
     missing = [s.id for s in samples if s.answer is None]
+    if missing and (args.strict or len(missing) == len(samples)):
+        raise InputError(f"question {missing[0]!r} of {args.data!r} has no answer ({len(missing)} such); evaluation needs one")
     if missing:
-        raise InputError(f"question {missing[0]!r} of {source!r} has no answer ({len(missing)} such); evaluation needs one")
-    return samples
+        print(f"left out: {len(missing)} questions without an answer, {missing[0]!r} the first", file=sys.stderr)
+    return [s for s in samples if s.answer is not None] if missing else samples
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Accuracy and confidence against noise, for one model or two.")
-    parser.add_argument("--model", default=str(HERE / "tiny" / "base"), help="model directory or hub id")
+    parser = argparse.ArgumentParser(description="Methods, calibration, scaling and the probe, for one model or two.")
+    catts.add_sources(parser)
     parser.add_argument("--baseline", help="a second model to hold it against")
-    parser.add_argument("--clip", default=CLIP, help="CLIPModel directory or hub id")
-    parser.add_argument("--data", default="synthetic", help="'synthetic' (its test split) or a .jsonl file")
-    parser.add_argument("--limit", type=int, default=200, help="at most so many questions")
-    parser.add_argument("--samples", type=int, default=4, help="answers a question")
-    parser.add_argument("--region", default="key", choices=MODES, help="where the noise goes")
-    parser.add_argument("--mass", type=float, default=0.5, help="share of the attention that the key region holds")
-    parser.add_argument("--t", type=int, nargs="+", default=list(PROBE_STEPS), help="noise steps; 0 is always run")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="runs/probe", help="directory for probe.json and probe.png")
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of samples for the scaling curves; default "
+                        "1 2 4 8 16 32 on the built-in questions, else --samples alone")
+    parser.add_argument("--regions", nargs="+", default=["key", "random", "inverse"], choices=MODES, help="of the probe")
+    parser.add_argument("--t", type=int, nargs="+", default=list(PROBE_STEPS), help="noise steps of the probe; 0 is always run")
+    parser.add_argument("--probe_samples", type=int, default=4, help="answers a question at each step of the probe")
+    parser.add_argument("--target_risk", type=float, default=0.1, help="share of wrong answers that abstention aims at")
+    parser.add_argument("--output", default="runs/eval", help="folder for what is measured")
+    parser.add_argument("--json", action="store_true", help="print tables.json")
+    data.add_options(parser, catts.Settings)
+    parser.set_defaults(limit=200, batch_size=50)
     args = parser.parse_args(argv)
-    if not 0 < args.mass <= 1:
-        raise InputError(f"--mass is {args.mass}; a number above 0 and at most 1 is expected")
-    ts = sorted({0, *(parse_t(t)[0] for t in args.t)})
-    samples, clip = load_questions(args.data, args.limit), ClipAttention.from_pretrained(args.clip)
-    named = {}
-    for path in filter(None, (args.baseline, args.model)):
-        named[path] = probe(VLM.load(path), samples, clip, ts, args.region, args.mass, args.samples, args.seed, path,
-                            max_new_tokens=args.max_new_tokens)
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    rows = {f"{path}, {skill}": row for path, by_t in named.items()
-            for skill, row in summaries(by_t[0], by_t[ts[-1]]).items()}
-    record = {"args": vars(args), "torch": torch.__version__, "summary": rows,
-              "answers": {path: {t: [asdict(a) for a in answers] for t, answers in by_t.items()}
-                          for path, by_t in named.items()}}
-    (output / "probe.json").write_text(json.dumps(record))
+    settings = catts.Settings(**{name: getattr(args, name) for name in catts.Settings.__dataclass_fields__})
+    if settings.early_exit != "off":
+        raise InputError(f"--early_exit is {settings.early_exit!r}; here every module must vote, leave it off")
+    if args.probe_samples < 1 or not 0 < args.target_risk < 1:
+        raise InputError(f"--probe_samples {args.probe_samples} must be at least 1, --target_risk {args.target_risk} between 0 "
+                         "and 1")
+    built_in = (args.data or "synthetic") == "synthetic"
+    sizes = sorted({*(args.sizes or ([1, 2, 4, 8, 16, 32] if built_in else [])), settings.samples})
+    if sizes[0] < 1:
+        raise InputError(f"--sizes {sizes[0]} must be at least 1")
+    ts, output = sorted({0, *(parse_t(t)[0] for t in args.t)}), Path(args.output)
+    samples = load_questions(args)
+    paths = list(filter(None, (args.baseline, args.model)))
+    names = [Path(path).name for path in paths] if len({Path(path).name for path in paths}) == len(paths) else paths
+    votes, probes, frame = {}, {}, {key: value for key, value in vars(args).items() if key not in (
+        *catts.FREE, "model", "baseline", "target_risk")}
+    for name, path in zip(names, paths):
+        controller = catts.build(args, settings, path)
+        folder = output / re.sub(r"[^\w.-]+", "_", name)
+        votes[name] = catts.answer_file(collector(controller, sizes), samples, folder / "votes.jsonl",
+                                        frame | {"sizes": sizes, "model": path}, args.batch_size, f"{name}: votes", args.strict)
+        if isinstance(controller.vlm, VLM):
+            probes[name] = catts.answer_file(
+                prober(controller.vlm, controller.clip, args.regions, ts, settings.mass, args.probe_samples, settings.seed,
+                       max_new_tokens=settings.max_new_tokens),
+                samples, folder / "probe.jsonl", frame | {"model": path}, args.batch_size, f"{name}: probe", args.strict)
+    if votes[names[0]] is None:             # not the first rank
+        return
+    ids = [s.id for s in samples]
+    votes, probes = ({name: [rows[i] for i in ids if i in rows] for name, rows in found.items()} for found in (votes, probes))
+    if not all(votes.values()):
+        raise InputError(f"no question of {args.data!r} could be answered; every picture is broken")
+    tables = make_tables(votes, probes, settings, sizes, args.regions, ts, args.target_risk)
+    first = next(iter(votes.values()))
+    lead = (f"{len(first)} questions of {args.data or 'the built-in test split'}, N = {settings.samples}, "
+            f"noise at t = {max(ts)}, seed {settings.seed}; {' and '.join(paths)}; "
+            f"Expert {args.expert}; torch {torch.__version__}.")
+    data.write_atomically(output / "tables.json", json.dumps({"about": lead, **tables}, indent=1))
+    threshold = tables["abstention"][names[-1]]
+    data.write_atomically(output / "threshold.json", json.dumps(threshold, indent=1))
+    by_id = [samples[i] for i in range(len(samples))]
+    clip = controller.clip or ClipAttention.from_pretrained(args.clip)
+    (output / "report.html").write_text(make_report(tables, votes, settings, sizes, args.regions, by_id, clip,
+                                                    dict(zip(names, paths)), lead))
+    if probes:
+        draw_probe(output / "probe.png", {f"{name}, {region}": {t: probed(rows, region, t) for t in ts}
+                                          for name, rows in probes.items() for region in args.regions})
+    if args.json:
+        print(json.dumps(tables))
+        return
+    for name, found in tables["methods"].items():
+        print(f"\n{name}: {lead}")
+        print(data.table({method: {key: value[0] if isinstance(value, tuple) else value for key, value in row.items()}
+                          for method, row in found.items()}))
+    if probes:
+        print("\nThe probe")
+        print(data.table(tables["probe"]))
+    print(f"\nwrote {output}/: report.html, tables.json, threshold.json, probe.png and the stored votes")
+    print(f"next: python catts.py tiny/example.png \"How many red crosses are there?\" --model {args.model} "
+          f"--abstain {output}/threshold.json")
+
+
+def draw_probe(path, named):
+    """probe.png: accuracy, token probability and C against noise. named: {label: {t: list of Answer}}."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 4, figsize=(17, 4))
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4))
     for axis, field, ylabel in zip(axes, ("correct", "token_probability", "confidence"),
                                    ("accuracy", "mean token probability", "confidence C")):
         plot_probe(axis, named, field, ylabel)
-    plot_reliability(axes[3], {path: by_t[0] for path, by_t in named.items()})
     figure.tight_layout()
-    figure.savefig(output / "probe.png", dpi=110)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
-    print(f"noised = t {ts[-1]} on region {args.region!r}; {len(samples)} questions x {args.samples} answers")
-    print(table(rows))
-    print(f"wrote {output / 'probe.json'} and {output / 'probe.png'}\n"
-          f"next: python eval.py --model {args.model} --region random      # the control: same area, elsewhere")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ judge, a rule-based answer checker. Nothing here knows a model, or how text was 
 """
 import math
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -242,9 +243,14 @@ def is_correct(text, sample):
     As in MathVista's judge, meta["answer_type"] == "float" rounds both sides to meta["precision"] decimals.
     Raises ValueError if the sample has no gold answer.
     """
+    return accepts(extract_answer(text, sample.choices), sample)
+
+
+def accepts(found, sample):
+    """`is_correct` for an answer that is extracted already (str, or None = unanswered)."""
     if sample.answer is None:
         raise ValueError(f"sample {sample.id!r} has no gold answer, so no response to it can be judged.")
-    found, meta = extract_answer(text, sample.choices), sample.meta or {}
+    meta = sample.meta or {}
     for gold in sample.answer if isinstance(sample.answer, (list, tuple)) else [sample.answer]:
         if equivalent(found, gold, sample.choices):
             return True
@@ -351,6 +357,7 @@ def _chosen_letter(text, choices):
     return None if option is None else chr(ord("A") + option)
 
 
+@lru_cache(2**16)      # a vote table compares the same few answers again and again
 def _same(a, b):
     """`equivalent` without options, on at most MAX_ANSWER characters."""
     if ("=" in a) != ("=" in b):  # "x = 5" against "5"

@@ -22,7 +22,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,14 +34,11 @@ import data
 import eval as evaluation
 import noise
 import reward
-from data import InputError, command
+from data import InputError, add_options, command, option
 from vlm import VLM
 
 HERE = Path(__file__).resolve().parent
-
-
-def option(default, text, choices=None):
-    return field(default=default, metadata={"help": text, "choices": choices})
+PROBE_SAMPLES = 4               # answers to each held-out question, before and after
 
 
 @dataclass
@@ -106,11 +103,7 @@ FREE = ("steps", "save_every", "resume")
 def parse(argv=None):
     """Command line -> Args: defaults, then the recipe, then explicit flags."""
     parser = argparse.ArgumentParser(description="Train CDRL.", argument_default=argparse.SUPPRESS)
-    for f in fields(Args):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-        choices = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {}
-        assert f.default is not MISSING
-        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default!r})", **kind, **choices)
+    add_options(parser, Args)
     given = vars(parser.parse_args(argv))
     recipe = given.get("recipe", Args.recipe)
     args = Args(**{**RECIPES[recipe], **given})
@@ -408,13 +401,7 @@ def reduce_gradients(parameters):
 # Run folder
 
 def write_json(path, value):
-    """Atomically: a kill leaves the old file or the new one."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    data.write_atomically(path, json.dumps(value, indent=1))
 
 
 def save_checkpoint(output, vlm, optimiser, step, scale, keep=2):
@@ -484,7 +471,7 @@ def run_probe(vlm, held_out, clip, args, rank, world, name):
     t = noise.parse_t(args.noise_t)[1]
     ts = sorted({*evaluation.PROBE_STEPS, t})
     mine = [held_out[i] for i in range(rank, len(held_out), world)]
-    found = evaluation.probe(vlm, mine, clip, ts, args.region, args.mass, n=2, seed=args.seed, name=name,
+    found = evaluation.probe(vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed, name=name,
                              max_new_tokens=args.max_new_tokens)
     return {t: gathered(found[t]) for t in ts}
 
@@ -733,8 +720,8 @@ def finish(vlm, clip, held_out, before, output, scale, args, rank, world):
         draw_report(output, before, after, args)
         t = noise.parse_t(args.noise_t)[1]
         rows = evaluation.before_after(*(evaluation.summaries(found[0], found[t]) for found in (before, after)))
-        print(f"\n{len(held_out)} held-out questions x 2 answers; noised = t {t} on the {args.region} region")
-        print(evaluation.table(rows))
+        print(f"\n{len(held_out)} held-out questions x {PROBE_SAMPLES} answers; noised = t {t} on the {args.region} region")
+        print(data.table(rows))
         print(f"\nwrote {output}/: the model, metrics.jsonl, samples.jsonl, report.png")
     baseline = os.path.relpath(args.model) if os.path.isdir(args.model) else args.model
     print(f"next: python eval.py --model {output} --baseline {baseline}")

@@ -1,4 +1,4 @@
-"""A vision-language model that we can speak to: load, sample with confidence, score with gradient, save.
+"""A vision-language model that we can speak to: load, sample with confidence, contrast, score with gradient, save.
 
 Any Hugging Face image-text-to-text model that keeps its keys and values in a `DynamicCache`: one prefill encodes the
 prompt and its images once, the cache is cloned for the G samples, and `score` walks exactly the same path (prefill,
@@ -7,11 +7,12 @@ clone, completion), so that sampled and re-scored log-probs agree by constructio
 Everything is read from the raw logits in fp32: before temperature, top-k, top-p and banned ids (paper Eq. 3). No
 (B, T, V) tensor is ever kept.
 
-Left out on purpose: contrastive decoding, which comes with CA-TTS; activation checkpointing, which a shared prefill
-does not allow.
+Left out on purpose: activation checkpointing, which a shared prefill does not allow.
 """
 import inspect
+import math
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,6 +119,9 @@ class VLM:
         self.top_k = top_k_for(self.vocabulary)
         self.eos = self._eos_ids()
         self.banned = self._banned_ids()
+        special = {*self.tokenizer.all_special_tokens,
+                   *(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)}
+        self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
         # transformers 5.20 renamed past_key_values to cache.
         names = inspect.signature(self.backbone.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"
@@ -171,14 +175,21 @@ class VLM:
     # Prompts in
 
     def encode(self, images, prompts):
-        """User turns with their images -> left-padded model inputs (dict of tensors, input_ids (B, L))."""
-        texts = []
+        """User turns with their images -> left-padded model inputs (dict of tensors, input_ids (B, L)).
+
+        A picture stands where the prompt first names it (`<image>`, `<image 2>`, `<image2>`), else in front. Special
+        tokens in the prompt are taken out: a user's or an Expert's words cannot open an image or end the turn.
+        """
+        texts, ordered = [], []
         for pictures, prompt in zip(images, prompts, strict=True):
-            content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": prompt}]
+            content, order = in_place(prompt, len(pictures))
+            for part in content:
+                if part["type"] == "text":
+                    part["text"] = self._special.sub(" ", part["text"])
+            ordered += [pictures[i] for i in order]
             texts.append(self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                                             add_generation_prompt=True))
-        pictures = [picture for row in images for picture in row] or None
-        inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+        inputs = self.processor(text=texts, images=ordered or None, padding=True, return_tensors="pt")
         return {key: value.to(self.device) for key, value in inputs.items()}
 
     def prompt_length(self, images, prompt):
@@ -206,19 +217,54 @@ class VLM:
 
     @torch.no_grad()
     def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, greedy=False,
-               seed=0, entropy=False):
+               seed=0, first=0, entropy=False):
         """n completions for each of B prompts -> list (B) of lists (n) of Rollout.
 
         images: list (B) of lists of PIL images. temperature, top_k (0 = off), top_p (1 = off) shape what is drawn;
         log-probs and confidences are read from the raw logits. greedy: argmax (lowest id on a tie).
         seed: an int, or one for each prompt. The random numbers of a prompt are drawn before decoding starts, from its
         own seed: they do not depend on the other prompts of the batch, nor on how a batch is split over ranks.
+        first: how many samples of this seed to pass over: 8 samples are 5 and then 3 with first = 5.
         """
-        seeds = seed if isinstance(seed, (list, tuple)) else [f"{seed} {b}" for b in range(len(prompts))]
-        state = self._prefill(images, prompts)
-        state.repeat(n)
-        total = len(prompts) * n
-        uniform = torch.stack([torch.rand(n, max_new_tokens, generator=_generator(s), dtype=torch.float64)
+        def choose(logits, uniform):
+            allowed = logits.masked_fill(self.banned, -torch.inf)
+            return allowed.argmax(-1) if greedy else draw(allowed, uniform, temperature, top_k, top_p)
+
+        rollouts = self._decode([self._prefill(images, prompts)], choose, _seeds(seed, prompts), n, max_new_tokens, first,
+                                entropy)
+        return [rollouts[b * n:(b + 1) * n] for b in range(len(prompts))]
+
+    @torch.no_grad()
+    def contrast(self, images, noised, prompts, *, alpha=0.5, beta=0.1, max_new_tokens=256, greedy=True, seed=0):
+        """Visual contrastive decoding (paper 3.3, Visual Self-Check; VCD, arXiv 2311.16922) -> list (B) of Rollout.
+
+        Two caches, one on `images` and one on `noised` (lists (B) of lists of PIL images), read one shared text in lock
+        step. The next token is the argmax of, or drawn from, (1 + alpha) log p(.|i) - alpha log p(.|i'), among tokens
+        with p(.|i) >= beta * max p(.|i). alpha = 0 and beta = 0 is plain decoding on `images`. The rollout's log-probs
+        and confidences are those of the original picture, raw. ValueError for alpha < 0 or beta outside [0, 1].
+        """
+        if alpha < 0 or not 0 <= beta <= 1:
+            raise ValueError(f"alpha {alpha} must not be negative, and beta {beta} must lie in [0, 1]")
+
+        def choose(logits, other, uniform):
+            logp = logits.log_softmax(-1).masked_fill(self.banned, -torch.inf)
+            scores = (1 + alpha) * logp - alpha * other.log_softmax(-1)
+            if beta:
+                scores = scores.masked_fill(logp < logp.amax(-1, keepdim=True) + math.log(beta), -torch.inf)
+            return scores.argmax(-1) if greedy else draw(scores, uniform)
+
+        states = [self._prefill(view, prompts) for view in (images, noised)]
+        return self._decode(states, choose, _seeds(seed, prompts), 1, max_new_tokens)
+
+    def _decode(self, states, choose, seeds, n, max_new_tokens, first=0, entropy=False):
+        """The decoding loop: n completions for each prompt of `states` (one prefill a view, one shared text), flat list.
+
+        choose(logits of each view (R, V) raw, uniform (R,)) -> tokens (R,). What is recorded is read from the first view.
+        """
+        for state in states:
+            state.repeat(n)
+        total = len(seeds) * n
+        uniform = torch.stack([torch.rand(first + n, max_new_tokens, generator=_generator(s), dtype=torch.float64)[first:]
                                for s in seeds]).view(total, max_new_tokens).to(self.device)      # (B*n, T)
         tokens = torch.full((total, max_new_tokens), -1, device=self.device)                      # (B*n, T), -1 = none
         logprobs = torch.zeros(total, max_new_tokens, device=self.device)
@@ -228,12 +274,8 @@ class VLM:
         ended = torch.zeros(total, dtype=torch.bool, device=self.device)
 
         for t in range(max_new_tokens):
-            logits = self.head(state.hidden).float()                # (R, V), raw
-            allowed = logits.masked_fill(self.banned, -torch.inf)
-            if greedy:
-                token = allowed.argmax(-1)
-            else:
-                token = draw(allowed, uniform[rows, t], temperature, top_k, top_p)
+            views = [self.head(state.hidden).float() for state in states]       # (R, V) each, raw
+            token, logits = choose(*views, uniform[rows, t]), views[0]
             tokens[rows, t] = torch.where(ended, -1, token)
             logprobs[rows, t] = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
             confidences[rows, t] = token_confidence(logits, self.top_k)
@@ -245,13 +287,15 @@ class VLM:
                 if len(alive) == 0:
                     break
                 if len(alive) < len(rows):
-                    state.keep(alive)
+                    for state in states:
+                        state.keep(alive)
                     rows, token, ended = rows[alive], token[alive], ended[alive]
             if t < max_new_tokens - 1:
-                state.mask = torch.cat([state.mask, state.mask.new_ones(len(rows), 1)], 1)
-                state.position = state.position + 1
-                state.hidden = self._forward(state.cache, input_ids=token[:, None], attention_mask=state.mask,
-                                             position_ids=state.position)[:, -1]
+                for state in states:
+                    state.mask = torch.cat([state.mask, state.mask.new_ones(len(rows), 1)], 1)
+                    state.position = state.position + 1
+                    state.hidden = self._forward(state.cache, input_ids=token[:, None], attention_mask=state.mask,
+                                                 position_ids=state.position)[:, -1]
 
         lengths = (tokens >= 0).sum(-1).tolist()
         tokens, logprobs, confidences = tokens.cpu(), logprobs.cpu(), confidences.cpu()
@@ -262,7 +306,7 @@ class VLM:
             rollouts.append(Rollout(self.tokenizer.decode(ids, skip_special_tokens=True), ids, logprobs[row, :length],
                                     confidences[row, :length], int(ids[-1]) in eos,
                                     entropies[row, :length].cpu() if entropy else None))
-        return [rollouts[b * n:(b + 1) * n] for b in range(len(prompts))]
+        return rollouts
 
     def score(self, images, prompts, completions, *, temperature=1.0):
         """Log-probs, confidence and entropy of given completions, with gradient -> Scores, (B*n, T) each.
@@ -301,6 +345,32 @@ class VLM:
         logits = self.head(hidden).float()                                                         # (N, V)
         picked = (logits / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         return picked, token_confidence(logits, self.top_k), token_entropy(logits)
+
+
+def in_place(prompt, count):
+    """A prompt and its number of pictures -> (content of a chat message, order of the pictures in it).
+
+    `<image>` is the next picture that has not been named, `<image 2>` and `<image2>` the second; a picture stands at its
+    first mention, those never named stand in front, and tags of pictures that do not exist stay text.
+    """
+    pieces, order = [], []
+    for part in re.split(r"(<image ?\d{0,3}>)", prompt):
+        number = re.fullmatch(r"<image ?(\d{0,3})>", part)
+        if number:
+            index = int(number[1]) - 1 if number[1] else next((i for i in range(count) if i not in order), -1)
+            if 0 <= index < count and index not in order:
+                order.append(index)
+                pieces.append({"type": "image"})
+                continue
+        if part.strip():
+            pieces.append({"type": "text", "text": part})
+    front = [i for i in range(count) if i not in order]
+    return [{"type": "image"} for _ in front] + pieces, front + order
+
+
+def _seeds(seed, prompts):
+    """One seed for each prompt, from an int or from a list of them."""
+    return seed if isinstance(seed, (list, tuple)) else [f"{seed} {b}" for b in range(len(prompts))]
 
 
 def _generator(seed):

@@ -20,13 +20,13 @@ REAL = ROOT.parent / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def base():
-    return VLM.load(Path(os.environ.get("TB", ROOT / "tiny" / "base")))
+    return VLM.load(ROOT / "tiny" / "base")
 
 
 @pytest.fixture
 def fresh():
     """A model of its own for a test that changes weights."""
-    return VLM.load(Path(os.environ.get("TB", ROOT / "tiny" / "base")))
+    return VLM.load(ROOT / "tiny" / "base")
 
 
 @pytest.fixture(scope="session")

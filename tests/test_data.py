@@ -1,4 +1,9 @@
+import base64
+import csv
+import io
 import json
+import re
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -109,3 +114,148 @@ def test_every_real_question_opens(real):
     for s in samples:
         sizes = s.pictures()
         assert sizes and all(min(image.size) > 0 for image in sizes)
+
+
+# ---- The formats that benchmarks come in
+
+def tsv(real, name):
+    return data.load(real / "tsv" / f"{name}.tsv")
+
+
+def test_every_tsv_agrees_with_the_plain_rows(real):
+    """Counts, sizes of the pictures, questions, letters and option texts, against data.jsonl, which is plain JSONL."""
+    plain = {}
+    for s in data.load(real / "data.jsonl"):
+        plain.setdefault(s.source, []).append(s)
+    pairs = {"EasyVQA": "easy-VQA", "MathVision": "MathVision", "MathVista": "MathVista(testmini)", "PuzzleVQA": "PuzzleVQA",
+             "TheoremQA": "TheoremQA"}
+    found = {name: list(tsv(real, name)) for name in pairs} | {"MMMU": list(tsv(real, "MMMU"))}
+    plain["all MMMU"] = [s for s in data.load(real / "data.jsonl") if s.source.startswith("MMMU")]
+    assert sum(map(len, found.values())) == 119
+    for name, source in {**pairs, "MMMU": "all MMMU"}.items():
+        assert len(found[name]) == len(plain[source])
+        for a, b in zip(found[name], plain[source]):
+            assert [image.size for image in a.pictures()] == [image.size for image in b.pictures()], (name, a.id)
+            assert (a.answer, a.choices) == (b.answer, b.choices), (name, a.id)
+            assert not a.question.startswith("Hint:") and "\nChoices:" not in a.question
+            # VLMEvalKit strips the tags of single pictures from MathVision's questions
+            words = [re.sub(r"\s*<image ?\d*>", "", s.question).split() for s in (a, b)]
+            assert words[0] == words[1], (name, a.id)
+
+
+def test_the_official_files_agree_with_the_plain_rows(real, tmp_path):
+    plain = {s.id: s for s in data.load(real / "data.jsonl")}
+    vision = data.load(real / "original" / "mathvision_test_rows.jsonl")
+    assert len(vision) == 50
+    for s in vision:
+        twin = plain[f"mathvision_{s.id}"]
+        assert (s.question, s.answer, s.choices) == (twin.question, twin.answer, twin.choices)
+    vista = data.load(real / "original" / "mathvista_testmini_rows.json")
+    assert len(vista) == 5
+    for s in vista:
+        twin = next(p for p in plain.values() if p.source.startswith("MathVista") and p.id.split("_")[-1] == s.id)
+        assert (s.question, s.answer, s.choices) == (twin.question, twin.answer, twin.choices)
+        assert "precision" in s.meta or s.meta["answer_type"] != "float"
+
+
+def write_tsv(path, header, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerows([header, *rows])
+    return path
+
+
+def picture(color="red", size=(40, 30)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_tsv_cells_of_every_kind(tmp_path):
+    red, blue = picture("red"), picture("blue", (20, 20))
+    path = write_tsv(tmp_path / "a.tsv", ["index", "image", "question", "A", "B", "C", "D", "answer"], [
+        ["0", red, "Two\nlines?", "None", "NA", "nan", "", "B"], ["1", "0", "Same picture?", "yes", "no", "", "", "A"],
+        ["2", str([red, blue]), "Two <image 1> <image 2>?", "", "", "", "", "7"], ["3", blue, "Gap?", "x", "", "z", "", "C"]])
+    a, b, c, e = data.load(path)
+    assert a.choices == ["None", "NA", "nan"] and a.answer == "B" and a.question == "Two\nlines?"
+    assert b.pictures()[0].getpixel((0, 0)) == (255, 0, 0) and b.choices == ["yes", "no"]
+    assert [p.size for p in c.pictures()] == [(40, 30), (20, 20)] and c.choices is None and c.answer == "7"
+    assert e.choices == ["x", "", "z"] and e.answer == "C" and "(B)" not in data.prompt(e) and "(C) z" in data.prompt(e)
+    assert data.load(path)[3].id == "3" and [s.id for s in data.load(path, limit=2)] == ["0", "1"]
+
+
+def test_mmstar_viRL_and_geometry_rows(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "p.png")
+    path = write_tsv(tmp_path / "MMStar.tsv", ["index", "question", "image", "answer"],
+                     [["5", "Which?\nOptions: A: a cat, B: two, or three dogs, C: None, D: red", picture(), "C"]])
+    (s,) = data.load(path)
+    assert s.question == "Which?" and s.choices == ["a cat", "two, or three dogs", "None", "red"] and s.answer == "C"
+    virl = {"qid": "v-1", "question": "<image>\nHow long is AB?", "answer": "\\boxed{4}", "image": ["p.png"], "category": "geo"}
+    geometry = {"problem": "<image>Find x.", "answer": "12", "images": ["p.png"]}
+    a, b = data.load(rows(tmp_path, virl, geometry))
+    assert a.id == "v-1" and is_correct("so \\boxed{4}", a) and a.meta["category"] == "geo" and len(a.pictures()) == 1
+    assert b.question == "<image>Find x." and is_correct("x = 12", b)
+    mmmu = {"id": "o", "question": "Q", "question_type": "open", "image_1": "p.png", "image_2": None,
+            "answer": "['1/2', '0.5 m']"}
+    (c,) = data.load(rows(tmp_path, mmmu))
+    assert c.answer == ["1/2", "0.5 m"] and len(c.images) == 1 and is_correct("\\boxed{0.5}", c)
+
+
+def test_unknown_layouts_and_broken_rows(tmp_path, capsys):
+    with pytest.raises(InputError, match="columns foo, bar.* expected"):
+        data.load(write_tsv(tmp_path / "x.tsv", ["foo", "bar"], [["1", "2"]]))
+    with pytest.raises(InputError, match="fields foo"):
+        data.load(rows(tmp_path, {"foo": 1}))
+    good = picture()
+    path = write_tsv(tmp_path / "b.tsv", ["index", "image", "question", "answer"], [
+        ["0", good, "fine\nhere", "1"], ["1", good, "", "1"], ["2", "###" + good, "no base64", "1"], ["3", good],
+        ["0", good, "again", "1"], ["5", good, "last", "2"]])
+    with pytest.raises(InputError, match="line 4: question '1' is empty"):
+        data.load(path)
+    samples = data.load(path, strict=False)
+    assert [s.id for s in samples] == ["0", "5"] and samples.broken == 4 and samples[-1].question == "last"
+    said = capsys.readouterr().err
+    assert all(words in said for words in ("'1' is empty", "'2' has an image that is not base64", "'3' has 2 cells",
+                                           "'0' occurs twice", "4 broken rows"))
+    assert len(data.load(rows(tmp_path, {"question": "Q"}, "{", [1]), strict=False)) == 1
+
+
+def test_hostile_cells_are_data(tmp_path):
+    """Nothing in a file is run, and deep nesting is an error in a sentence."""
+    bomb = "[__import__('os').system('touch " + str(tmp_path / "ran") + "')]"
+    for cell in (bomb, "[" * 50_000, "[1,", "['a'] * 9"):
+        with pytest.raises(InputError, match="choices"):
+            data.load(rows(tmp_path, {"question": "Q", "options": cell}))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_large_tsv_is_not_held_in_memory(tmp_path):
+    cell = base64.b64encode(bytes(range(256)) * 12).decode()
+    path = tmp_path / "big.tsv"
+    with open(path, "w") as file:
+        file.write("index\timage\tquestion\tanswer\n")
+        for i in range(20_000):
+            file.write(f"{i}\t{cell}\tHow many?\t1\n")
+    tracemalloc.start()
+    samples = data.load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(samples) == 20_000 and samples[19_999].id == "19999"
+    assert peak < path.stat().st_size / 8, (peak, path.stat().st_size)
+
+
+def test_parquet_opens_or_says_what_to_install(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1")
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        with pytest.raises(InputError, match="install pyarrow"):
+            data.load(path)
+        return
+    image = {"bytes": base64.b64decode(picture()), "path": None}
+    parquet.write_table(pyarrow.table({"id": ["a"], "question": ["Q <image 1>"], "options": ["['x', 'y']"], "answer": ["B"],
+                                       "image_1": [image], "image_2": [None]}), path)
+    (s,) = data.load(path)
+    assert s.choices == ["x", "y"] and s.answer == "B" and s.pictures()[0].size == (40, 30)

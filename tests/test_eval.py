@@ -1,12 +1,21 @@
+import dataclasses
+import html.parser
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
+import catts
 import data
 import eval as evaluation
+import report
 from data import InputError
 from eval import metrics
+from experts import LocalExpert
+from vlm import VLM
 
 
 def naive_auroc(confidence, correct):
@@ -102,14 +111,163 @@ def test_the_probe_at_t_0_is_the_clean_picture(base, clip):
     assert found[0] == plain and found[999] != plain and len(found[999]) == 12
 
 
-def test_command_writes_figures_that_follow_from_its_answers(tmp_path, capsys):
-    argv = ["--limit", "6", "--samples", "2", "--t", "999", "--max_new_tokens", "40", "--output", str(tmp_path)]
-    evaluation.main(argv)
-    record = json.loads((tmp_path / "probe.json").read_text())
-    (path, by_t), = record["answers"].items()
-    assert record["summary"][f"{path}, all"]["pass@1"] == np.mean([a["correct"] for a in by_t["0"]])
-    assert (tmp_path / "probe.png").stat().st_size > 10_000 and "next: python eval.py" in capsys.readouterr().out
-    for bad in (["--mass", "0"], ["--data", "no.jsonl"], ["--model", str(tmp_path / "none")], ["--t", "2000"],
-                ["--limit", "0"]):
+SMALL = ["--limit", "6", "--samples", "4", "--sizes", "2", "4", "--t", "999", "--probe_samples", "2", "--max_new_tokens", "40",
+         "--expert_tokens", "40", "--batch_size", "3"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """One small run of the command, the Expert as the baseline: its folder."""
+    evaluation.ROUNDS = 50
+    output = tmp_path_factory.mktemp("eval")
+    evaluation.main([*SMALL, "--baseline", str(ROOT / "tiny" / "expert"), "--output", str(output)])
+    return output
+
+
+def stored(folder, name="base", kind="votes"):
+    return [json.loads(line) for line in (folder / name / f"{kind}.jsonl").read_text().splitlines()]
+
+
+def test_every_figure_follows_from_what_is_stored(measured):
+    tables, rows = json.loads((measured / "tables.json").read_text()), stored(measured)
+    right = [s["correct"] for row in rows for s in row["samples"][:4]]
+    assert tables["methods"]["base"]["pass@1"]["accuracy"][0] == np.mean(right)
+    assert tables["methods"]["base"]["greedy"]["accuracy"][0] == np.mean([row["greedy"]["correct"] for row in rows])
+    probe = stored(measured, kind="probe")
+    curve = tables["curves"]["base"]["key"]["correct"]
+    assert curve["0"] == np.mean([a["correct"] for row in probe for a in row["found"]["clean"]["0"]])
+    assert curve["999"] == np.mean([a["correct"] for row in probe for a in row["found"]["key"]["999"]])
+    assert tables["scaling"]["base"]["majority"]["4"][0] == tables["methods"]["base"]["majority@4"]["accuracy"][0]
+    assert set(tables["difference"]) == set(tables["methods"]["base"]) and (measured / "probe.png").stat().st_size > 10_000
+
+
+def test_recomputed_votes_are_those_of_the_controller(measured, base, clip):
+    """A table row from stored votes equals the controller's own answer with the same modules."""
+    settings = catts.Settings(samples=4, max_new_tokens=40, expert_tokens=40)
+    expert = LocalExpert(VLM.load(ROOT / "tiny" / "expert"), 40)
+    samples, rows = list(data.load("synthetic", "test", 6)), stored(measured)
+    for name, modules in (("CA-TTS@4", settings.modules), ("+VR@4", "self_consistency,self_reflection"), ("+C@4", "self_check"),
+                          ("weighted@4", "")):
+        control = catts.Controller(base, expert, clip, dataclasses.replace(settings, modules=modules))
+        for row, result in zip(rows, control.answer_all(samples)):
+            (outcome,) = evaluation.outcomes(row, 4, settings)[name]
+            assert outcome.correct == result.correct and outcome.confidence == pytest.approx(result.confidence, abs=1e-5)
+            planner = result.ledger.parts.get("planner", {}).get("expert_calls", 0)
+            assert outcome.calls == result.ledger.expert_calls - planner
+
+
+def test_a_module_whose_votes_are_gone_has_no_row(measured):
+    row = stored(measured)[0]
+    del row["by_n"]["4"]["votes"]["self_check"]
+    with pytest.raises(InputError, match="votes of self_check .* gone"):
+        evaluation.outcomes(row, 4, catts.Settings(samples=4))
+
+
+def test_a_run_that_was_cut_off_ends_in_the_same_tables(measured, tmp_path):
+    shutil.copytree(measured, tmp_path / "cut")
+    tables = (measured / "tables.json").read_text()
+    for kind in ("votes", "probe"):
+        path = tmp_path / "cut" / "base" / f"{kind}.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:3]))
+        (tmp_path / "cut" / "base" / f"{kind}.jsonl.rank0").write_text(lines[3] + lines[4][:40])
+    (tmp_path / "cut" / "tables.json").unlink()
+    evaluation.main([*SMALL, "--baseline", str(ROOT / "tiny" / "expert"), "--output", str(tmp_path / "cut")])
+    again = (tmp_path / "cut" / "tables.json").read_text()
+    numbers = [float(x) for x in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", tables)]
+    assert numbers == pytest.approx([float(x) for x in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", again)], abs=1e-5)
+
+
+def test_the_page_is_self_contained(measured):
+    page = (measured / "report.html").read_text()
+    assert page.count("<svg") >= 9 and 0 < 2 * page.count('class="case"') == page.count("data:image/png;base64,")
+    assert not re.search(r'(?:src|href)=(?!"data:)|@import|url\(|<script', page) and "prefers-color-scheme:dark" in page
+    html.parser.HTMLParser().feed(page)
+    assert "<script>alert" not in report.page("<script>alert(1)</script>", "", [])
+
+
+def test_bad_arguments(tmp_path):
+    for bad in (["--mass", "0"], ["--data", "no.jsonl"], ["--model", str(tmp_path / "none")], ["--t", "2000"], ["--limit", "0"],
+                ["--early_exit", "exact"], ["--target_risk", "2"], ["--sizes", "0"]):
         with pytest.raises(InputError):
-            evaluation.main([*argv, *bad])
+            evaluation.main([*SMALL, "--output", str(tmp_path), *bad])
+
+
+def test_broken_rows_are_named_and_left_out(tmp_path, capsys):
+    from PIL import Image
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    rows = [{"id": f"q{i}", "image": "bad.png" if i == 1 else "a.png", "question": "" if i == 2 else "What is it?",
+             "answer": "1"} for i in range(4)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = [*SMALL, "--data", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "out")]
+    evaluation.main(argv)
+    assert [row["id"] for row in stored(tmp_path / "out")] == ["q0", "q3"]
+    said = capsys.readouterr().err
+    assert "q1" in said and "'q2' is empty" in said
+    with pytest.raises(InputError, match="q2"):
+        evaluation.main([*argv, "--strict"])
+
+
+# ---- Intervals, maps, thresholds
+
+def test_bootstrap_resamples_whole_questions():
+    """Eight copies of each answer: the interval is that of the questions, not of eight times as many answers."""
+    rng = np.random.default_rng(0)
+    correct = rng.integers(0, 2, 60).astype(float)
+    ids = [f"q{i}" for i in range(60)]
+    mean = {"accuracy": evaluation.STATISTICS["accuracy"]}
+    one = evaluation.bootstrap(ids, correct, correct, mean, 2000)["accuracy"]
+    many = evaluation.bootstrap(*(np.repeat(x, 8) for x in (ids, correct, correct)), mean, 2000)["accuracy"]
+    assert np.allclose(one, many)
+    assert one.std() == pytest.approx((correct.var() / 60) ** 0.5, rel=0.1)
+    low, high = evaluation.interval(one)
+    assert low < correct.mean() < high
+
+
+def test_paired_differences_cancel_what_is_shared():
+    rng = np.random.default_rng(1)
+    base = rng.random(200) < 0.5
+    first = [evaluation.Outcome(f"q{i}", 0.5, bool(c), 1) for i, c in enumerate(base)]
+    second = [evaluation.Outcome(f"q{i}", 0.5, bool(c) or i % 20 == 0, 1) for i, c in enumerate(base)]
+    found = evaluation.paired(first, second, [evaluation.resampled(first), evaluation.resampled(second)])["accuracy"]
+    assert found[0] == pytest.approx(np.mean([o.correct for o in second]) - base.mean()) and 0 < found[1] < found[2] < 0.08
+
+
+def test_isotonic_and_platt_maps():
+    rng = np.random.default_rng(2)
+    confidence = rng.random(4000)
+    correct = (rng.random(4000) < confidence**2).astype(float)
+    ids = [f"q{i}" for i in range(4000)]
+    assert evaluation.calibration_error(confidence, correct) > 0.1
+    for kind, bound in (("isotonic", 0.04), ("platt", 0.06)):
+        assert evaluation.calibration_error(evaluation.cross_fitted(ids, confidence, correct, kind), correct) < bound
+    fitted = evaluation.fit_isotonic(np.array([1.0, 2, 3, 4]), np.array([0.0, 1, 0, 1]))
+    assert fitted(np.array([0.0, 1, 2, 3, 4, 9])).tolist() == [0, 0, 0.5, 0.5, 1, 1]
+    isotonic = pytest.importorskip("sklearn.isotonic")
+    theirs = isotonic.IsotonicRegression(out_of_bounds="clip").fit(confidence, correct).predict(confidence)
+    assert np.allclose(evaluation.fit_isotonic(confidence, correct)(confidence), theirs, atol=1e-6)
+
+
+def test_threshold_and_slope_by_hand():
+    confidence, correct = np.array([0.9, 0.8, 0.7, 0.6, 0.5]), np.array([1.0, 1, 0, 1, 0])
+    assert evaluation.threshold_for(confidence, correct, 0.25) == (0.6, 0.8, 0.25)
+    assert evaluation.threshold_for(confidence, correct, 0.1) == (0.8, 0.4, 0.0)
+    assert evaluation.threshold_for(confidence, 0 * correct, 0.1)[:2] == (1.0, 0.0)
+    sizes = np.array([1, 2, 4, 8])
+    assert evaluation.slope(0.5 + 0.03 * np.log2(sizes), sizes) == pytest.approx(0.03)
+
+
+def test_equal_cost_interpolates_between_measured_sizes():
+    scaled = {"CA-TTS": {"8": (0.8, 0, 0), "tokens": {"8": 200.0}},
+              "majority": {"8": (0.6, 0, 0), "16": (0.7, 0, 0), "tokens": {"8": 100.0, "16": 400.0}}}
+    assert evaluation.at_equal_cost(scaled, 8) == {"tokens": 200.0, "CA-TTS": 0.8, "majority": pytest.approx(0.65)}
+    scaled["CA-TTS"]["tokens"]["8"] = 900.0
+    assert np.isnan(evaluation.at_equal_cost(scaled, 8)["majority"])
+
+
+def test_charts_hold_every_point():
+    drawn = report.chart({"a": [(1, 0.5), (2, float("nan")), (4, 0.25, 0.2, 0.3)]}, "T & U", "x", "y", log=True)
+    assert drawn.count("<circle") == 2 and "T &amp; U" in drawn and report.chart({"a": []}, "t", "x", "y") == ""
+    assert report.ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1] and report.ticks(12.1, 13.4)[0] <= 12.1
+    assert "&ndash;" in report.table({"r": {"a": float("nan"), "b": (0.5, 0.4, 0.6)}})

@@ -35,7 +35,7 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import noise  # noqa: E402
 import train_cdrl  # noqa: E402
-from vlm import VLM  # noqa: E402
+from vlm import VLM, load_processor  # noqa: E402
 
 SEED = 1000
 CHAT_TEMPLATE = (
@@ -65,10 +65,11 @@ def named_cells(sample):
             for c, what in enumerate(row.split(", "))]
 
 
-def lesson(sample, rng, roles, describe=0.0):
+def lesson(sample, rng, roles, describe=0.0, think=False):
     """One (user turn, reply). roles: the share of lessons spent on the Expert's roles and on reflection; describe: the
     share that lists the board in a random order, place before thing or thing before place: a dozen look-ups a reply, from
-    which a small text model learns soonest to find its way among the image tokens."""
+    which a small text model learns soonest to find its way among the image tokens; think: the Voter works the answer out
+    in a line of its own before its list, as it must to know, and is shown 1 to 7 candidates."""
     solution = sample.meta["solution"]
     if rng.random() < describe:
         cells = named_cells(sample)
@@ -80,11 +81,13 @@ def lesson(sample, rng, roles, describe=0.0):
     current = sample.answer if rng.random() < 0.5 else wrong_answer(sample, rng)
     shown = solution.split(". \\boxed")[0]
     if role == "voter":
-        candidates = list(dict.fromkeys([sample.answer, *(wrong_answer(sample, rng) for _ in range(rng.randint(1, 3)))]))
+        others = (wrong_answer(sample, rng) for _ in range(rng.randint(0, 6) if think else rng.randint(1, 3)))
+        candidates = list(dict.fromkeys([sample.answer, *others]))
         rng.shuffle(candidates)
         rest = [int(100 / len(candidates) * 0.4)] * len(candidates)
         rest[candidates.index(sample.answer)] += 100 - sum(rest)
-        return data.voter_prompt(sample, candidates), json.dumps([share / 100 for share in rest])
+        shares = json.dumps([share / 100 for share in rest])
+        return data.voter_prompt(sample, candidates), f"{shown}\n{shares}" if think else shares
     if role == "critic":
         verdict = "correct" if current == sample.answer else "wrong"
         return data.critic_prompt(sample, current), f"{shown}. {verdict}"
@@ -133,8 +136,8 @@ def build_processor(vocabulary=480):
 
 
 # How each checkpoint is made; the base is stopped early on purpose.
-RECIPES = {"base": dict(see_steps=300, steps=2600, weights=(1.4, 0.7, 0.55, 1)),
-           "expert": dict(see_steps=300, steps=3000), "clip": dict(steps=2800)}
+RECIPES = {"base": dict(see_steps=300, steps=2600, weights=(1.5, 0.58, 0.53, 0.62)),
+           "expert": dict(see_steps=300, steps=3000, role_steps=1000), "clip": dict(steps=2800)}
 SHAPE = {"base": dict(vision=96, text=128, layers=3), "expert": dict(vision=128, text=192, layers=4)}
 
 
@@ -206,8 +209,8 @@ def see(model, processor, steps, rng, batch_size=64, lr=1e-3):
             print(f"see {step + 1} loss {loss.item():.3f} cells named right {np.mean(seen):.2f}", flush=True)
 
 
-def warm_up(name, see_steps, steps, weights=(1, 1, 1, 1), batch_size=32, lr=2e-3, roles=0.3):
-    """Both stages of base or expert. weights: how often each skill is drawn; roles: share of the roles' lessons at the
+def warm_up(name, see_steps, steps, weights=(1, 1, 1, 1), batch_size=32, lr=2e-3, roles=0.3, role_steps=0):
+    """The stages of base or expert. weights: how often each skill is drawn; roles: share of the roles' lessons at the
     end (they come in gradually, as the describing lessons leave)."""
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
@@ -236,6 +239,30 @@ def warm_up(name, see_steps, steps, weights=(1, 1, 1, 1), batch_size=32, lr=2e-3
             print(f"step {step + 1} loss {loss.item():.3f} {time.time() - start:.0f}s", flush=True)
         if (step + 1) % 500 == 0:
             save(model, processor, HERE / name)
+    save(model, processor, HERE / name)
+    if role_steps:
+        practise_roles(name, role_steps)
+
+
+def practise_roles(name, steps, batch_size=32, lr=1e-3):
+    """Last stage, of the expert alone, from the saved checkpoint: six lessons in ten are its roles, the Voter thinks."""
+    torch.manual_seed(SEED)
+    rng = random.Random(f"roles {SEED}")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(HERE / name, dtype=torch.float32).train()
+    processor = load_processor(HERE / name)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 50, 1.5 * (1 - step / steps))
+        samples = [data.synthetic("train", SEED, rng.randrange(10**9)) for _ in range(batch_size)]
+        inputs, labels = encode(processor, [lesson(s, rng, 0.6, think=True) for s in samples], [s.images[0] for s in samples])
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        if (step + 1) % 100 == 0:
+            print(f"roles {step + 1} loss {loss.item():.3f}", flush=True)
     save(model, processor, HERE / name)
 
 
@@ -383,7 +410,7 @@ def write_card(name, questions=240):
                 for mode, answers in noised.items()}
     how = HOW_CLIP if name == "clip" else HOW_LANGUAGE.format(mass=mass)
     (HERE / name / "README.md").write_text(CARD.format(
-        name=name, what=WHAT[name], seed=SEED, how=how, table=evaluation.table(rows),
+        name=name, what=WHAT[name], seed=SEED, how=how, table=data.table(rows),
         recipe=", ".join(f"{key} {value}" for key, value in RECIPES[name].items())))
     print((HERE / name / "README.md").read_text())
 
@@ -400,8 +427,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=RECIPES)
     parser.add_argument("--card", action="store_true", help="measure the checkpoint that is there; train nothing")
+    parser.add_argument("--roles", action="store_true", help="the expert's last stage alone, from the checkpoint that is there")
     args = parser.parse_args()
-    if not args.card:
+    if args.roles:
+        practise_roles(args.name, RECIPES["expert"]["role_steps"])
+    elif not args.card:
         (warm_up_clip if args.name == "clip" else warm_up)(args.name, **RECIPES[args.name])
     write_card(args.name)
 

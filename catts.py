@@ -1,0 +1,818 @@
+"""CA-TTS: calibrated confidence steers test-time compute (paper 3.3, Eq. 5-10).
+
+    python catts.py photo.png "How many red circles are there?"               # the built-in base and expert
+    python catts.py --data questions.jsonl --output results.jsonl             # many; resumes; torchrun splits them
+    python catts.py photo.png "..." --model Qwen/Qwen2.5-VL-7B-Instruct \\
+        --expert https://host/v1 --expert_model NAME                          # key: EXPERT_API_KEY
+
+One vote table over answers, which are merged by equivalence. N samples vote, weighted by confidence. Then three modules
+add their votes: Self-Consistency asks the Expert as Voter (Eq. 6-7), Self-Reflection the Expert as Critic, and the base
+answers again (Eq. 8), Visual Self-Check decodes against the noised picture (Eq. 9). The Expert as Planner orders them. The
+Critic and the Voter see what the *samples* said, so that modules commute: the order changes the cost, never the votes.
+
+The paper's confidence is mean C; where it is silent about a failing Expert we decide: a role that fails casts no vote, and
+the ledger says so. Left out on purpose: streaming, and an Expert that sees the samples' reasoning.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+import noise
+from data import MODULES, InputError, Sample, add_options, command, option
+from experts import LocalExpert, Server, ServerExpert, ServerVLM
+from reward import accepts, equivalent, extract_answer, sequence_confidence
+from vlm import VLM
+
+TINY = Path(__file__).resolve().parent / "tiny"
+ATTEMPTS = 3                    # how often a role is asked before it abstains
+MAX_CRITIQUE = 1000             # characters of a critique that the base model is shown
+TIE = 1e-9                      # totals closer than this are equal; the samples' order then decides
+
+
+@dataclass
+class Settings:
+    """How a question is answered. Defaults: the paper's, where it gives them."""
+    samples: int = option(8, "answers drawn, N")
+    temperature: float = option(1.0, "of the samples")
+    top_k: int = option(40, "tokens the samples are drawn from; 0 = all")
+    max_new_tokens: int = option(64, "longest answer of the base model")
+    reading: str = option("mean", "of a sample's confidence (DeepConf)", ("mean", "tail", "bottom", "min"))
+    window: int = option(32, "tokens of a window: tail, bottom and min")
+    weight: str = option("confidence", "of a sample's vote: C, C ** power, softmax(C / softness), its probability "
+                         "exp(mean log-prob), or 1", ("confidence", "power", "softmax", "probability", "equal"))
+    power: float = option(2.0, "exponent of --weight power")
+    softness: float = option(1.0, "temperature of --weight softmax, nats")
+    top_share: float = option(1.0, "share of the samples, the most confident, that vote (DeepConf's filter)")
+    modules: str = option(",".join(MODULES), "which modules run, separated by commas; '' = samples only")
+    tau1: float = option(0.5, "weight of the Voter")
+    tau2: float = option(0.5, "weight of Self-Reflection")
+    tau3: float = option(0.5, "weight of Visual Self-Check")
+    order: str = option("auto", "of the modules: planner (asks the Expert), a list separated by commas, or auto: planner, but "
+                        "cheapest first under --early_exit exact, where the order changes nothing but the cost")
+    early_exit: str = option("off", "exact: stop when nothing left can change the answer; gate: when the samples' "
+                             "winner holds --gate of their votes", ("off", "exact", "gate"))
+    gate: float = option(0.9, "share of the samples' votes that --early_exit gate asks for")
+    check_alpha: float = option(0.5, "contrast of Visual Self-Check")
+    check_beta: float = option(0.1, "its plausibility cut")
+    noise_t: str = option("999", "diffusion step of its noised picture")
+    region: str = option("key", "where that noise goes", noise.MODES)
+    mass: float = option(0.5, "share of CLIP's attention that the key region holds")
+    expert_tokens: int = option(256, "longest reply of the Expert")
+    abstain: str = option("", "answer \"I don't know\" below this confidence: a number, or a file written by eval.py")
+    seed: int = option(0, "decides samples and noise")
+
+    def check(self):
+        """Refuse what cannot work, in a sentence; returns the modules that run, in the table's order."""
+        for name, low in (("samples", 1), ("max_new_tokens", 1), ("window", 1), ("expert_tokens", 1), ("top_k", 0),
+                          ("tau1", 0), ("tau2", 0), ("tau3", 0), ("check_alpha", 0)):
+            if not getattr(self, name) >= low:
+                raise InputError(f"--{name} is {getattr(self, name)}; it must be at least {low}")
+        for name in ("temperature", "softness", "power"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"--{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("top_share", "mass", "gate"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"--{name} is {getattr(self, name)}; a number above 0 and at most 1 is expected")
+        if not 0 <= self.check_beta <= 1:
+            raise InputError(f"--check_beta is {self.check_beta}; a number from 0 to 1 is expected")
+        noise.parse_t(self.noise_t)
+        for name in ("modules",) if self.order in ("auto", "planner") else ("modules", "order"):
+            named = _names(getattr(self, name))
+            if len(set(named)) != len(named) or not set(named) <= set(MODULES):
+                raise InputError(f"--{name} is {getattr(self, name)!r}; some of {', '.join(MODULES)} are expected, each once")
+        chosen = _names(self.modules)
+        if self.order not in ("auto", "planner") and not set(chosen) <= set(_names(self.order)):
+            raise InputError(f"--order is {self.order!r}; it must name every module that runs: {self.modules}")
+        return [module for module in MODULES if module in chosen]
+
+
+    def taus(self):
+        """What each source's vote weighs."""
+        return {"samples": 1.0, "voter": self.tau1, "self_reflection": self.tau2, "self_check": self.tau3}
+
+
+def _names(text):
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Votes
+
+# Votes are counted in this order, whatever order they were cast in.
+SOURCES = ("samples", "voter", "self_reflection", "self_check")
+# The module behind each source; the samples need none.
+SOURCE = {"self_consistency": "voter", "self_reflection": "self_reflection", "self_check": "self_check"}
+
+
+@dataclass
+class Vote:
+    """source: one of SOURCES; share: of that source's vote, in [0, 1], before its tau."""
+    source: str
+    answer: str
+    share: float
+
+
+@dataclass
+class Row:
+    """One answer of the table: its share of each source's vote, and the total, weighted by tau."""
+    answer: str
+    shares: dict
+    total: float = 0.0
+
+
+def sample_weights(confidences, probabilities, settings):
+    """N confidences (any reals) and probabilities -> N weights >= 0 that sum to 1 (Eq. 5); 0 = dropped by the filter."""
+    c = torch.tensor(confidences, dtype=torch.float64)
+    weights = {"confidence": lambda: c.clamp(min=0), "power": lambda: c.clamp(min=0) ** settings.power,
+               "softmax": lambda: (c / settings.softness).softmax(0),
+               "probability": lambda: torch.tensor(probabilities, dtype=torch.float64),
+               "equal": lambda: torch.ones_like(c)}[settings.weight]()
+    kept = math.ceil(settings.top_share * len(c) - 1e-9)
+    weights[c.argsort(descending=True, stable=True)[kept:]] = 0
+    total = weights.sum()
+    return (weights / total if total > 0 else torch.full_like(weights, 1 / len(c))).tolist()
+
+
+def sample_votes(answers, confidences, probabilities, settings):
+    """The samples' votes, normalised over those that gave an answer (Eq. 5) -> list of Vote."""
+    votes = [Vote("samples", *pair) for pair in zip(answers, sample_weights(confidences, probabilities, settings))]
+    votes = [vote for vote in votes if vote.answer is not None and vote.share > 0]
+    total = sum(vote.share for vote in votes)
+    return [Vote(vote.source, vote.answer, vote.share / total) for vote in votes]
+
+
+def tally(votes, taus, choices=None):
+    """Votes -> Rows; answers equal as values share a row. The samples' favourite first, then as they came.
+
+    taus: {source: weight}. The sums run over SOURCES, so that no order of casting changes a bit of them.
+    """
+    rows = []
+    for source in SOURCES:
+        for vote in votes:
+            if vote.source == source:
+                row = next((r for r in rows if equivalent(r.answer, vote.answer, choices)), None)
+                if row is None:
+                    rows.append(row := Row(vote.answer, {}))
+                row.shares[source] = row.shares.get(source, 0.0) + vote.share
+    for row in rows:
+        row.total = sum(taus[source] * row.shares.get(source, 0.0) for source in SOURCES)
+    return sorted(rows, key=lambda row: -row.shares.get("samples", 0.0))
+
+
+def winner(rows):
+    """The row with the highest total, the first of those that tie; None for an empty table."""
+    best = max((row.total for row in rows), default=None)
+    return next((row for row in rows if row.total >= best - TIE), None)
+
+
+def decided(rows, remaining, taus, threshold=None):
+    """Whether no outcome of the remaining modules can change the winner: what makes `exact` lossless.
+
+    A rival gains at most the tau of each module that remains, and from the Voter only where there is a choice: it divides
+    its vote among the samples' answers. A rival may also be an answer that nobody has given yet. With a threshold, nor
+    may the final confidence cross it.
+    """
+    leader = winner(rows)
+    if leader is None or "samples" not in leader.shares:
+        return False
+    candidates = sum("samples" in row.shares for row in rows)
+    single = sum(taus[SOURCE[module]] for module in remaining if module != "self_consistency")
+    voter = taus["voter"] if "self_consistency" in remaining and candidates > 1 else 0.0
+    place = rows.index(leader)
+    for i, rival in enumerate([*rows, Row("", {})]):
+        if rival is leader:
+            continue
+        gain = single + (voter if "samples" in rival.shares else 0.0)
+        # A later rival loses a tie.
+        if leader.total - rival.total < gain + (2 * TIE if i < place else -TIE / 2):
+            return False
+    if threshold is None:
+        return True
+    total, rest = sum(row.total for row in rows), sum(taus[SOURCE[module]] for module in remaining)
+    return leader.total / (total + rest) >= threshold or (leader.total + rest) / (total + rest) < threshold
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Expert's roles
+
+def parse_list(text):
+    """A reply that is one JSON list, perhaps in a code fence -> list. ValueError otherwise; NaN is no JSON."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is no number")
+    text = text.strip()
+    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text[:10_000], re.DOTALL)
+    try:
+        value = json.loads(fenced[1] if fenced else text[:10_000], parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not a JSON list") from error
+    if not isinstance(value, list):
+        raise ValueError("not a JSON list")
+    return value
+
+
+def parse_probabilities(text, n):
+    """The Voter's reply -> n probabilities that sum to 1. It may think aloud first: then the list is its last line.
+    ValueError says what is wrong with it."""
+    try:
+        values = parse_list(text)
+    except ValueError:
+        values = parse_list(text.strip().rsplit("\n", 1)[-1])
+    if len(values) != n:
+        raise ValueError(f"{len(values)} numbers for {n} candidates")
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        raise ValueError("something in the list is no number")
+    if not all(0 <= value < 1e9 for value in values) or not sum(values) > 0:
+        raise ValueError("numbers that are negative, all zero or not finite")
+    return [value / sum(values) for value in values]
+
+
+def parse_order(text):
+    """The Planner's reply -> the names of MODULES in its order. ValueError otherwise."""
+    names = parse_list(text)
+    if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(MODULES):
+        raise ValueError(f"not each of {', '.join(MODULES)} once")
+    return names
+
+
+def parse_critique(text):
+    """The Critic's reply -> one line of at most MAX_CRITIQUE characters. ValueError when it is empty."""
+    line = " ".join(text.split())[:MAX_CRITIQUE]
+    if not line:
+        raise ValueError("an empty critique")
+    return line
+
+
+def consult(expert, role, turns, make_prompt, parse):
+    """Ask the Expert in a role about every turn -> what `parse(turn, text)` made of each reply, None where it abstains.
+
+    A reply that does not parse is asked for again, ATTEMPTS times in all; every request goes into the ledger.
+    """
+    found, reasons, pending = {}, {}, list(range(len(turns)))
+    prompts = [make_prompt(turn) for turn in turns]
+    for attempt in range(ATTEMPTS):
+        replies = expert.ask([(turns[i].pictures, prompts[i]) for i in pending], attempt)
+        again = []
+        for i, reply in zip(pending, replies):
+            turns[i].result.ledger.add(role, expert_calls=int(not reply.cached), cached_calls=int(reply.cached),
+                                       expert_tokens=reply.tokens)
+            text = reply.text.encode(errors="replace").decode()         # JSON may hold half a character
+            try:
+                if reply.error:
+                    raise ValueError(reply.error)
+                found[i] = parse(turns[i], text)
+                turns[i].result.said[role] = text[:MAX_CRITIQUE]
+            except ValueError as error:
+                reasons[i] = str(error)
+                if not reply.final:
+                    again.append(i)
+        pending = again
+        if not pending:
+            break
+    for i in range(len(turns)):
+        if i not in found:
+            turns[i].result.ledger.notes.append(f"{role} abstained: {reasons[i]}")
+    return [found.get(i) for i in range(len(turns))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The controller
+
+@dataclass
+class Ledger:
+    """What one question cost. tokens: generated by the base model; forward_passes, image_encodings: the base model's, two a
+    token where it contrasts; expert_calls: requests made, retries of a role included; cached_calls: answered from the
+    disk; seconds: its share of the batch's; parts: the same by who caused it; notes: what went wrong."""
+    tokens: int = 0
+    forward_passes: int = 0
+    image_encodings: int = 0
+    expert_calls: int = 0
+    cached_calls: int = 0
+    expert_tokens: int = 0
+    seconds: float = 0.0
+    parts: dict = field(default_factory=dict)
+    notes: list = field(default_factory=list)
+
+    def add(self, part, **amounts):
+        own = self.parts.setdefault(part, {})
+        for name, amount in amounts.items():
+            setattr(self, name, getattr(self, name) + amount)
+            own[name] = own.get(name, 0) + amount
+
+
+@dataclass
+class Result:
+    """answer: None when nobody gave one; confidence: V[answer] / sum V (Eq. 10), in [0, 1]; abstained: it lies below the
+    threshold; correct: by the judge, None without a gold answer; order: of the modules; skipped: {module: why};
+    said: {role: text}; rollouts: the samples."""
+    id: str
+    answer: str | None = None
+    confidence: float = 0.0
+    abstained: bool = False
+    correct: bool | None = None
+    votes: list = field(default_factory=list)
+    order: list = field(default_factory=list)
+    skipped: dict = field(default_factory=dict)
+    said: dict = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+    rollouts: list = field(default_factory=list)
+
+    def by_source(self):
+        """{source: [[answer, share], ...]} of the samples and of every module that ran, an empty list where it abstained."""
+        ran = ["samples", *(SOURCE[module] for module in self.order if module not in self.skipped)]
+        return {source: [[v.answer, v.share] for v in self.votes if v.source == source] for source in ran}
+
+    def record(self, sample, window):
+        """The line of results.jsonl: all of it, the question's frame, the samples with their confidence in every reading."""
+        row = {name: value for name, value in vars(self).items() if name not in ("rollouts", "ledger", "votes")}
+        row |= {"votes": self.by_source(), "ledger": asdict(self.ledger), "gold": sample.answer, "choices": sample.choices,
+                "question": sample.question, "source": sample.source}
+        row["meta"] = {key: value for key, value in sample.meta.items() if isinstance(value, (str, int, float))}
+        row["samples"] = [spoken(r, sample, window) for r in self.rollouts]
+        return row
+
+
+def spoken(rollout, sample, window=32):
+    """One Rollout as stored: its text, answer and verdict (None without gold), and its confidence in every reading."""
+    answer = extract_answer(rollout.text, sample.choices)
+    return {"text": rollout.text, "answer": answer, "tokens": len(rollout.tokens), "finished": rollout.finished,
+            "correct": None if sample.answer is None else accepts(answer, sample),
+            "logprob": rollout.logprobs.mean().item(),
+            "confidence": {reading: confidence_of(rollout, reading, window) for reading in ("mean", "tail", "bottom", "min")}}
+
+
+@dataclass
+class Turn:
+    """A question under way."""
+    sample: Sample
+    pictures: list
+    result: Result
+    stopped: str = ""           # why nothing more is asked
+
+
+def confidence_of(rollout, reading, window):
+    """One reading of a Rollout's confidence (float)."""
+    return sequence_confidence(rollout.confidences[None], torch.ones(1, len(rollout.confidences)), reading, window).item()
+
+
+@contextmanager
+def timed(turns):
+    """Add the seconds of the block to the ledgers, in equal shares."""
+    start = time.perf_counter()
+    yield
+    for turn in turns:
+        turn.result.ledger.seconds += (time.perf_counter() - start) / len(turns)
+
+
+class Controller:
+    """CA-TTS for one base model and one Expert.
+
+    vlm: a VLM, or a ServerVLM. expert: None = the base plays the roles itself; else something with `ask`. checker: the
+    VLM of Visual Self-Check, default vlm; without one (vlm is a server) that module is skipped. clip: finds its region.
+    """
+
+    def __init__(self, vlm, expert=None, clip=None, settings=None, checker=None):
+        self.vlm, self.settings = vlm, settings or Settings()
+        self.modules = self.settings.check()
+        itself = ServerExpert(vlm.server, self.settings.expert_tokens) if isinstance(vlm, ServerVLM) else LocalExpert(
+            vlm, self.settings.expert_tokens)
+        self.expert = expert or itself
+        self.checker = checker or (None if isinstance(vlm, ServerVLM) else vlm)
+        self.clip, self.threshold = clip, read_threshold(self.settings.abstain)
+        if "self_check" in self.modules and self.checker is not None and self.settings.region != "all" and clip is None:
+            self.clip = noise.ClipAttention.from_pretrained()
+        self.taus = self.settings.taus()
+
+    def answer(self, sample):
+        """One data.Sample -> Result."""
+        return self.answer_all([sample])[0]
+
+    def answer_all(self, samples, rollouts=None):
+        """A batch of samples -> list of Result. A result does not depend on the rest of its batch.
+
+        rollouts: what was drawn for each sample earlier, N Rollouts each; then nothing is drawn.
+        """
+        turns = [Turn(sample, sample.pictures(), Result(sample.id)) for sample in samples]
+        if rollouts is None:
+            self._draw(turns)
+        for turn, given in zip(turns, rollouts or []):
+            turn.result.rollouts = list(given)
+            turn.result.votes = self._sample_votes(turn)
+            self._charge(turn, "samples", turn.result.rollouts)
+        pending = self._pending(turns, self.modules)
+        self._plan(pending)
+        for place in range(len(self.modules)):
+            for module in self.modules:
+                batch = [turn for turn in pending if turn.result.order[place] == module]
+                if batch:
+                    with timed(batch):
+                        getattr(self, f"_{module}")(batch)
+            pending = self._pending(pending, None, place + 1)
+        for turn in turns:
+            self._conclude(turn)
+        return [turn.result for turn in turns]
+
+    def _rows(self, turn, only_samples=False):
+        votes = [v for v in turn.result.votes if v.source == "samples" or not only_samples]
+        return tally(votes, self.taus, turn.sample.choices)
+
+    def _pending(self, turns, modules, place=0):
+        """The turns that go on; the others note why. modules: what remains, default: the rest of each turn's order."""
+        going = []
+        for turn in turns:
+            rest, rows = modules if modules is not None else turn.result.order[place:], self._rows(turn)
+            share = rows[0].shares.get("samples", 0.0) if rows else 0.0
+            if not turn.stopped and self.settings.early_exit == "exact" and decided(
+                    rows, rest, self.taus, self.threshold):
+                turn.stopped = "nothing left could change the answer"
+            elif self.settings.early_exit == "gate" and share >= self.settings.gate:
+                turn.stopped = f"the samples' winner holds {share:.2f} of their votes"
+            if turn.stopped:
+                turn.result.skipped |= {module: turn.stopped for module in rest}
+            elif rest:
+                going.append(turn)
+        return going
+
+    def _charge(self, turn, source, rollouts, views=1):
+        """Base-model work on one question: a prefill a view, then a forward pass a view for every further token."""
+        turn.result.ledger.add(source, tokens=sum(len(r.tokens) for r in rollouts),
+                               forward_passes=views * max(len(r.tokens) for r in rollouts),
+                               image_encodings=views * len(turn.pictures))
+
+    def _seed(self, turn):
+        return f"{self.settings.seed} {turn.sample.id}"
+
+    # ---- The samples (Eq. 5)
+
+    def _draw(self, turns):
+        """Draw N samples a question, in one go, or under `exact` in rounds that stop once the rest cannot matter."""
+        pending = list(turns)
+        while pending:
+            rounds = {}                 # questions that draw the same number, after the same number, are drawn together
+            for turn in pending:
+                rounds.setdefault((self._round(turn), len(turn.result.rollouts)), []).append(turn)
+            for (size, first), part in rounds.items():
+                with timed(part):
+                    groups = self.vlm.sample([t.pictures for t in part], [data.prompt(t.sample) for t in part], size,
+                                             max_new_tokens=self.settings.max_new_tokens, first=first,
+                                             temperature=self.settings.temperature, top_k=self.settings.top_k,
+                                             seed=[self._seed(t) for t in part])
+                for turn, group in zip(part, groups):
+                    turn.result.rollouts += group
+                    turn.result.votes = self._sample_votes(turn)
+                    self._charge(turn, "samples", group)
+            pending = [turn for turn in pending if self._round(turn)]
+        for turn in turns:
+            if len(turn.result.rollouts) < self.settings.samples:
+                turn.stopped = f"{len(turn.result.rollouts)} samples settled it"
+
+    def _sample_votes(self, turn):
+        rollouts, settings = turn.result.rollouts, self.settings
+        return sample_votes([extract_answer(r.text, turn.sample.choices) for r in rollouts],
+                            [confidence_of(r, settings.reading, settings.window) for r in rollouts],
+                            [r.logprobs.mean().exp().item() for r in rollouts], settings)
+
+    def _round(self, turn):
+        """How many samples to draw next; 0 = enough.
+
+        `exact` may stop early only where a sample's weight has an upper bound, 1, whatever it will say: weights
+        `probability` and `equal`, no filter, no threshold. Then the least number is drawn that could settle it at best.
+        """
+        settings, drawn = self.settings, len(turn.result.rollouts)
+        left = settings.samples - drawn
+        if (settings.early_exit != "exact" or settings.weight not in ("probability", "equal") or settings.top_share < 1
+                or self.threshold is not None):
+            return left
+        gain = sum(self.taus[SOURCE[module]] for module in self.modules)
+        mass = sum(1.0 if settings.weight == "equal" else r.logprobs.mean().exp().item() for r in turn.result.rollouts
+                   if extract_answer(r.text, turn.sample.choices) is not None)
+        shares = [row.shares["samples"] * mass for row in self._rows(turn)] + [0.0, 0.0]
+        for extra in range(left):
+            worst = left - extra            # the rest, all for one rival, each with the largest weight
+            if (shares[0] + extra - shares[1] - worst) / (mass + extra + worst) > gain + TIE:
+                return extra
+        return left
+
+    # ---- The modules
+
+    def _plan(self, turns):
+        """Expert as Planner: the order of the modules."""
+        order = self.settings.order
+        if order == "auto" and self.settings.early_exit == "exact":
+            order = "self_check,self_consistency,self_reflection"       # no Expert; one call; a call and another answer
+        plans = [_names(order)] * len(turns)
+        if order in ("auto", "planner"):
+            plans = [None] * len(turns)
+            if len(self.modules) > 1 and turns:
+                with timed(turns):
+                    plans = consult(self.expert, "planner", turns, lambda t: data.planner_prompt(t.sample),
+                                    lambda _, text: parse_order(text))
+        for turn, plan in zip(turns, plans):
+            turn.result.order = [module for module in plan or MODULES if module in self.modules]
+
+    def _self_consistency(self, turns):
+        """Expert as Voter (Eq. 6, 7): V[k] += tau1 c_k over the samples' answers."""
+        candidates = {id(turn): [row.answer for row in self._rows(turn, True)] for turn in turns}
+        asked = self._with_answers(turns, "voter")
+        shares = consult(self.expert, "voter", asked, lambda t: data.voter_prompt(t.sample, candidates[id(t)]),
+                         lambda t, text: parse_probabilities(text, len(candidates[id(t)])))
+        for turn, found in zip(asked, shares):
+            turn.result.votes += [Vote("voter", *pair) for pair in zip(candidates[id(turn)], found or [])]
+
+    def _self_reflection(self, turns):
+        """Expert as Critic; the base model answers again with the critique (Eq. 8): V[A_reflect] += tau2."""
+        asked = self._with_answers(turns, "critic")
+        current = {id(turn): self._rows(turn, True)[0].answer for turn in asked}
+        critiques = consult(self.expert, "critic", asked, lambda t: data.critic_prompt(t.sample, current[id(t)]),
+                            lambda _, text: parse_critique(text))
+        heard = [(turn, critique) for turn, critique in zip(asked, critiques) if critique is not None]
+        if heard:
+            groups = self.vlm.sample([t.pictures for t, _ in heard],
+                                     [data.reflect_prompt(t.sample, current[id(t)], critique) for t, critique in heard],
+                                     greedy=True, max_new_tokens=self.settings.max_new_tokens)
+            for (turn, _), (rollout,) in zip(heard, groups):
+                self._vote(turn, "self_reflection", rollout)
+
+    def _self_check(self, turns):
+        """Visual Self-Check (Eq. 9): contrast the picture with its noised twin: V[A_check] += tau3."""
+        settings = self.settings
+        if self.checker is None:
+            for turn in turns:
+                turn.result.skipped["self_check"] = "the base model is a server; --check_model names a local one"
+            return
+        noised = [noise.make_pair(t.pictures, t.sample.question, self.clip, noise.parse_t(settings.noise_t), settings.region,
+                                  settings.mass, self._seed(t)) for t in turns]
+        rollouts = self.checker.contrast([t.pictures for t in turns], noised, [data.prompt(t.sample) for t in turns],
+                                         alpha=settings.check_alpha, beta=settings.check_beta,
+                                         max_new_tokens=settings.max_new_tokens)
+        for turn, rollout in zip(turns, rollouts):
+            self._vote(turn, "self_check", rollout, views=2)
+
+    def _with_answers(self, turns, role):
+        """The turns in which a sample gave an answer; the others have nothing to show to the Expert."""
+        for turn in turns:
+            if not turn.result.votes or turn.result.votes[0].source != "samples":
+                turn.result.ledger.notes.append(f"{role} not asked: no sample gave an answer")
+        return [turn for turn in turns if turn.result.votes and turn.result.votes[0].source == "samples"]
+
+    def _vote(self, turn, source, rollout, views=1):
+        self._charge(turn, source, [rollout], views)
+        turn.result.said[source] = rollout.text
+        answer = extract_answer(rollout.text, turn.sample.choices)
+        if answer is None:
+            turn.result.ledger.notes.append(f"{source} gave no answer")
+        else:
+            turn.result.votes.append(Vote(source, answer, 1.0))
+
+    def _conclude(self, turn):
+        rows, result = self._rows(turn), turn.result
+        best = winner(rows)
+        if best is not None:
+            result.answer, result.confidence = best.answer, best.total / sum(row.total for row in rows)
+        result.abstained = result.answer is None or (self.threshold is not None and result.confidence < self.threshold)
+        if turn.sample.answer is not None:
+            result.correct = accepts(result.answer, turn.sample)
+
+
+def read_threshold(text):
+    """--abstain -> a number, or None when it is empty. Raises InputError."""
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        try:
+            value = float(json.loads(Path(text).read_text())["threshold"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--abstain {text!r} is neither a number nor a file with a \"threshold\" "
+                             f"({type(error).__name__}); eval.py writes one") from error
+    if not 0 <= value <= 1:
+        raise InputError(f"--abstain {text!r} means {value}; a confidence from 0 to 1 is expected")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+def read_results(path):
+    """The rows of a results file, {id: row}; a torn last line is left out. Raises InputError for a file of another kind."""
+    rows, lines = {}, path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                row = json.loads(line)
+                rows[row["id"]] = row
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise InputError(f"{path}, line {number} is no result; choose another --output") from error
+    return rows
+
+
+def answer_file(answer_batch, samples, output, settings, batch_size=16, name="questions", strict=True):
+    """Answer every sample that the file `output` does not hold yet -> {id: row}, all of them, on rank 0; else None.
+
+    answer_batch: list of Sample -> list of rows (dicts with "id"). settings (dict): what the file was made with; other
+    settings are refused. Under torchrun the ranks share the questions; each appends to a part of its own, which rank 0
+    merges in the end, or the next run does. strict: a picture that cannot be read raises InputError; else its question is
+    named on stderr and left out.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    output, kept = Path(output), Path(f"{output}.args.json")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=30))         # ranks wait for the slowest
+    done = [None]
+    if rank == 0:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if kept.exists() and (old := json.loads(kept.read_text())) != settings:
+            other = sorted(key for key in {*old, *settings} if old.get(key) != settings.get(key))
+            raise InputError(f"{output} was made with other settings ({', '.join(other)}); choose another --output")
+        data.write_atomically(kept, json.dumps(settings, indent=1))
+        done = [_merge(output, samples)]
+    if world > 1:
+        dist.broadcast_object_list(done)
+    # Whole batches at fixed places, also when some of their rows are there: what a question meets in its batch, and with it
+    # the last bit of every number, is the same after a kill and for any number of ranks.
+    starts = range(0, len(samples), batch_size)[rank::world]
+    total = sum(min(batch_size, len(samples) - start) for start in starts)
+    with (tqdm(total=total, desc=name, unit="question", disable=rank > 0) as progress,
+          open(f"{output}.rank{rank}", "a") as file):
+        for start in starts:
+            batch = samples[start:start + batch_size]
+            if any(sample.id not in done[0] for sample in batch):
+                readable = batch if strict else [sample for sample in batch if opens(sample)]
+                if any(sample.id not in done[0] for sample in readable):
+                    rows = [row for row in answer_batch(readable) if row["id"] not in done[0]]
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+                    file.flush()
+            progress.update(len(batch))
+    if world > 1:
+        dist.barrier()
+    return _merge(output, samples) if rank == 0 else None
+
+
+def opens(sample):
+    """Whether a sample's pictures can be read; says so on stderr if not."""
+    try:
+        return sample.pictures() is not None
+    except InputError as error:
+        print(f"left out: {error}", file=sys.stderr)
+        return False
+
+
+def _merge(output, samples):
+    """Bring the file and the parts that ranks left into one, in the order of the questions -> {id: row}."""
+    parts = sorted(output.parent.glob(f"{output.name}.rank*"))
+    rows = {}
+    for path in (output, *parts):
+        rows |= read_results(path)
+    order = {sample.id: i for i, sample in enumerate(samples)}
+    rows = {key: rows[key] for key in sorted(rows, key=lambda key: order.get(key, len(order)))}
+    data.write_atomically(output, "".join(json.dumps(row) + "\n" for row in rows.values()))
+    for part in parts:
+        part.unlink()
+    return rows
+
+
+def describe(result, choices, taus):
+    """One result for a person: the answer, who voted for what, what was skipped and why, the cost."""
+    def name(answer):
+        option = choices[ord(answer) - 65] if choices and len(answer) == 1 and 0 <= ord(answer) - 65 < len(choices) else ""
+        return f"{answer} {option}".strip()[:40]
+
+    rows = {name(row.answer): {**{source: taus[source] * row.shares.get(source, 0.0) for source in SOURCES}, "total": row.total}
+            for row in tally(result.votes, taus, choices)}
+    lines = [f"answer: {result.answer}   confidence {result.confidence:.2f}"]
+    if result.abstained:
+        lines = [f"answer: I don't know   (best guess {result.answer}, confidence {result.confidence:.2f})"]
+    lines += ["", data.table(rows)] if rows else []
+    lines += [""] + [f"{role}: {' '.join(text.split())[:100]}" for role, text in result.said.items()]
+    lines += [f"skipped {module}: {why}" for module, why in result.skipped.items()]
+    lines += [f"note: {note}" for note in result.ledger.notes]
+    cost = {name: value for name, value in vars(result.ledger).items() if name not in ("parts", "notes")}
+    return "\n".join([*lines, "cost: " + ", ".join(
+        f"{name.replace('_', ' ')} {value:.2f}" if name == "seconds" else f"{name.replace('_', ' ')} {value}"
+        for name, value in cost.items())])
+
+
+def average(rows):
+    """Rows of results.jsonl, at least one -> their summary, one row of numbers for `data.table`."""
+    judged = [row["correct"] for row in rows if row["correct"] is not None]
+    mean = {"questions": len(rows), "accuracy": sum(judged) / len(judged) if judged else float("nan"),
+            "confidence": sum(row["confidence"] for row in rows) / len(rows),
+            "abstained": sum(row["abstained"] for row in rows) / len(rows)}
+    costs = ("tokens", "forward_passes", "expert_calls", "expert_tokens", "seconds")
+    return mean | {name: sum(row["ledger"][name] for row in rows) / len(rows) for name in costs}
+
+
+def add_sources(parser):
+    """Flags that say where questions, models and the Expert come from; eval.py has the same."""
+    parser.add_argument("--data", help="many questions: 'synthetic' (its test split) or a file")
+    parser.add_argument("--limit", type=int, help="at most so many of them")
+    parser.add_argument("--strict", action="store_true", help="a broken row of --data ends the run")
+    parser.add_argument("--data_seed", type=int, default=0, help="which built-in questions")
+    parser.add_argument("--batch_size", type=int, default=16, help="questions answered together")
+    parser.add_argument("--model", default=str(TINY / "base"), help="base: model directory, hub id, or URL of a server")
+    parser.add_argument("--model_name", default="", help="the base model's name on its server (key: MODEL_API_KEY)")
+    parser.add_argument("--check_model", help="local model for Visual Self-Check when --model is a server")
+    parser.add_argument("--clip", default=noise.CLIP, help="CLIPModel directory or hub id, finds the key regions")
+    parser.add_argument("--expert", default=str(TINY / "expert"),
+                        help="'self' (the base plays the roles), directory, hub id, or URL of a server")
+    parser.add_argument("--expert_model", default="", help="the Expert's name on its server (key: EXPERT_API_KEY)")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds a server may take for a reply")
+    parser.add_argument("--retries", type=int, default=4, help="how often a failed request is sent again")
+    parser.add_argument("--cache", default="runs/cache", help="folder for servers' replies; '' = none")
+
+
+# What may change between a run and its continuation.
+FREE = ("output", "strict", "batch_size", "limit", "json", "timeout", "retries", "cache")
+
+
+def build(args, settings, model=None):
+    """The Controller that the flags of `add_sources` describe; model: instead of --model. Raises InputError."""
+    if args.batch_size < 1 or args.timeout <= 0 or args.retries < 0:
+        raise InputError(f"--batch_size {args.batch_size} and --timeout {args.timeout:g} must be above 0, --retries "
+                         f"{args.retries} not negative")
+    settings.check()
+    read_threshold(settings.abstain)
+    model = model or args.model
+
+    def server(url, name, key):
+        return Server(url, name, os.environ.get(key), args.timeout, args.retries, args.cache)
+
+    clip = noise.ClipAttention.from_pretrained(args.clip)
+    remote = re.match("https?:", model)
+    vlm = ServerVLM(server(model, args.model_name, "MODEL_API_KEY")) if remote else VLM.load(model)
+    expert = None
+    if re.match("https?:", args.expert):
+        expert = ServerExpert(server(args.expert, args.expert_model, "EXPERT_API_KEY"), settings.expert_tokens)
+    elif args.expert not in ("self", model):
+        expert = LocalExpert(VLM.load(args.expert), settings.expert_tokens)
+    return Controller(vlm, expert, clip, settings, VLM.load(args.check_model) if args.check_model else None)
+
+
+def run(argv=None):
+    parser = argparse.ArgumentParser(description="CA-TTS: answer with samples, an Expert, and votes.")
+    parser.add_argument("image", nargs="?", help="a picture")
+    parser.add_argument("question", nargs="?", help="a question about it")
+    parser.add_argument("--choices", nargs="+", help="options of a multiple-choice question")
+    parser.add_argument("--output", default="runs/catts/results.jsonl", help="file for the results of --data")
+    parser.add_argument("--json", action="store_true", help="print the one result as JSON")
+    add_sources(parser)
+    add_options(parser, Settings)
+    args = parser.parse_args(argv)
+    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+    if bool(args.data) == bool(args.image) or bool(args.image) != bool(args.question):
+        raise InputError("give either IMAGE and \"QUESTION\", or --data FILE")
+    if args.data:
+        samples = data.load(args.data, "test", args.limit, args.data_seed, args.strict)
+    else:
+        if not args.question.strip():
+            raise InputError("the question is empty; give the words that ask for something in the picture")
+        samples = [Sample(args.image, [args.image], args.question.strip(), None, args.choices)]
+        samples[0].pictures()
+    controller = build(args, settings)
+    if not args.data:
+        result = controller.answer(samples[0])
+        if args.json:
+            print(json.dumps(result.record(samples[0], settings.window)))
+        else:
+            print(describe(result, args.choices, controller.taus))
+            print("next: python catts.py --data questions.jsonl --output results.jsonl        # many questions")
+        return
+
+    def answer_batch(batch):
+        return [r.record(s, settings.window) for s, r in zip(batch, controller.answer_all(batch))]
+
+    frame = {key: value for key, value in vars(args).items() if key not in (*FREE, "image", "question", "choices")}
+    found = answer_file(answer_batch, samples, args.output, frame, args.batch_size, strict=args.strict)
+    if found is not None:
+        rows = [found[name] for name in sorted({s.id for s in samples} & set(found))]
+        if not rows:
+            raise InputError(f"no question of {args.data} could be answered; every picture is broken")
+        print(data.table({"mean of": average(rows)}))
+        print(f"wrote {args.output}\nnext: python catts.py --data {args.data} --early_exit exact --output "
+              f"{Path(args.output).with_name('exact.jsonl')}        # the same answers, cheaper")
+
+
+def main(argv=None):
+    try:
+        command("catts.py", lambda: run(argv))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Draw what eval.py measured: one self-contained HTML page, charts as inline SVG, light and dark, no network.
+
+    python eval.py --model runs/cdrl --baseline tiny/base     # writes runs/eval/report.html
+
+Nothing is computed here but positions on a page. Every figure on it stands in tables.json beside it.
+"""
+import base64
+import html
+import io
+import math
+
+COLORS = ("--a", "--b", "--c", "--d", "--e", "--f")
+STYLE = """
+:root{--bg:#fff;--fg:#1d2330;--soft:#6b7280;--line:#d7dbe2;--card:#f6f7f9;--good:#137a4b;--bad:#b3261e;
+--a:#2563eb;--b:#d9480f;--c:#0f9d58;--d:#9333ea;--e:#b8860b;--f:#64748b}
+@media(prefers-color-scheme:dark){:root{--bg:#14171d;--fg:#e6e9ef;--soft:#9aa3b2;--line:#343b48;--card:#1c212a;--good:#5bd08f;
+--bad:#ff8a80;--a:#6ea8ff;--b:#ff9a5c;--c:#58d68d;--d:#c792ea;--e:#e6c35c;--f:#a3b0c2}}
+body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;max-width:1120px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}p,figcaption{color:var(--soft)}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px;display:block;overflow-x:auto}
+td,th{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+td:first-child,th:first-child{text-align:left}th{color:var(--soft);font-weight:600}
+.row{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0;flex:1 1 330px;min-width:300px;max-width:368px}
+figcaption{font-size:13px}
+svg{width:100%;height:auto}svg text{fill:var(--soft);font:11px system-ui,sans-serif}svg .t{fill:var(--fg);font-size:12px}
+.case{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.8rem;margin:.8rem 0;display:flex;gap:1rem;
+flex-wrap:wrap}.case img{width:150px;height:auto;image-rendering:auto;border-radius:4px}.case div{flex:1 1 300px;min-width:0}
+.case ul{margin:.3rem 0;padding-left:1.1rem;font-size:13px}.yes{color:var(--good)}.no{color:var(--bad)}code{font-size:12px}
+"""
+
+
+def ticks(low, high, count=4):
+    """Round numbers that cover [low, high] -> list of floats."""
+    step = 10 ** math.floor(math.log10(max(high - low, 1e-9) / count))
+    step *= min((m for m in (1, 2, 2.5, 5, 10) if (high - low) / (m * step) <= count), default=10)
+    first = math.floor(low / step + 1e-9)
+    return [round(step * i, 10) for i in range(first, math.ceil(high / step - 1e-9) + 1)]
+
+
+def chart(series, title, xlabel, ylabel, log=False, diagonal=False, caption="", xlim=None, ylim=None):
+    """Lines with points. series: {label: [(x, y) or (x, y, low, high), ...]} -> HTML figure; nan points are left out."""
+    series = {label: [p for p in points if all(math.isfinite(v) for v in p)] for label, points in series.items()}
+    series = {label: points for label, points in series.items() if points}
+    if not series:
+        return ""
+    xs = [p[0] for points in series.values() for p in points]
+    ys = [v for points in series.values() for p in points for v in p[1:]]
+    xticks = sorted(set(xs)) if log else ticks(*(xlim or (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1)))
+    yticks = ticks(*(ylim or (min(ys), max(ys) if max(ys) > min(ys) else min(ys) + 1)))
+    left, top, width, height = 48, 26, 300, 190
+
+    def x_of(x):
+        low, high = (math.log(xticks[0]), math.log(xticks[-1])) if log else (xticks[0], xticks[-1])
+        return left + width * ((math.log(x) if log else x) - low) / max(high - low, 1e-9)
+
+    def y_of(y):
+        return top + height * (1 - (y - yticks[0]) / (yticks[-1] - yticks[0]))
+
+    parts = [f'<text class="t" x="{left}" y="14">{html.escape(title)}</text>']
+    for y in yticks:
+        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}" stroke="var(--line)"/>'
+                     f'<text x="{left - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
+    for x in xticks:
+        parts.append(f'<text x="{x_of(x):.1f}" y="{top + height + 16}" text-anchor="middle">{x:g}</text>')
+    parts.append(f'<text x="{left + width / 2}" y="{top + height + 32}" text-anchor="middle">{html.escape(xlabel)}</text>'
+                 f'<text transform="translate(11 {top + height / 2}) rotate(-90)" text-anchor="middle">'
+                 f"{html.escape(ylabel)}</text>")
+    if diagonal:
+        low, high = max(xticks[0], yticks[0]), min(xticks[-1], yticks[-1])
+        parts.append(f'<line x1="{x_of(low):.1f}" y1="{y_of(low):.1f}" x2="{x_of(high):.1f}" y2="{y_of(high):.1f}" '
+                     'stroke="var(--soft)" stroke-dasharray="4 4"/>')
+    legend = []
+    for (label, points), color in zip(series.items(), COLORS * 3):
+        path = " ".join(f"{x_of(p[0]):.1f},{y_of(p[1]):.1f}" for p in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="var({color})" stroke-width="1.8"/>')
+        for p in points:
+            if len(p) == 4:
+                parts.append(f'<line x1="{x_of(p[0]):.1f}" x2="{x_of(p[0]):.1f}" y1="{y_of(p[2]):.1f}" y2="{y_of(p[3]):.1f}" '
+                             f'stroke="var({color})" stroke-opacity=".45"/>')
+            parts.append(f'<circle cx="{x_of(p[0]):.1f}" cy="{y_of(p[1]):.1f}" r="2.6" fill="var({color})">'
+                         f"<title>{html.escape(label)}: {p[0]:g}, {p[1]:.3f}</title></circle>")
+        legend.append(f'<span style="color:var({color})">&#9679;</span> {html.escape(label)}')
+    return (f'<figure><svg viewBox="0 0 {left + width + 14} {top + height + 38}" role="img" '
+            f'aria-label="{html.escape(title)}">{"".join(parts)}</svg><figcaption>{" &nbsp; ".join(legend)}'
+            f"{'<br>' + html.escape(caption) if caption else ''}</figcaption></figure>")
+
+
+def table(rows):
+    """{row name: {column: number, text or (value, low, high)}} -> HTML table."""
+    def cell(value):
+        if isinstance(value, (tuple, list)):
+            return f"{value[0]:.3f} <small>[{value[1]:.3f}, {value[2]:.3f}]</small>" if math.isfinite(value[0]) else "&ndash;"
+        if isinstance(value, float):
+            return f"{value:.3f}" if math.isfinite(value) else "&ndash;"
+        return html.escape(str(value))
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in ["", *columns])
+    body = "".join(f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{cell(row.get(c, math.nan))}</td>' for c in columns)}</tr>"
+                   for name, row in rows.items())
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def picture(image, width=300):
+    """A PIL image as an <img> with its data inside."""
+    image = image.convert("RGB")
+    if image.width > width:
+        image = image.resize((width, max(1, round(image.height * width / image.width))))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def case(images, question, gold, samples, votes, verdict, right):
+    """One question: its picture, its noised twin, what was sampled, who voted for what, the verdict."""
+    def mark(ok):
+        return '<span class="yes">right</span>' if ok else '<span class="no">wrong</span>'
+    said = "".join(f"<li><code>{html.escape(text[:160])}</code> {mark(ok)}, p {p:.2f}</li>" for text, p, ok in samples)
+    return (f'<div class="case">{"".join(images)}<div><b>{html.escape(question[:600])}</b><br>gold {html.escape(str(gold))}; '
+            f"CA-TTS says {html.escape(verdict)} &mdash; {mark(right)}<ul>{said}</ul>{table(votes)}</div></div>")
+
+
+def page(title, lead, sections):
+    """sections: [(heading, note, [HTML, ...]), ...] -> the whole page (str)."""
+    body = "".join(f"<h2>{html.escape(heading)}</h2><p>{html.escape(note)}</p>"
+                   f"<div class='row'>{''.join(parts)}</div>" for heading, note, parts in sections)
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f'<meta name="color-scheme" content="light dark"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+            f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>{body}</html>")

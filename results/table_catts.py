@@ -1,0 +1,93 @@
+"""The table of CA-TTS: every method and every subset of its modules, with its cost, for the base and a trained model.
+
+    torchrun train_cdrl.py && python results/table_catts.py              # writes results/catts.json, prints the tables
+
+Resumable: votes are stored under runs/table_catts/, one line a question, and every row is recomputed from them.
+"""
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+from catts import Controller, Settings, Vote, answer_file, tally, winner  # noqa: E402
+from experts import LocalExpert  # noqa: E402
+from noise import ClipAttention  # noqa: E402
+from vlm import VLM  # noqa: E402
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", default=[str(ROOT / "tiny" / "base"), "runs/cdrl"])
+    parser.add_argument("--questions", type=int, default=300, help="of the test split, for each seed")
+    parser.add_argument("--seeds", type=int, default=3, help="of the questions and of the samples")
+    parser.add_argument("--n", type=int, default=8, help="samples a question")
+    args = parser.parse_args()
+    clip, expert = ClipAttention.from_pretrained(), LocalExpert(VLM.load(ROOT / "tiny" / "expert"), 96)
+    report = {}
+    for path in args.models:
+        vlm, name = VLM.load(path), Path(path).name
+        methods, exits = [], []
+        for seed in range(args.seeds):
+            settings = Settings(seed=seed, samples=args.n)
+            samples = list(data.load("synthetic", "test", args.questions, seed))
+            controller = Controller(vlm, expert, clip, settings)
+            frame = {"model": path, "seed": seed, "questions": args.questions, "n": args.n}
+            rows = answer_file(evaluation.collector(controller, [args.n]), samples, f"runs/table_catts/{name}-{seed}.jsonl",
+                               frame, 50, f"{name}, seed {seed}")
+            methods.append({method: evaluation.method_row(some)
+                            for method, some in evaluation.by_method(rows.values(), args.n, settings).items()})
+            control = Controller(vlm, expert, clip, replace(settings, early_exit="exact"))
+            exact = answer_file(lambda batch, control=control: [
+                r.record(s, 32) for s, r in zip(batch, control.answer_all(batch))], samples,
+                f"runs/table_catts/{name}-{seed}-exact.jsonl", frame, 50, f"{name}, seed {seed}, exact")
+            exits += [off_and_exact(rows[key], exact[key], settings) for key in rows]
+        report[name] = {"methods": mean_rows(methods), "early exit": early_exit_rows(exits)}
+        print(f"\n{name}: {args.questions} questions x {args.seeds} seeds; +- = standard deviation over the seeds")
+        print(data.table(report[name]["methods"]))
+        print(data.table(report[name]["early exit"]))
+    output = ROOT / "results" / "catts.json"
+    output.write_text(json.dumps({"args": vars(args), **report}, indent=1))
+    print(f"\nwrote {output.relative_to(ROOT)}\nnext: python eval.py --model runs/cdrl --baseline tiny/base")
+
+
+def mean_rows(tables):
+    """[{method: row} of each seed] -> {method: mean row, with the spread of the accuracy}."""
+    return {method: {"accuracy": float(np.mean([t[method]["accuracy"] for t in tables])),
+                     "+-": float(np.std([t[method]["accuracy"] for t in tables], ddof=min(1, len(tables) - 1))),
+                     **{key: float(np.mean([t[method][key] for t in tables])) for key in row if key != "accuracy"}}
+            for method, row in tables[0].items()}
+
+
+COSTS = ("expert_calls", "expert_tokens", "tokens", "forward_passes", "image_encodings")
+
+
+def off_and_exact(row, exact, settings):
+    """One question's stored votes, all of them (early exit off), and its result under `exact`
+    -> (cost off, cost exact, is the answer another one)."""
+    run = row["by_n"][str(settings.samples)]
+    votes = [Vote(source, *vote) for source, some in run["votes"].items() for vote in some]
+    best = winner(tally(votes, settings.taus(), row["choices"]))
+    spent = {key: sum(part.get(key, 0) for part in run["parts"].values()) for key in COSTS}
+    return spent, exact["ledger"], (best.answer if best else None) != exact["answer"]
+
+
+def early_exit_rows(exits):
+    """What `exact` saves: sums over all questions and seeds."""
+    found = {mode: {key: sum(costs[i][key] for costs in exits) for key in COSTS} for i, mode in enumerate(("off", "exact"))}
+    for row in found.values():
+        row["generated"] = row["tokens"] + row["expert_tokens"]
+    found["saved"] = {key: 1 - found["exact"][key] / max(1, value) for key, value in found["off"].items()}
+    for mode, row in found.items():
+        row["other answers"] = sum(differs for *_, differs in exits) if mode == "exact" else 0
+    return found
+
+
+if __name__ == "__main__":
+    data.command("table_catts.py", main)
