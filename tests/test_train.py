@@ -161,7 +161,7 @@ def test_micro_batches_do_not_change_the_gradient(fresh, clip, settings):
     args, views, prompts, scale = step_views(fresh, clip, **settings)
     whole, pieces = (gradient(fresh, views, prompts, scale, replace(args, micro_batch=size)) for size in (4, 1))
     assert whole.abs().max() > 1e-3
-    torch.testing.assert_close(whole, pieces, atol=1e-5, rtol=1e-3)
+    assert (whole - pieces).norm() < 1e-5 * whole.norm()         # fp32: the same sum in another order
 
 
 def test_rescored_confidence_is_that_of_the_same_words(fresh, clip):
