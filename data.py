@@ -64,6 +64,11 @@ def add_options(parser, settings):
                             default=f.default if parser.argument_default is None else parser.argument_default, **kind)
 
 
+def shown(path):
+    """A model's directory as a user would type it, a hub id or URL as it is."""
+    return os.path.relpath(path) if os.path.isdir(path) else str(path)
+
+
 def write_atomically(path, text):
     """Write a file by one rename: a kill leaves the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
@@ -627,7 +632,7 @@ def to_sample(row, where, path, picture):
         raise InputError(f"{where} has the fields {', '.join(map(str, row))[:200]}; {LAYOUT} are expected")
     question = next((row[key] for key in QUESTION if row.get(key)), "")
     if not isinstance(question, str) or not question.strip():
-        raise InputError(f"{here} is empty; give it a text or remove the row")
+        raise InputError(f"{here} is empty or no text; give it one or remove the row")
     # Options: a list, a list as text, columns A, B, .., or the question's own last lines (MMStar)
     choices = row.get("choices") if row.get("choices") not in (None, "") else row.get("options")
     if choices not in (None, "", [], "[]"):

@@ -767,8 +767,8 @@ def main(argv=None):
     tables = make_tables(votes, probes, settings, sizes, args.regions, ts, args.target_risk)
     first = next(iter(votes.values()))
     lead = (f"{len(first)} questions of {args.data or 'the built-in test split'}, N = {settings.samples}, "
-            f"noise at t = {max(ts)}, seed {settings.seed}; {' and '.join(paths)}; "
-            f"Expert {args.expert}; torch {torch.__version__}.")
+            f"noise at t = {max(ts)}, seed {settings.seed}; {' and '.join(map(data.shown, paths))}; "
+            f"Expert {data.shown(args.expert)}; torch {torch.__version__}.")
     data.write_atomically(output / "tables.json", json.dumps({"about": lead, **tables}, indent=1))
     threshold = tables["abstention"][names[-1]]
     data.write_atomically(output / "threshold.json", json.dumps(threshold, indent=1))
@@ -790,7 +790,7 @@ def main(argv=None):
         print("\nThe probe")
         print(data.table(tables["probe"]))
     print(f"\nwrote {output}/: report.html, tables.json, threshold.json, probe.png and the stored votes")
-    print(f"next: python catts.py tiny/example.png \"How many red crosses are there?\" --model {args.model} "
+    print(f"next: python catts.py tiny/example.png \"How many red crosses are there?\" --model {data.shown(args.model)} "
           f"--abstain {output}/threshold.json")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from data import InputError, command
@@ -77,7 +78,7 @@ class ClipAttention:
             # sdpa does not return attention weights; eager does.
             model = CLIPModel.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
             images, tokenizer = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"CLIP model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), images, tokenizer, layers)
 
@@ -219,8 +220,11 @@ def main(argv=None):
         image = Image.open(args.image).convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"image {args.image!r} cannot be read ({error})") from error
-    contact_sheet(image, args.question, ClipAttention.from_pretrained(args.clip), args.mass, args.t, args.output,
-                  args.seed)
+    try:
+        contact_sheet(image, args.question, ClipAttention.from_pretrained(args.clip), args.mass, args.t, args.output, args.seed)
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, InputError) else InputError(
+            f"--output {args.output!r} cannot be written ({error}); give the path of a .png file") from error
     print(f"wrote {args.output}\nnext: python train_cdrl.py --noise_t {args.t[-1]} --mass {args.mass:g}")
 
 

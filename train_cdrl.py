@@ -16,6 +16,7 @@ all-reduce; sharding (FSDP2) is not here yet, so every rank holds the whole mode
 """
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -113,6 +114,13 @@ def parse(argv=None):
 
 def check(args, world):
     """Refuse settings that cannot work, each in one sentence."""
+    for name, value in asdict(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{name} is {value}; a finite number is expected")
+    if abs(args.seed) >= 2**63:
+        raise InputError(f"--seed is {args.seed}; it must fit into 64 bits")
+    if args.clip_low > 1:
+        raise InputError(f"--clip_low is {args.clip_low}; the ratio's lower bound 1 - clip_low must not be negative")
     for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "save_every", "mu"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be at least 1")
@@ -203,9 +211,11 @@ class Order:
 
 
 def check_prompts(vlm, samples, max_new_tokens, progress):
-    """Before training: every image opens, every prompt and its completion fit the model's context. Else InputError
-    that names the question: a truncated prompt would cut image tokens."""
+    """Before training: every question has pictures that open, every prompt and its completion fit the model's context.
+    Else InputError that names the question: a truncated prompt would cut image tokens."""
     for sample in tqdm(samples, desc="checking questions", unit="question", leave=False, disable=not progress or not samples):
+        if not sample.images:
+            raise InputError(f"question {sample.id!r} has no picture; training noises one, give it or remove the row")
         length = vlm.prompt_length(sample.pictures(), data.prompt(sample))
         if length + max_new_tokens > vlm.context:
             raise InputError(f"question {sample.id!r} takes {length} tokens and --max_new_tokens {max_new_tokens} more, but "
@@ -281,7 +291,7 @@ class View:
     learns: bool                    # it has a policy gradient
     terms: dict = field(default_factory=dict)        # reward terms by name, (Q, G) each
     advantages: torch.Tensor | None = None           # (Q, G)
-    spread: torch.Tensor | None = None               # (Q, 1): what advantages were divided by
+    spread: float = 1.0             # the mean, over the batch's groups, of what advantages were divided by
     old_logprobs: dict = field(default_factory=dict)         # by first question of the micro-batch, for mu > 1
 
 
@@ -337,8 +347,9 @@ def batch_weight(views, args, device):
 def learn(vlm, reference, views, prompts, scale, divisor, args):
     """Accumulate the gradient of one update over micro-batches of questions -> sums of statistics (dict of floats).
 
-    Policy gradient of every view that learns, and w times d R_conf / d theta through C and C' (--pathwise), scaled as
-    the policy gradient is, so that w = 1 is the exact gradient of the expected reward.
+    Policy gradient of every view that learns, and w times d R_conf / d theta through C and C' (--pathwise). With
+    --adv_norm none w = 1 is the exact gradient of the expected reward. With std, advantages are divided by their own
+    group's std, which vanishes where all rewards are equal; the pathwise term, which does not, is divided by the batch's mean.
     """
     stats = dict.fromkeys(("loss", "pathwise", "kl", "clipped", "tokens"), 0.0)
     for first in range(0, len(prompts), args.micro_batch):
@@ -375,8 +386,7 @@ def learn(vlm, reference, views, prompts, scale, divisor, args):
                 if not view.learns:
                     continue
                 own = c if view.name == "original" else c_other
-                correct, spread = view.correct[part].to(vlm.device), view.spread[part].to(vlm.device)
-                value = sum(confidence_reward(c, own, c_other, correct, scale, args)) / spread
+                value = sum(confidence_reward(c, own, c_other, view.correct[part].to(vlm.device), scale, args)) / view.spread
                 pathwise = -args.pathwise * (value * weights[view.name].view(shape)).sum() / divisor
                 loss = loss + pathwise
                 stats["pathwise"] += pathwise.item()
@@ -458,8 +468,11 @@ def open_run(args):
             output.rename(aside)
             why = f"other settings ({', '.join(other)})" if other else "more steps" if longer else "an earlier run"
             print(f"{args.output} held {why}: moved to {aside}")
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "args.json", asdict(args))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "args.json", asdict(args))
+    except OSError as error:
+        raise InputError(f"--output {args.output!r} cannot be written ({error.strerror}); choose another folder") from error
     done = checkpoints(output)
     if not (done and done[-1].name == f"checkpoint-{args.steps}"):
         (output / "after.json").unlink(missing_ok=True)         # of an earlier, shorter run in this folder
@@ -555,14 +568,16 @@ def learners(views, args):
     return [view for view in views if view.learns or (args.pathwise and args.alpha)]
 
 
-def reward_views(views, scale, args):
+def reward_views(views, scale, args, device="cpu"):
     """Fill in each view's reward terms (Eq. 4 and 3.2.2) and advantages."""
     c, c_other = views[0].confidence, views[1].confidence if len(views) > 1 else None
     for view in views:
         perception, calibration = confidence_reward(c, view.confidence, c_other, view.correct, scale, args)
         formats = torch.tensor([[reward.format_reward(r.text, r.finished) for r in group] for group in view.rollouts])
         view.terms = {"perception": perception, "calibration": calibration, "outcome": view.correct, "format": formats}
-        view.advantages, view.spread = group_advantages(sum(view.terms.values()), args.adv_norm)
+        view.advantages, spread = group_advantages(sum(view.terms.values()), args.adv_norm)
+        total, groups = summed([spread.sum(), len(spread)], device)
+        view.spread = total / groups
 
 
 def statistics(views):
@@ -625,7 +640,8 @@ def train(args):
         for log in ("metrics.jsonl", "samples.jsonl"):
             trim_log(output / log, start)
         count = sum(p.numel() for p in parameters)
-        print(f"{args.recipe}: {args.model}, {count:,} parameters on {device} x {world}, steps {start} to {args.steps}")
+        print(f"{args.recipe}: {data.shown(args.model)}, {count:,} parameters on {device} x {world}, "
+              f"steps {start} to {args.steps}")
 
     stop = []
     previous = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -637,7 +653,7 @@ def train(args):
             samples = [train_set[i] for i in order(step)[rank::world]]
             clock = time.perf_counter()
             views, prompts = roll_out(vlm, clip, samples, step, args)                  # I - III
-            reward_views(views, scale, args)                                           # IV, V: rewards, advantages
+            reward_views(views, scale, args, device)                                        # IV, V: rewards, advantages
             sampled = time.perf_counter()
             used, updates = learners(views, args), []
             divisor = batch_weight(used, args, device)
@@ -647,6 +663,9 @@ def train(args):
                 reduce_gradients(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 updates[-1]["grad_norm"] = float(norm)
+                if not math.isfinite(updates[-1]["grad_norm"]):
+                    raise InputError(f"the gradient of step {step} is not finite; lower --lr ({args.lr:g}) or the reward's "
+                                     f"weights, the checkpoints in {output} are from before it")
                 optimiser.step()
             learned = time.perf_counter()
             row = log_row(step, statistics(views), updates, group["lr"], device, world)    # VII. log
@@ -723,8 +742,7 @@ def finish(vlm, clip, held_out, before, output, scale, args, rank, world):
         print(f"\n{len(held_out)} held-out questions x {PROBE_SAMPLES} answers; noised = t {t} on the {args.region} region")
         print(data.table(rows))
         print(f"\nwrote {output}/: the model, metrics.jsonl, samples.jsonl, report.png")
-    baseline = os.path.relpath(args.model) if os.path.isdir(args.model) else args.model
-    print(f"next: python eval.py --model {output} --baseline {baseline}")
+    print(f"next: python eval.py --model {output} --baseline {data.shown(args.model)}")
     return rows
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoImageProcessor,
@@ -136,8 +137,11 @@ class VLM:
             raise InputError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name")
         try:
             model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        for p in model.parameters():
+            # Memory of its own: mapped from a file it may lie at odd addresses, for which kernels sum in another order.
+            p.data = p.data.clone()
         return cls(model.to(device), load_processor(path))
 
     def save(self, path):
@@ -394,4 +398,5 @@ def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         beyond = ordered.cumsum(-1) - ordered >= top_p              # the first token always stays
         probs = probs.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
     cumulative = probs.cumsum(-1)
-    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)        # nan logits point past the end; whoever reads the scores sees them

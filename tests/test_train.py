@@ -1,6 +1,7 @@
 """The GRPO step, the run folder, and the command line of train_cdrl.py."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,8 @@ def test_pathwise_agrees_with_finite_differences(fresh, clip):
     words, through C and through C'."""
     args, views, prompts, scale = step_views(fresh, clip, pathwise=1.0)
     for view in views:
+        spreads = sum(view.terms.values()).std(-1) + 1e-4
+        assert view.spread == pytest.approx(spreads.mean().item())          # one for the batch: no group's 0 blows it up
         view.advantages = torch.zeros_like(view.advantages)         # the policy gradient is silent
     analytic = gradient(fresh, views, prompts, scale, args)
     divisor = train_cdrl.batch_weight(views, args, "cpu")
@@ -215,12 +218,21 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, base, capsys):
     bad.write_bytes(b"no picture")
     base.save(tmp_path / "blind")
     (tmp_path / "blind" / "processor_config.json").unlink()
+    for path, name in ((ROOT / "tiny" / "base", "torn"), (ROOT / "tiny" / "clip", "torn_clip")):
+        shutil.copytree(path, tmp_path / name)
+        weights = (tmp_path / name / "model.safetensors").read_bytes()
+        (tmp_path / name / "model.safetensors").unlink()
+        (tmp_path / name / "model.safetensors").write_bytes(weights[:1000])
     cases = [          # flags, or the row of a data file that spoils it; and what the sentence must name
         (["--data", "absent.jsonl"], "absent.jsonl"), (["--group_size", "1"], "group_size"), (["--noise_t", "2000"], "2000"),
         (["--mass", "0"], "mass"), (["--steps", "0"], "steps"), (["--noised", "rescore"], "rescore"),
         (["--clip", str(tmp_path)], "CLIP"), (["--model", str(tmp_path / "nowhere")], "nowhere"),
         (["--model", str(tmp_path / "blind")], "image processor"), ({"image": "bad.png"}, "q2"),
-        ({"image": "absent.png"}, "q2"),
+        ({"image": "absent.png"}, "q2"), ({"image": None}, "q2"), ({"image": []}, "q2"), ({"question": 5}, "q2"),
+        (["--model", str(tmp_path / "torn")], "torn"), (["--clip", str(tmp_path / "torn_clip")], "torn_clip"),
+        (["--output", str(bad / "x")], "output"), (["--alpha", "inf"], "alpha"), (["--lr", "nan"], "lr"),
+        (["--temperature", "inf"], "temperature"), (["--seed", "9" * 30], "seed"), (["--clip_low", "5"], "clip_low"),
+        (["--lr", "1e30"], "not finite"),
         ({"question": " "}, "q2"), ({"answer": None}, "q2"), ({"question": "word " * 5000}, "q2")]
     for case, names in cases:
         flags = question(tmp_path, **case) if isinstance(case, dict) else case
@@ -228,7 +240,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, base, capsys):
             train_cdrl.main(["--output", str(tmp_path / "run"), *TINY, *flags])
         message = capsys.readouterr().err.strip().splitlines()[-1]
         assert stop.value.code == 2 and names in message and message.startswith("train_cdrl.py: "), (case, message)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "after.json").exists()
     with pytest.raises(InputError, match="ranks"):
         train_cdrl.check(parse(["--batch_size", "3"]), 2)
     (tmp_path / "file").write_text("x")

@@ -209,6 +209,17 @@ def see(model, processor, steps, rng, batch_size=64, lr=1e-3):
             print(f"see {step + 1} loss {loss.item():.3f} cells named right {np.mean(seen):.2f}", flush=True)
 
 
+def study(model, processor, optimiser, samples, lessons):
+    """One optimisation step on a batch of lessons -> its loss (float)."""
+    inputs, labels = encode(processor, lessons, [s.images[0] for s in samples])
+    loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
+    optimiser.zero_grad()
+    return loss.item()
+
+
 def warm_up(name, see_steps, steps, weights=(1, 1, 1, 1), batch_size=32, lr=2e-3, roles=0.3, role_steps=0):
     """The stages of base or expert. weights: how often each skill is drawn; roles: share of the roles' lessons at the
     end (they come in gradually, as the describing lessons leave)."""
@@ -229,14 +240,9 @@ def warm_up(name, see_steps, steps, weights=(1, 1, 1, 1), batch_size=32, lr=2e-3
         # First look-ups by the dozen on a vision tower that stands still, then questions, then roles as well.
         model.model.visual.requires_grad_(done > 0.2)
         lessons = [lesson(s, rng, roles * min(1, 2 * done), 0.9 if done < 0.15 else 0.25 * (1 - done)) for s in samples]
-        inputs, labels = encode(processor, lessons, [s.images[0] for s in samples])
-        loss = model(**inputs, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        loss = study(model, processor, optimiser, samples, lessons)
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1} loss {loss.item():.3f} {time.time() - start:.0f}s", flush=True)
+            print(f"step {step + 1} loss {loss:.3f} {time.time() - start:.0f}s", flush=True)
         if (step + 1) % 500 == 0:
             save(model, processor, HERE / name)
     save(model, processor, HERE / name)
@@ -255,14 +261,9 @@ def practise_roles(name, steps, batch_size=32, lr=1e-3):
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50, 1.5 * (1 - step / steps))
         samples = [data.synthetic("train", SEED, rng.randrange(10**9)) for _ in range(batch_size)]
-        inputs, labels = encode(processor, [lesson(s, rng, 0.6, think=True) for s in samples], [s.images[0] for s in samples])
-        loss = model(**inputs, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        loss = study(model, processor, optimiser, samples, [lesson(s, rng, 0.6, think=True) for s in samples])
         if (step + 1) % 100 == 0:
-            print(f"roles {step + 1} loss {loss.item():.3f}", flush=True)
+            print(f"roles {step + 1} loss {loss:.3f}", flush=True)
     save(model, processor, HERE / name)
 
 
@@ -429,6 +430,8 @@ def main():
     parser.add_argument("--card", action="store_true", help="measure the checkpoint that is there; train nothing")
     parser.add_argument("--roles", action="store_true", help="the expert's last stage alone, from the checkpoint that is there")
     args = parser.parse_args()
+    if args.roles and args.name != "expert":
+        raise data.InputError(f"--roles is a stage of the expert, not of {args.name}")
     if args.roles:
         practise_roles(args.name, RECIPES["expert"]["role_steps"])
     elif not args.card:
