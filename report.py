@@ -79,7 +79,7 @@ def chart(series, title, xlabel, ylabel, log=False, diagonal=False, caption="", 
                              f'stroke="var({color})" stroke-opacity=".45"/>')
             parts.append(f'<circle cx="{x_of(p[0]):.1f}" cy="{y_of(p[1]):.1f}" r="2.6" fill="var({color})">'
                          f"<title>{html.escape(label)}: {p[0]:g}, {p[1]:.3f}</title></circle>")
-        legend.append(f'<span style="color:var({color})">&#9679;</span> {html.escape(label)}')
+        legend.append(f'<span style="white-space:nowrap"><span style="color:var({color})">&#9679;</span> {html.escape(label)}</span>')
     return (f'<figure><svg viewBox="0 0 {left + width + 14} {top + height + 38}" role="img" '
             f'aria-label="{html.escape(title)}">{"".join(parts)}</svg><figcaption>{" &nbsp; ".join(legend)}'
             f"{'<br>' + html.escape(caption) if caption else ''}</figcaption></figure>")
