@@ -21,7 +21,7 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px;
 td,th{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 td:first-child,th:first-child{text-align:left}th{color:var(--soft);font-weight:600}
 .row{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0;flex:1 1 330px;min-width:300px;max-width:368px}
-figcaption{font-size:13px}
+figcaption{font-size:13px}.l{white-space:nowrap}
 svg{width:100%;height:auto}svg text{fill:var(--soft);font:11px system-ui,sans-serif}svg .t{fill:var(--fg);font-size:12px}
 .case{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.8rem;margin:.8rem 0;display:flex;gap:1rem;
 flex-wrap:wrap}.case img{width:150px;height:auto;image-rendering:auto;border-radius:4px}.case div{flex:1 1 300px;min-width:0}
@@ -79,7 +79,7 @@ def chart(series, title, xlabel, ylabel, log=False, diagonal=False, caption="", 
                              f'stroke="var({color})" stroke-opacity=".45"/>')
             parts.append(f'<circle cx="{x_of(p[0]):.1f}" cy="{y_of(p[1]):.1f}" r="2.6" fill="var({color})">'
                          f"<title>{html.escape(label)}: {p[0]:g}, {p[1]:.3f}</title></circle>")
-        legend.append(f'<span style="white-space:nowrap"><span style="color:var({color})">&#9679;</span> {html.escape(label)}</span>')
+        legend.append(f'<span class="l"><span style="color:var({color})">&#9679;</span> {html.escape(label)}</span>')
     return (f'<figure><svg viewBox="0 0 {left + width + 14} {top + height + 38}" role="img" '
             f'aria-label="{html.escape(title)}">{"".join(parts)}</svg><figcaption>{" &nbsp; ".join(legend)}'
             f"{'<br>' + html.escape(caption) if caption else ''}</figcaption></figure>")
