@@ -53,7 +53,8 @@ def main():
         print(data.table(report[name]["methods"]))
         print(data.table(report[name]["early exit"]))
     output = ROOT / "results" / "catts.json"
-    output.write_text(json.dumps({"args": vars(args), **report}, indent=1))
+    record = vars(args) | {"models": [data.shown(path) for path in args.models]}
+    output.write_text(json.dumps({"args": record, **report}, indent=1))
     print(f"\nwrote {output.relative_to(ROOT)}\nnext: python eval.py --model runs/cdrl --baseline tiny/base")
 
 
