@@ -98,7 +98,6 @@ class Settings:
             raise InputError(f"--order is {self.order!r}; it must name every module that runs: {self.modules}")
         return [module for module in MODULES if module in chosen]
 
-
     def taus(self):
         """What each source's vote weighs."""
         return {"samples": 1.0, "voter": self.tau1, "self_reflection": self.tau2, "self_check": self.tau3}

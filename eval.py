@@ -170,13 +170,18 @@ def fit_map(confidence, correct, kind):
     return lambda x: 1 / (1 + np.exp(-np.clip(slope * x + intercept, -60, 60)))
 
 
+def first_half(ids):
+    """(N,) bool: which answers belong to the one half of the questions, by a checksum of their ids."""
+    return np.array([zlib.crc32(f"half {name}".encode()) % 2 == 0 for name in ids])
+
+
 def cross_fitted(ids, confidence, correct, kind="platt"):
     """Confidences mapped to probabilities, each by a map fitted on the other half of the questions (N,)."""
-    half = np.array([zlib.crc32(f"half {name}".encode()) % 2 for name in ids])
+    half = first_half(ids)
     mapped = np.full(len(half), np.nan)
-    for side in (0, 1):
-        if (half == side).any() and (half != side).any():
-            mapped[half == side] = fit_map(confidence[half != side], correct[half != side], kind)(confidence[half == side])
+    for own in (half, ~half):
+        if own.any() and not own.all():
+            mapped[own] = fit_map(confidence[~own], correct[~own], kind)(confidence[own])
     return mapped
 
 
@@ -381,8 +386,8 @@ def outcomes(row, n, settings):
     run, drawn = row["by_n"][str(n)], row["samples"][:n]
     parts = run["parts"]
 
-    def single(spoken, factor=1):
-        return [Outcome(row["id"], math.exp(spoken["logprob"]), spoken["correct"], factor * spoken["tokens"])]
+    def single(said):
+        return [Outcome(row["id"], math.exp(said["logprob"]), said["correct"], said["tokens"])]
 
     def voted(votes, tokens, calls=0):
         rows = tally(votes, taus, sample.choices)
@@ -432,10 +437,14 @@ def by_method(rows, n, settings):
     return dict(found)
 
 
+def arrays(some):
+    """List of Outcome -> ids, confidence (N,), correct (N,)."""
+    return [o.id for o in some], np.array([o.confidence for o in some]), np.array([o.correct for o in some], float)
+
+
 def method_row(some):
     """List of Outcome -> one row of the methods' table."""
-    correct = np.array([o.correct for o in some], float)
-    confidence = np.array([o.confidence for o in some])
+    _, confidence, correct = arrays(some)
     known = metrics(confidence, correct) if np.isfinite(confidence).all() else defaultdict(lambda: float("nan"))
     shown = ("auroc", "ece", "brier", "aurc", "accuracy@80")
     return {"accuracy": float(correct.mean()), **{name: known[name] for name in shown},
@@ -445,14 +454,19 @@ def method_row(some):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
+def reliability_points(confidence, correct, bins=10):
+    """[(mean confidence, accuracy), ...] in bins of equal mass, rising."""
+    order = np.argsort(confidence, kind="stable")
+    return [(float(confidence[g].mean()), float(correct[g].mean())) for g in np.array_split(order, min(bins, len(order)))]
+
+
 def plot_reliability(axis, named, bins=10):
     """Reliability diagram of the sequence probability. named: {label: list of Answer}."""
     axis.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
     for label, answers in named.items():
         p, correct = (np.array([getattr(a, field) for a in answers], float) for field in ("probability", "correct"))
-        order = np.argsort(p)
-        points = [(p[g].mean(), correct[g].mean()) for g in np.array_split(order, min(bins, len(p)))]
-        axis.plot(*zip(*points), marker="o", markersize=4, label=f"{label}, ECE {calibration_error(p, correct):.2f}")
+        axis.plot(*zip(*reliability_points(p, correct, bins)), marker="o", markersize=4,
+                  label=f"{label}, ECE {calibration_error(p, correct):.2f}")
     axis.set(xlabel="sequence probability", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title="Reliability")
     axis.legend(fontsize=8)
 
@@ -473,11 +487,6 @@ def plot_probe(axis, named, field, ylabel):
 
 ROUNDS = 1000
 STATISTICS = {"accuracy": lambda confidence, correct: float(correct.mean()), "auroc": auroc, "ece": calibration_error}
-
-
-def arrays(some):
-    """List of Outcome -> ids, confidence (N,), correct (N,)."""
-    return [o.id for o in some], np.array([o.confidence for o in some]), np.array([o.correct for o in some], float)
 
 
 def resampled(some):
@@ -560,7 +569,7 @@ def calibration(methods, names):
 def abstention(some, risk):
     """A threshold for a target risk, fitted on one half of the questions, and what it does on the other half."""
     ids, confidence, correct = arrays(some)
-    half = np.array([zlib.crc32(f"half {name}".encode()) % 2 for name in ids]) == 0
+    half = first_half(ids)
     if half.all() or not half.any():
         return {"threshold": 1.0, "target risk": risk, "coverage": math.nan, "risk": math.nan}
     threshold, _, _ = threshold_for(confidence[half], correct[half], risk)
@@ -611,23 +620,15 @@ def make_tables(votes, probes, settings, sizes, regions, ts, risk):
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 
-def reliability_points(some, bins=10):
-    """(mean confidence, accuracy) in bins of equal mass."""
-    _, confidence, correct = arrays(some)
-    order = np.argsort(confidence, kind="stable")
-    return [(float(confidence[g].mean()), float(correct[g].mean())) for g in np.array_split(order, min(bins, len(order)))]
-
-
-def risk_coverage(some, points=40):
-    """(coverage, risk), most confident first."""
-    _, confidence, correct = arrays(some)
+def risk_coverage(confidence, correct, points=40):
+    """[(coverage, risk), ...], most confident first."""
     kept = _tied(confidence, correct)
     risk = 1 - np.cumsum(kept) / np.arange(1, len(kept) + 1)
     places = np.unique(np.linspace(max(0, len(kept) // 20), len(kept) - 1, points).astype(int))
     return [((int(i) + 1) / len(kept), float(risk[i])) for i in places]
 
 
-def make_report(tables, votes, settings, sizes, regions, samples, clip, folders, lead):
+def make_report(tables, votes, settings, sizes, samples, clip, folders, lead):
     """report.html from the tables, the stored votes, and a run folder's metrics.jsonl where there is one -> str."""
     n = settings.samples
     methods = {name: by_method(rows, n, settings) for name, rows in votes.items()}
@@ -639,7 +640,7 @@ def make_report(tables, votes, settings, sizes, regions, samples, clip, folders,
                          [report.table(tables["difference"])]))
     for heading, kind in (("Reliability", reliability_points), ("Risk and coverage", risk_coverage)):
         labels = ("confidence", "accuracy") if kind is reliability_points else ("coverage", "risk")
-        charts = [report.chart({name: kind(found[method]) for name, found in methods.items()}, method, *labels,
+        charts = [report.chart({name: kind(*arrays(found[method])[1:]) for name, found in methods.items()}, method, *labels,
                                diagonal=kind is reliability_points, xlim=(0, 1), ylim=(0, 1)) for method in ("pass@1", best)]
         sections.append((heading, "", charts))
     sections.append(("Calibration", "As it is, and after a map fitted on the other half of the questions.",
@@ -772,9 +773,8 @@ def main(argv=None):
     data.write_atomically(output / "tables.json", json.dumps({"about": lead, **tables}, indent=1))
     threshold = tables["abstention"][names[-1]]
     data.write_atomically(output / "threshold.json", json.dumps(threshold, indent=1))
-    by_id = [samples[i] for i in range(len(samples))]
     clip = controller.clip or ClipAttention.from_pretrained(args.clip)
-    (output / "report.html").write_text(make_report(tables, votes, settings, sizes, args.regions, by_id, clip,
+    (output / "report.html").write_text(make_report(tables, votes, settings, sizes, samples, clip,
                                                     dict(zip(names, paths)), lead))
     if probes:
         draw_probe(output / "probe.png", {f"{name}, {region}": {t: probed(rows, region, t) for t in ts}

@@ -6,8 +6,8 @@
         --clip openai/clip-vit-large-patch14-336 --data train.jsonl --max_new_tokens 1024 --output runs/qwen7b
 
 One step: draw questions; noise their key regions; roll out G answers on the original and on the noised picture; read
-confidences C and C'; reward; advantages within the group; clipped policy gradient, and the exact gradient of the
-confidence reward beside it (`--pathwise`). The run folder holds args.json, metrics.jsonl, samples.jsonl, checkpoints,
+confidences C and C'; reward; advantages within the group; clipped policy gradient, and the reward's gradient through the
+confidence itself beside it (`--pathwise`). The run folder holds args.json, metrics.jsonl, samples.jsonl, checkpoints,
 before.json and after.json, report.png, and the final model. The same command resumes a run that was stopped.
 
 Left out of GRPO on purpose: a reference model unless --kl_beta is set (the paper's T = 1 on-policy setting does not need
@@ -89,7 +89,7 @@ class Args:
     calibration: str = option("brier", "calibration term: the paper's linear one, a proper score of sigmoid(aC + b), none",
                               ("linear", "brier", "log", "none"))
     learn_noised: bool = option(True, "rollouts on the noised picture get a reward and a gradient of their own")
-    pathwise: float = option(1.0, "weight of the gradient through C itself; 1 = the exact gradient, 0 = the paper")
+    pathwise: float = option(1.0, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
 
 
 RECIPES = {
