@@ -32,14 +32,15 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
-import eval as evaluation
 import noise
+import probe
 import reward
 from data import InputError, add_options, command, option
 from vlm import VLM
 
 HERE = Path(__file__).resolve().parent
 PROBE_SAMPLES = 4               # answers to each held-out question, before and after
+KINDS = ("topk", "logprob", "entropy")          # confidences of a token
 
 
 @dataclass
@@ -81,13 +82,16 @@ class Args:
     noised: str = option("rollout", "C' from rollouts on the noised picture (paper), or from scoring the same words there",
                          ("rollout", "rescore"))
     # Reward (paper Eq. 4)
-    confidence: str = option("topk", "C: Eq. 3, or mean log-prob, or minus mean entropy", ("topk", "logprob", "entropy"))
+    confidence: str = option("topk", "C of the perception term: Eq. 3, or mean log-prob, or minus mean entropy", KINDS)
+    judged: str = option("topk", "the confidence that the calibration term judges", KINDS)
     alpha: float = option(0.2, "weight of the perception term tanh(beta (C - C')); 0 = no term")
     beta: float = option(0.5, "its steepness, per nat")
     cnorm: str = option("range", "scale of C in the linear term: the base's 5th-95th percentile, or the group's min-max",
                         ("range", "group"))
-    calibration: str = option("brier", "calibration term: the paper's linear one, a proper score of sigmoid(aC + b), none",
+    calibration: str = option("brier", "calibration term: the paper's linear one, a proper score of a probability, none",
                               ("linear", "brier", "log", "none"))
+    probability: str = option("sigmoid", "that probability: sigmoid(aC + b), fitted on the base once; exp(C), of logprob "
+                              "or entropy", ("sigmoid", "exp"))
     learn_noised: bool = option(True, "rollouts on the noised picture get a reward and a gradient of their own")
     pathwise: float = option(1.0, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
 
@@ -136,6 +140,8 @@ def check(args, world):
         raise InputError(f"--batch_size {args.batch_size} does not divide over {world} ranks; use a multiple of {world}")
     if not 0 < args.mass <= 1:
         raise InputError(f"--mass is {args.mass}; a number above 0 and at most 1 is expected")
+    if args.probability == "exp" and args.judged == "topk" and args.calibration in ("brier", "log"):
+        raise InputError("--probability exp of --judged topk is no probability; judge logprob or entropy, or use sigmoid")
     if args.learn_noised and args.noised == "rescore":
         raise InputError("--noised rescore has no rollouts on the noised picture to learn from; add --no-learn_noised")
     noise.parse_t(args.noise_t)
@@ -243,6 +249,12 @@ def rollout_confidence(groups, kind):
     return reward.sequence_confidence(values, mask).view(len(groups), -1)
 
 
+def scored_confidence(scores, args, group_size):
+    """Scores (Q*G, T) -> the confidences of --confidence and of --judged, (Q, G) each, with gradient."""
+    return tuple(reward.sequence_confidence(token_values(scores, kind), scores.mask).view(-1, group_size)
+                 for kind in (args.confidence, args.judged))
+
+
 def measure_scale(groups, noised, samples, kind):
     """The base model's confidence, once, before step 0 -> {"lo", "hi", "slope", "intercept"}.
 
@@ -261,23 +273,24 @@ def outcomes(groups, samples):
     return torch.tensor([[reward.outcome_reward(r.text, s) for r in group] for s, group in zip(samples, groups)])
 
 
-def confidence_reward(c, c_own, c_other, correct, scale, args):
-    """R_conf's two terms (paper Eq. 4), differentiable in both confidences -> perception, calibration, (Q, G) each.
+def confidence_reward(c, c_other, judged, correct, scale, args):
+    """R_conf's two terms (paper Eq. 4), differentiable in the confidences -> perception, calibration, (Q, G) each.
 
-    c_own is the confidence that the calibration term judges: C for the original view, C' for the noised one.
-    c, c_other: C and C' of the perception term, the same for both views; c_other None = no noised view.
+    c, c_other: C and C' of the perception term, the same for both views; c_other None = no noised view. judged: the
+    confidence that the calibration term holds against `correct`, each view's own.
     """
-    perception = torch.zeros_like(c_own)
+    perception = torch.zeros_like(judged)
     if args.alpha and c_other is not None:
         perception = reward.perception_term(c, c_other, args.alpha, args.beta)
     if args.calibration == "none":
-        return perception, torch.zeros_like(c_own)
+        return perception, torch.zeros_like(judged)
     if args.calibration == "linear":
-        c_norm = (reward.normalise_group(c_own) if args.cnorm == "group"
-                  else reward.normalise_range(c_own, scale["lo"], scale["hi"]))
+        c_norm = (reward.normalise_group(judged) if args.cnorm == "group"
+                  else reward.normalise_range(judged, scale["lo"], scale["hi"]))
         return perception, reward.calibration_linear(c_norm, correct)
     proper = reward.calibration_brier if args.calibration == "brier" else reward.calibration_log
-    return perception, proper(reward.probability(c_own, scale["slope"], scale["intercept"]), correct)
+    probability = judged.exp() if args.probability == "exp" else reward.probability(judged, scale["slope"], scale["intercept"])
+    return perception, proper(probability, correct)
 
 
 @dataclass
@@ -286,7 +299,8 @@ class View:
     name: str                       # "original" or "noised"
     images: list                    # Q lists of PIL images
     rollouts: list                  # Q lists of G Rollouts (the original's words when --noised rescore)
-    confidence: torch.Tensor        # (Q, G)
+    confidence: torch.Tensor        # (Q, G), of --confidence
+    judged: torch.Tensor            # (Q, G), of --judged
     correct: torch.Tensor           # (Q, G)
     learns: bool                    # it has a policy gradient
     terms: dict = field(default_factory=dict)        # reward terms by name, (Q, G) each
@@ -354,7 +368,7 @@ def learn(vlm, reference, views, prompts, scale, divisor, args):
     stats = dict.fromkeys(("loss", "pathwise", "kl", "clipped", "tokens"), 0.0)
     for first in range(0, len(prompts), args.micro_batch):
         part = slice(first, first + args.micro_batch)
-        loss, confidences, weights = 0.0, {}, {}
+        loss, confidences, judged, weights = 0.0, {}, {}, {}
         for view in views:
             flat = [r for group in view.rollouts[part] for r in group]
             completions = [r.tokens for r in flat]
@@ -362,7 +376,7 @@ def learn(vlm, reference, views, prompts, scale, divisor, args):
             used = used_mask(flat, args).to(vlm.device)
             token_weights, weights[view.name] = weights_of(scores.mask & used[:, None], args)
             weights[view.name] = weights[view.name] * used
-            confidences[view.name] = reward.sequence_confidence(token_values(scores, args.confidence), scores.mask)
+            confidences[view.name], judged[view.name] = scored_confidence(scores, args, args.group_size)
             if not view.learns:
                 continue
             old = view.old_logprobs.setdefault(first, scores.logprobs.detach())     # mu = 1: ratio 1, with gradient
@@ -378,16 +392,11 @@ def learn(vlm, reference, views, prompts, scale, divisor, args):
             stats["clipped"] += (clipped * scores.mask).sum().item()
             stats["tokens"] += scores.mask.sum().item()
         if args.pathwise:
-            shape = (-1, args.group_size)
-            c, c_other = confidences["original"].view(shape), None
-            if "noised" in confidences:
-                c_other = confidences["noised"].view(shape)
-            for view in views:
-                if not view.learns:
-                    continue
-                own = c if view.name == "original" else c_other
-                value = sum(confidence_reward(c, own, c_other, view.correct[part].to(vlm.device), scale, args)) / view.spread
-                pathwise = -args.pathwise * (value * weights[view.name].view(shape)).sum() / divisor
+            for view in (view for view in views if view.learns):
+                terms = confidence_reward(confidences["original"], confidences.get("noised"), judged[view.name],
+                                          view.correct[part].to(vlm.device), scale, args)
+                value = sum(terms) / view.spread
+                pathwise = -args.pathwise * (value * weights[view.name].view_as(value)).sum() / divisor
                 loss = loss + pathwise
                 stats["pathwise"] += pathwise.item()
         loss.backward()
@@ -482,9 +491,9 @@ def open_run(args):
 def run_probe(vlm, held_out, clip, args, rank, world, name):
     """The held-out probe before or after training, questions split over ranks -> {t: list of Answer}."""
     t = noise.parse_t(args.noise_t)[1]
-    ts = sorted({*evaluation.PROBE_STEPS, t})
+    ts = sorted({*probe.PROBE_STEPS, t})
     mine = [held_out[i] for i in range(rank, len(held_out), world)]
-    found = evaluation.probe(vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed, name=name,
+    found = probe.probe(vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed, name=name,
                              max_new_tokens=args.max_new_tokens)
     return {t: gathered(found[t]) for t in ts}
 
@@ -492,7 +501,7 @@ def run_probe(vlm, held_out, clip, args, rank, world, name):
 def load_or(path, make, rank):
     """A probe stored in the run folder, or made now and stored."""
     if path.exists():
-        return {int(t): [evaluation.Answer(**a) for a in answers] for t, answers in json.loads(path.read_text()).items()}
+        return {int(t): [probe.Answer(**a) for a in answers] for t, answers in json.loads(path.read_text()).items()}
     found = make()
     if rank == 0:
         write_json(path, {t: [asdict(a) for a in answers] for t, answers in found.items()})
@@ -515,11 +524,11 @@ def draw_report(output, before, after, args):
     if "gap" in log[0]:
         axes[0, 1].plot(steps, [row["gap"] for row in log], color="tab:green")
     axes[0, 1].set(xlabel="step", title="Gap C - C' while training")
-    evaluation.plot_reliability(axes[0, 2], {"before": before[0], "after": after[0]})
+    probe.plot_reliability(axes[0, 2], {"before": before[0], "after": after[0]})
     named = {"before": before, "after": after}
     for axis, name, label in ((axes[1, 0], "correct", "accuracy"), (axes[1, 1], "token_probability", "mean token probability"),
                               (axes[1, 2], "confidence", "confidence C")):
-        evaluation.plot_probe(axis, named, name, label)
+        probe.plot_probe(axis, named, name, label)
     figure.suptitle(f"{args.recipe}, {len(steps)} steps; below: noise on the {args.region} region of held-out questions")
     figure.tight_layout()
     figure.savefig(output / "report.png", dpi=110)
@@ -539,26 +548,26 @@ def roll_out(vlm, clip, samples, step, args):
     prompts = [data.prompt(s) for s in samples]
     images = [s.pictures() for s in samples]
     sampling = dict(n=args.group_size, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                    entropy=args.confidence == "entropy")
+                    entropy="entropy" in (args.confidence, args.judged))
     # ---- I. image pairs (paper 3.2.1)
     noised = [noise.make_pair(pictures, s.question, clip, noise.parse_t(args.noise_t), args.region, args.mass,
                               f"{args.seed} {step} {s.id}", args.text_guidance)
               for pictures, s in zip(images, samples)] if needs_noised(args) else None
     # ---- II. rollouts: y_j on i, y'_j on i'
     groups = vlm.sample(images, prompts, seed=[f"{args.seed} {step} {s.id}" for s in samples], **sampling)
-    views = [View("original", images, groups, rollout_confidence(groups, args.confidence), outcomes(groups, samples), True)]
+    views = [View("original", images, groups, rollout_confidence(groups, args.confidence),
+                  rollout_confidence(groups, args.judged), outcomes(groups, samples), True)]
     if noised is not None:
         if args.noised == "rollout":
             others = vlm.sample(noised, prompts, seed=[f"{args.seed} {step} {s.id} noised" for s in samples], **sampling)
             # ---- III. confidences (Eq. 3), online while sampling
-            confidence = rollout_confidence(others, args.confidence)
+            confidences = rollout_confidence(others, args.confidence), rollout_confidence(others, args.judged)
         else:
             others = groups
             with torch.no_grad():
                 scores = vlm.score(noised, prompts, [r.tokens for group in groups for r in group])
-            confidence = reward.sequence_confidence(token_values(scores, args.confidence), scores.mask)
-            confidence = confidence.view(len(samples), -1).cpu()
-        views.append(View("noised", noised, others, confidence, outcomes(others, samples), args.learn_noised))
+            confidences = (c.cpu() for c in scored_confidence(scores, args, args.group_size))
+        views.append(View("noised", noised, others, *confidences, outcomes(others, samples), args.learn_noised))
     return views, prompts
 
 
@@ -572,7 +581,7 @@ def reward_views(views, scale, args, device="cpu"):
     """Fill in each view's reward terms (Eq. 4 and 3.2.2) and advantages."""
     c, c_other = views[0].confidence, views[1].confidence if len(views) > 1 else None
     for view in views:
-        perception, calibration = confidence_reward(c, view.confidence, c_other, view.correct, scale, args)
+        perception, calibration = confidence_reward(c, c_other, view.judged, view.correct, scale, args)
         formats = torch.tensor([[reward.format_reward(r.text, r.finished) for r in group] for group in view.rollouts])
         view.terms = {"perception": perception, "calibration": calibration, "outcome": view.correct, "format": formats}
         view.advantages, spread = group_advantages(sum(view.terms.values()), args.adv_norm)
@@ -698,7 +707,7 @@ def base_scale(vlm, clip, train_set, order, args):
         views.append(roll_out(vlm, clip, samples, f"scale {step}", pair)[0])
         questions += samples
     original, noised = ([group for pair in views for group in pair[side].rollouts] for side in (0, 1))
-    return measure_scale(original, noised, questions, args.confidence)
+    return measure_scale(original, noised, questions, args.judged)
 
 
 def log_row(step, stats, updates, lr, device, world):
@@ -738,7 +747,7 @@ def finish(vlm, clip, held_out, before, output, scale, args, rank, world):
     if held_out:
         draw_report(output, before, after, args)
         t = noise.parse_t(args.noise_t)[1]
-        rows = evaluation.before_after(*(evaluation.summaries(found[0], found[t]) for found in (before, after)))
+        rows = probe.before_after(*(probe.summaries(found[0], found[t]) for found in (before, after)))
         print(f"\n{len(held_out)} held-out questions x {PROBE_SAMPLES} answers; noised = t {t} on the {args.region} region")
         print(data.table(rows))
         print(f"\nwrote {output}/: the model, metrics.jsonl, samples.jsonl, report.png")

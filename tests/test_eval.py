@@ -11,6 +11,7 @@ from conftest import ROOT
 import catts
 import data
 import eval as evaluation
+import probe
 import report
 from data import InputError
 from eval import metrics
@@ -98,16 +99,16 @@ def test_against_scikit_learn():
 
 def test_headroom_counts_votes_and_hits():
     def answers(name, *texts):
-        return [evaluation.Answer(name, "", "", f"so \\boxed{{{t}}}", t == "1", 0, 0, 0, 0, True) for t in texts]
-    found = evaluation.headroom([*answers("a", "1", "1", "2", "3"), *answers("b", "2", "2", "1", "1"),
+        return [probe.Answer(name, "", "", f"so \\boxed{{{t}}}", t == "1", 0, 0, 0, 0, True) for t in texts]
+    found = probe.headroom([*answers("a", "1", "1", "2", "3"), *answers("b", "2", "2", "1", "1"),
                                  *answers("c", "4", "5", "6", "7")])
     assert found == {"pass@1": 4 / 12, "majority@4": 1 / 3, "pass@4": 2 / 3}
 
 
 def test_the_probe_at_t_0_is_the_clean_picture(base, clip):
     samples = list(data.load("synthetic", "test", 6))
-    found = evaluation.probe(base, samples, clip, (0, 999), n=2, seed=1, max_new_tokens=40)
-    plain = evaluation.answer(base, samples, [s.images for s in samples], 2, seed="1 0", max_new_tokens=40)
+    found = probe.probe(base, samples, clip, (0, 999), n=2, seed=1, max_new_tokens=40)
+    plain = probe.answer(base, samples, [s.images for s in samples], 2, seed="1 0", max_new_tokens=40)
     assert found[0] == plain and found[999] != plain and len(found[999]) == 12
 
 
@@ -217,11 +218,11 @@ def test_bootstrap_resamples_whole_questions():
     correct = rng.integers(0, 2, 60).astype(float)
     ids = [f"q{i}" for i in range(60)]
     mean = {"accuracy": evaluation.STATISTICS["accuracy"]}
-    one = evaluation.bootstrap(ids, correct, correct, mean, 2000)["accuracy"]
-    many = evaluation.bootstrap(*(np.repeat(x, 8) for x in (ids, correct, correct)), mean, 2000)["accuracy"]
+    one = probe.bootstrap(ids, correct, correct, mean, 2000)["accuracy"]
+    many = probe.bootstrap(*(np.repeat(x, 8) for x in (ids, correct, correct)), mean, 2000)["accuracy"]
     assert np.allclose(one, many)
     assert one.std() == pytest.approx((correct.var() / 60) ** 0.5, rel=0.1)
-    low, high = evaluation.interval(one)
+    low, high = probe.interval(one)
     assert low < correct.mean() < high
 
 
@@ -239,21 +240,21 @@ def test_isotonic_and_platt_maps():
     confidence = rng.random(4000)
     correct = (rng.random(4000) < confidence**2).astype(float)
     ids = [f"q{i}" for i in range(4000)]
-    assert evaluation.calibration_error(confidence, correct) > 0.1
+    assert probe.calibration_error(confidence, correct) > 0.1
     for kind, bound in (("isotonic", 0.04), ("platt", 0.06)):
-        assert evaluation.calibration_error(evaluation.cross_fitted(ids, confidence, correct, kind), correct) < bound
-    fitted = evaluation.fit_isotonic(np.array([1.0, 2, 3, 4]), np.array([0.0, 1, 0, 1]))
+        assert probe.calibration_error(probe.cross_fitted(ids, confidence, correct, kind), correct) < bound
+    fitted = probe.fit_isotonic(np.array([1.0, 2, 3, 4]), np.array([0.0, 1, 0, 1]))
     assert fitted(np.array([0.0, 1, 2, 3, 4, 9])).tolist() == [0, 0, 0.5, 0.5, 1, 1]
     isotonic = pytest.importorskip("sklearn.isotonic")
     theirs = isotonic.IsotonicRegression(out_of_bounds="clip").fit(confidence, correct).predict(confidence)
-    assert np.allclose(evaluation.fit_isotonic(confidence, correct)(confidence), theirs, atol=1e-6)
+    assert np.allclose(probe.fit_isotonic(confidence, correct)(confidence), theirs, atol=1e-6)
 
 
 def test_threshold_and_slope_by_hand():
     confidence, correct = np.array([0.9, 0.8, 0.7, 0.6, 0.5]), np.array([1.0, 1, 0, 1, 0])
-    assert evaluation.threshold_for(confidence, correct, 0.25) == (0.6, 0.8, 0.25)
-    assert evaluation.threshold_for(confidence, correct, 0.1) == (0.8, 0.4, 0.0)
-    assert evaluation.threshold_for(confidence, 0 * correct, 0.1)[:2] == (1.0, 0.0)
+    assert probe.threshold_for(confidence, correct, 0.25) == (0.6, 0.8, 0.25)
+    assert probe.threshold_for(confidence, correct, 0.1) == (0.8, 0.4, 0.0)
+    assert probe.threshold_for(confidence, 0 * correct, 0.1)[:2] == (1.0, 0.0)
     sizes = np.array([1, 2, 4, 8])
     assert evaluation.slope(0.5 + 0.03 * np.log2(sizes), sizes) == pytest.approx(0.03)
 

@@ -8,7 +8,7 @@ from conftest import ROOT
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel
 
 import data
-import eval as evaluation
+import probe
 from noise import parse_t
 from train_cdrl import Args
 from vlm import VLM
@@ -23,13 +23,13 @@ def samples():
 
 @pytest.fixture(scope="module")
 def clean(base, samples):
-    return evaluation.answer(base, samples, [s.images for s in samples], **SETTINGS)
+    return probe.answer(base, samples, [s.images for s in samples], **SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def noised(base, clip, samples):
     t = parse_t(Args.noise_t)[1]
-    return {mode: evaluation.probe(base, samples, clip, (t,), mode, Args.mass, **SETTINGS)[t] for mode in ("key", "random")}
+    return {mode: probe.probe(base, samples, clip, (t,), mode, Args.mass, **SETTINGS)[t] for mode in ("key", "random")}
 
 
 def mean(answers, field):
@@ -42,7 +42,7 @@ def test_each_skill_is_partly_learned(clean, skill):
 
 
 def test_there_is_headroom_for_voting_and_for_rl(clean):
-    found = evaluation.headroom(clean)
+    found = probe.headroom(clean)
     assert found["majority@8"] >= found["pass@1"] + 0.04 and found["pass@8"] >= found["majority@8"] + 0.15, found
 
 
@@ -52,12 +52,12 @@ def test_it_does_not_know_that_it_cannot_see(clean, noised):
     random = mean(clean, "correct") - mean(noised["random"], "correct")
     assert key >= 0.15 and random <= key / 2, (key, random)
     assert mean(clean, "token_probability") - mean(noised["key"], "token_probability") < 0.05
-    assert evaluation.summary(clean, noised["key"])["ECE"] > 0.15
+    assert probe.summary(clean, noised["key"])["ECE"] > 0.15
 
 
 def test_the_expert_is_clearly_better(clean, samples):
     expert = VLM.load(ROOT / "tiny" / "expert")
-    own = evaluation.answer(expert, samples, [s.images for s in samples], **SETTINGS)
+    own = probe.answer(expert, samples, [s.images for s in samples], **SETTINGS)
     assert mean(own, "correct") >= mean(clean, "correct") + 0.1
     better = [mean([a for a in own if a.skill == s], "correct") - mean([a for a in clean if a.skill == s], "correct")
               for s in data.SKILLS]
