@@ -72,7 +72,7 @@ def lesson(sample, rng, share, describe=0.0, roles=ROLES, late=False):
     """One (user turn, reply). share: of lessons spent on `roles`, drawn evenly; describe: the share that lists the board
     in a random order, place before thing or thing before place: a dozen look-ups a reply, from which a small text model
     learns soonest to find its way among the image tokens; late: as in `practise_roles`, where the Voter works the answer
-    out and judges each of 1 to 7 candidates in words before its list, and the Critic names the answer that it judges."""
+    out and judges each of 1 to 5 candidates in words before its list, and the Critic names the answer that it judges."""
     solution = sample.meta["solution"]
     if rng.random() < describe:
         cells = named_cells(sample)
@@ -86,7 +86,7 @@ def lesson(sample, rng, share, describe=0.0, roles=ROLES, late=False):
     verdict = "correct" if current == sample.answer else "wrong"
     critique = f"{shown}. {current} {verdict}" if late else f"{shown}. {verdict}"
     if role == "voter":
-        others = (wrong_answer(sample, rng) for _ in range(rng.randint(0, 6) if late else rng.randint(1, 3)))
+        others = (wrong_answer(sample, rng) for _ in range(rng.randint(0, 4) if late else rng.randint(1, 3)))
         candidates = list(dict.fromkeys([sample.answer, *others]))
         rng.shuffle(candidates)
         rest = [int(100 / len(candidates) * 0.4)] * len(candidates)
@@ -142,9 +142,9 @@ def build_processor(vocabulary=480):
 # How each checkpoint is made; the base is stopped early on purpose.
 RECIPES = {"base": dict(see_steps=300, steps=2600, weights=(1.5, 0.58, 0.53, 0.62)),
            "expert": dict(see_steps=300, steps=3000), "clip": dict(steps=2800)}
-LAST = {"base": dict(steps=700, roles=("reflect",) * 6 + ("voter", "voter", "critic", "planner"),
+LAST = {"base": dict(steps=350, share=0.85, roles=("reflect",) * 6 + ("voter", "voter", "critic", "planner"),
                      weights=(1.5, 0.58, 0.53, 0.62)),
-        "expert": dict(steps=800, roles=("voter",) * 5 + ("critic",) * 4 + ("planner",))}
+        "expert": dict(steps=500, share=0.9, roles=("voter",) * 5 + ("critic",) * 4 + ("planner",))}
 SHAPE = {"base": dict(vision=96, text=128, layers=3), "expert": dict(vision=128, text=192, layers=4)}
 
 
@@ -259,7 +259,7 @@ def warm_up(name, see_steps, steps, weights=(1, 1, 1, 1), batch_size=32, lr=2e-3
     save(model, processor, HERE / name)
 
 
-def practise_roles(name, steps, roles, weights=(1, 1, 1, 1), share=0.6, batch_size=32, lr=1e-3):
+def practise_roles(name, steps, roles, weights=(1, 1, 1, 1), share=0.9, batch_size=32, lr=1e-3):
     """Last stage, from the saved checkpoint: a share of the lessons is roles, in the `late` form. The Expert practises its
     own three, the base above all to take over what a critique has seen. weights: of the skills, as in `warm_up`."""
     torch.manual_seed(SEED)
