@@ -528,7 +528,8 @@ class TsvRows(Rows):
                 self.lines.append(line)
 
     def _records(self, offset, line):
-        """(offset, line, cells) of the records from a place on; a cell may span lines, so csv decides where one ends."""
+        """(offset, line, cells) of the records from a place on; a cell may span lines, so csv decides where one ends. Only
+        one such walk at a time: they share the file's position."""
         self.file.seek(offset)
         end = [offset, line]
 
@@ -539,7 +540,6 @@ class TsvRows(Rows):
         start = list(end)
         for cells in csv.reader(lines(), delimiter="\t"):
             yield (*start, cells)
-            self.file.seek(end[0])
             start = list(end)
 
     def __len__(self):

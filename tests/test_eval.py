@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 import catts
@@ -95,6 +96,19 @@ def test_against_scikit_learn():
     found = metrics(confidence, correct)
     assert found["auroc"] == pytest.approx(sklearn.roc_auc_score(correct, confidence), abs=1e-9)
     assert found["aupr"] == pytest.approx(sklearn.average_precision_score(1 - correct, -confidence), abs=1e-9)
+
+
+@pytest.mark.parametrize("edges", [False, True])
+def test_against_torchmetrics(edges):
+    calibration = pytest.importorskip("torchmetrics.functional.classification",
+                                      reason="torchmetrics is not installed; it checks the calibration error")
+    rng = np.random.default_rng(1)
+    confidence = rng.integers(0, 2, 200).astype(float) if edges else rng.random(200)
+    correct = rng.integers(0, 2, 200)
+    theirs = calibration.binary_calibration_error(torch.tensor(confidence), torch.tensor(correct), n_bins=15, norm="l1")
+    assert metrics(confidence, correct)["ece"] == pytest.approx(theirs.item(), abs=1e-6)
+    theirs = calibration.binary_auroc(torch.tensor(confidence), torch.tensor(correct))
+    assert metrics(confidence, correct)["auroc"] == pytest.approx(theirs.item(), abs=1e-6)
 
 
 def test_headroom_counts_votes_and_hits():
