@@ -29,7 +29,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="of the questions and of the samples")
     parser.add_argument("--n", type=int, default=8, help="samples a question")
     args = parser.parse_args()
-    clip, expert = ClipAttention.from_pretrained(), LocalExpert(VLM.load(ROOT / "tiny" / "expert"), 96)
+    clip, expert = ClipAttention.from_pretrained(), LocalExpert(VLM.load(ROOT / "tiny" / "expert"), Settings.expert_tokens)
     report = {}
     for path in args.models:
         vlm, name = VLM.load(path), Path(path).name

@@ -175,7 +175,6 @@ def test_a_result_does_not_depend_on_its_batch(base, expert, clip, questions, of
         assert alone.confidence == pytest.approx(off[i].confidence, abs=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="the tiny expert works the answer out, then does not find it among the candidates")
 def test_the_voter_beats_chance(off, questions):
     """The probability that the Voter gives to the right answer, where it had a choice, against an even split."""
     gains = []
@@ -190,7 +189,6 @@ def test_the_voter_beats_chance(off, questions):
     assert mean > 3 * error and mean > 0.1
 
 
-@pytest.mark.xfail(strict=True, reason="the tiny base does not yet take over what the critique says: 17 mended, 38 spoilt")
 def test_critiques_change_answers_for_the_better(off, questions):
     better = worse = 0
     for result, sample in zip(off, questions):

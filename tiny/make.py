@@ -65,11 +65,15 @@ def named_cells(sample):
             for c, what in enumerate(row.split(", "))]
 
 
-def lesson(sample, rng, roles, describe=0.0, think=False):
-    """One (user turn, reply). roles: the share of lessons spent on the Expert's roles and on reflection; describe: the
-    share that lists the board in a random order, place before thing or thing before place: a dozen look-ups a reply, from
-    which a small text model learns soonest to find its way among the image tokens; think: the Voter works the answer out
-    in a line of its own before its list, as it must to know, and is shown 1 to 7 candidates."""
+ROLES = ("voter", "critic", "reflect", "planner")
+
+
+def lesson(sample, rng, share, describe=0.0, roles=ROLES, late=False):
+    """One (user turn, reply). share: of lessons spent on `roles`, drawn evenly; describe: the share that lists the board
+    in a random order, place before thing or thing before place: a dozen look-ups a reply, from which a small text model
+    learns soonest to find its way among the image tokens; late: as in `practise_roles`, where the Voter works the answer
+    out and judges each of 1 to 5 candidates in words before its list, the Critic names the answer that it judges, and
+    the base takes over what the critique found without working it out again."""
     solution = sample.meta["solution"]
     if rng.random() < describe:
         cells = named_cells(sample)
@@ -77,23 +81,25 @@ def lesson(sample, rng, roles, describe=0.0, think=False):
         if rng.random() < 0.3:
             return "What is where?", "See " + ", ".join(f"{place} {what}" for place, what in cells)
         return "Where is what?", "See " + ", ".join(f"{what} {place}" for place, what in cells if what != "none")
-    role = rng.choice(["voter", "critic", "reflect", "planner"]) if rng.random() < roles else "answer"
+    role = rng.choice(roles) if rng.random() < share else "answer"
     current = sample.answer if rng.random() < 0.5 else wrong_answer(sample, rng)
     shown = solution.split(". \\boxed")[0]
+    verdict = "correct" if current == sample.answer else "wrong"
+    critique = f"{shown}. {current} {verdict}" if late else f"{shown}. {verdict}"
     if role == "voter":
-        others = (wrong_answer(sample, rng) for _ in range(rng.randint(0, 6) if think else rng.randint(1, 3)))
+        others = (wrong_answer(sample, rng) for _ in range(rng.randint(0, 4) if late else rng.randint(1, 3)))
         candidates = list(dict.fromkeys([sample.answer, *others]))
         rng.shuffle(candidates)
         rest = [int(100 / len(candidates) * 0.4)] * len(candidates)
         rest[candidates.index(sample.answer)] += 100 - sum(rest)
-        shares = json.dumps([share / 100 for share in rest])
-        return data.voter_prompt(sample, candidates), f"{shown}\n{shares}" if think else shares
+        shares = json.dumps([value / 100 for value in rest])
+        judged = ", ".join(f"{answer} {'correct' if answer == sample.answer else 'wrong'}" for answer in candidates)
+        return data.voter_prompt(sample, candidates), f"{shown}. {judged}\n{shares}" if late else shares
     if role == "critic":
-        verdict = "correct" if current == sample.answer else "wrong"
-        return data.critic_prompt(sample, current), f"{shown}. {verdict}"
+        return data.critic_prompt(sample, current), critique
     if role == "reflect":
-        verdict = "correct" if current == sample.answer else "wrong"
-        return data.reflect_prompt(sample, current, f"{shown}. {verdict}"), solution
+        answer = f"{sample.answer} correct. \\boxed{{{sample.answer}}}" if late else solution
+        return data.reflect_prompt(sample, current, critique), answer
     if role == "planner":
         # What the skill suggests: counting profits from a second look, arithmetic from a critique.
         first = {"count": 2, "chart": 2, "digits": 1, "spatial": 0}[sample.meta["skill"]]
@@ -137,7 +143,10 @@ def build_processor(vocabulary=480):
 
 # How each checkpoint is made; the base is stopped early on purpose.
 RECIPES = {"base": dict(see_steps=300, steps=2600, weights=(1.5, 0.58, 0.53, 0.62)),
-           "expert": dict(see_steps=300, steps=3000, role_steps=1000), "clip": dict(steps=2800)}
+           "expert": dict(see_steps=300, steps=3000), "clip": dict(steps=2800)}
+LAST = {"base": dict(steps=500, share=0.75, roles=("reflect",) * 7 + ("voter", "critic", "planner"),
+                     weights=(1.5, 0.58, 0.53, 0.62)),
+        "expert": dict(steps=1300, share=0.92, roles=("voter",) * 6 + ("critic",) * 4 + ("planner",))}
 SHAPE = {"base": dict(vision=96, text=128, layers=3), "expert": dict(vision=128, text=192, layers=4)}
 
 
@@ -220,9 +229,14 @@ def study(model, processor, optimiser, samples, lessons):
     return loss.item()
 
 
-def warm_up(name, see_steps, steps, weights=(1, 1, 1, 1), batch_size=32, lr=2e-3, roles=0.3, role_steps=0):
-    """The stages of base or expert. weights: how often each skill is drawn; roles: share of the roles' lessons at the
-    end (they come in gradually, as the describing lessons leave)."""
+def draw(rng, weights, size):
+    """Training questions, the skills drawn by weight (list of Sample)."""
+    return [data.synthetic("train", SEED, rng.randrange(10**9) * 4 + rng.choices(range(4), weights)[0]) for _ in range(size)]
+
+
+def warm_up(name, see_steps, steps, weights=(1, 1, 1, 1), batch_size=32, lr=2e-3, share=0.3):
+    """The first stages of base or expert. weights: how often each skill is drawn; share: of the roles' lessons at the end
+    (they come in gradually, as the describing lessons leave)."""
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
     processor = build_processor()
@@ -235,23 +249,21 @@ def warm_up(name, see_steps, steps, weights=(1, 1, 1, 1), batch_size=32, lr=2e-3
         done = step / steps
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100, 2.5 * (1 - done))
-        samples = [data.synthetic("train", SEED, rng.randrange(10**9) * 4 + rng.choices(range(4), weights)[0])
-                   for _ in range(batch_size)]
+        samples = draw(rng, weights, batch_size)
         # First look-ups by the dozen on a vision tower that stands still, then questions, then roles as well.
         model.model.visual.requires_grad_(done > 0.2)
-        lessons = [lesson(s, rng, roles * min(1, 2 * done), 0.9 if done < 0.15 else 0.25 * (1 - done)) for s in samples]
+        lessons = [lesson(s, rng, share * min(1, 2 * done), 0.9 if done < 0.15 else 0.25 * (1 - done)) for s in samples]
         loss = study(model, processor, optimiser, samples, lessons)
         if (step + 1) % 100 == 0:
             print(f"step {step + 1} loss {loss:.3f} {time.time() - start:.0f}s", flush=True)
         if (step + 1) % 500 == 0:
             save(model, processor, HERE / name)
     save(model, processor, HERE / name)
-    if role_steps:
-        practise_roles(name, role_steps)
 
 
-def practise_roles(name, steps, batch_size=32, lr=1e-3):
-    """Last stage, of the expert alone, from the saved checkpoint: six lessons in ten are its roles, the Voter thinks."""
+def practise_roles(name, steps, roles, weights=(1, 1, 1, 1), share=0.9, batch_size=32, lr=1e-3):
+    """Last stage, from the saved checkpoint: a share of the lessons is roles, in the `late` form. The Expert practises its
+    own three, the base above all to take over what a critique has seen. weights: of the skills, as in `warm_up`."""
     torch.manual_seed(SEED)
     rng = random.Random(f"roles {SEED}")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(HERE / name, dtype=torch.float32).train()
@@ -260,9 +272,9 @@ def practise_roles(name, steps, batch_size=32, lr=1e-3):
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50, 1.5 * (1 - step / steps))
-        samples = [data.synthetic("train", SEED, rng.randrange(10**9)) for _ in range(batch_size)]
-        loss = study(model, processor, optimiser, samples, [lesson(s, rng, 0.6, think=True) for s in samples])
-        if (step + 1) % 100 == 0:
+        samples = draw(rng, weights, batch_size)
+        loss = study(model, processor, optimiser, samples, [lesson(s, rng, share, roles=roles, late=True) for s in samples])
+        if (step + 1) % 50 == 0:
             print(f"roles {step + 1} loss {loss:.3f}", flush=True)
     save(model, processor, HERE / name)
 
@@ -412,7 +424,8 @@ def write_card(name, questions=240):
     how = HOW_CLIP if name == "clip" else HOW_LANGUAGE.format(mass=mass)
     (HERE / name / "README.md").write_text(CARD.format(
         name=name, what=WHAT[name], seed=SEED, how=how, table=data.table(rows),
-        recipe=", ".join(f"{key} {value}" for key, value in RECIPES[name].items())))
+        recipe=", ".join(f"{key} {value}" for key, value in RECIPES[name].items())
+        + (f"; then {LAST[name]['steps']} steps of roles" if name in LAST else "")))
     print((HERE / name / "README.md").read_text())
 
 
@@ -428,14 +441,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=RECIPES)
     parser.add_argument("--card", action="store_true", help="measure the checkpoint that is there; train nothing")
-    parser.add_argument("--roles", action="store_true", help="the expert's last stage alone, from the checkpoint that is there")
+    parser.add_argument("--roles", action="store_true", help="the last stage alone, from the checkpoint that is there")
     args = parser.parse_args()
-    if args.roles and args.name != "expert":
-        raise data.InputError(f"--roles is a stage of the expert, not of {args.name}")
-    if args.roles:
-        practise_roles(args.name, RECIPES["expert"]["role_steps"])
-    elif not args.card:
-        (warm_up_clip if args.name == "clip" else warm_up)(args.name, **RECIPES[args.name])
+    if args.roles and args.name not in LAST:
+        raise data.InputError(f"--roles is a stage of base and expert, not of {args.name}")
+    if not args.card:
+        if not args.roles:
+            (warm_up_clip if args.name == "clip" else warm_up)(args.name, **RECIPES[args.name])
+        if args.name in LAST:
+            practise_roles(args.name, **LAST[args.name])
     write_card(args.name)
 
 
