@@ -26,7 +26,7 @@ import noise  # noqa: E402
 import probe  # noqa: E402
 from data import InputError  # noqa: E402
 from probe import auroc, calibration_error, metrics  # noqa: E402
-from train_cdrl import Args, Order  # noqa: E402,F401
+from train_cdrl import Args  # noqa: E402
 from vlm import VLM  # noqa: E402
 
 # row: (flags of train_cdrl.py, None = not trained)
@@ -95,7 +95,8 @@ def columns(found):
     both = np.array([a.confidence for a in clean[::2] + key]), np.array([a.correct for a in clean[::2] + key])
     by_p = metrics(p, correct)
     words = [word for a in clean for word in a.text.split()]
-    return {**probe.headroom(clean), "C": mean["clean"], **{f"gap {region}": mean["clean"] - mean[region] for region in REGIONS},
+    return {**probe.headroom(clean), "C": mean["clean"],
+            **{f"gap {region}": mean["clean"] - mean[region] for region in REGIONS},
             "AUROC": auroc(c, correct), "AUROC of p": by_p["auroc"], "ECE": by_p["ece"], "Brier": by_p["brier"],
             "ECE mapped": calibration_error(probe.cross_fitted(ids, c, correct), correct), "AURC": metrics(c, correct)["aurc"],
             "accuracy@80": metrics(c, correct)["accuracy@80"],
