@@ -122,10 +122,11 @@ def test_gradient_from_the_noised_view(fresh, clip, recipe, flows):
     assert before.abs().sum() > 0 and ((before - after).abs().max() > 1e-4) == flows
 
 
-def test_pathwise_agrees_with_finite_differences(fresh, clip):
+@pytest.mark.parametrize("settings", [{}, {"judged": "logprob", "probability": "exp"}])
+def test_pathwise_agrees_with_finite_differences(fresh, clip, settings):
     """The pathwise part of the gradient along a random direction = the change of the confidence reward itself, on fixed
-    words, through C and through C'."""
-    args, views, prompts, scale = step_views(fresh, clip, pathwise=1.0)
+    words, through C and through C', whichever confidence the calibration term judges."""
+    args, views, prompts, scale = step_views(fresh, clip, pathwise=1.0, **settings)
     for view in views:
         spreads = sum(view.terms.values()).std(-1) + 1e-4
         assert view.spread == pytest.approx(spreads.mean().item())          # one for the batch: no group's 0 blows it up
@@ -135,12 +136,13 @@ def test_pathwise_agrees_with_finite_differences(fresh, clip):
 
     def objective():
         with torch.no_grad():
-            c = [reward.sequence_confidence((s := fresh.score(v.images, prompts, [r.tokens for g in v.rollouts for r in g]))
-                                            .confidence, s.mask).view(4, 3).double() for v in views]
+            scored = [fresh.score(v.images, prompts, [r.tokens for g in v.rollouts for r in g]) for v in views]
+            c, lp = ([reward.sequence_confidence(getattr(s, field), s.mask).view(4, 3).double() for s in scored]
+                     for field in ("confidence", "logprobs"))
             # Eq. 4 with the Brier term, by hand, for both views
             value = 0.0
-            for own, view in zip(c, views):
-                probability = torch.sigmoid(scale["slope"] * own + scale["intercept"])
+            for own, likelihood, view in zip(c, lp, views):
+                probability = likelihood.exp() if settings else torch.sigmoid(scale["slope"] * own + scale["intercept"])
                 r = args.alpha * torch.tanh(args.beta * (c[0] - c[1])) + 1 - (probability - view.correct) ** 2
                 value = value + (r / view.spread).sum()
         return -(value / divisor).item()
