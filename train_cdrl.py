@@ -78,6 +78,8 @@ class Args:
     noise_t: str = option("999", "diffusion step 0 to 1000, or a range such as 500-999 to draw from")
     region: str = option("key", "where the noise goes", noise.MODES)
     mass: float = option(0.5, "share of CLIP's attention that the key region holds")
+    controls: float = option(0.0, "share of questions whose noise goes on a random region of the same area instead: no "
+                             "perception term there, so that C learns to fall with the evidence, not with noise")
     text_guidance: bool = option(True, "the question guides CLIP's attention")
     noised: str = option("rollout", "C' from rollouts on the noised picture (paper), or from scoring the same words there",
                          ("rollout", "rescore"))
@@ -140,6 +142,8 @@ def check(args, world):
         raise InputError(f"--batch_size {args.batch_size} does not divide over {world} ranks; use a multiple of {world}")
     if not 0 < args.mass <= 1:
         raise InputError(f"--mass is {args.mass}; a number above 0 and at most 1 is expected")
+    if not 0 <= args.controls <= 1:
+        raise InputError(f"--controls is {args.controls}; a share from 0 to 1 is expected")
     if args.probability == "exp" and args.judged == "topk" and args.calibration in ("brier", "log"):
         raise InputError("--probability exp of --judged topk is no probability; judge logprob or entropy, or use sigmoid")
     if args.learn_noised and args.noised == "rescore":
@@ -273,15 +277,16 @@ def outcomes(groups, samples):
     return torch.tensor([[reward.outcome_reward(r.text, s) for r in group] for s, group in zip(samples, groups)])
 
 
-def confidence_reward(c, c_other, judged, correct, scale, args):
+def confidence_reward(c, c_other, control, judged, correct, scale, args):
     """R_conf's two terms (paper Eq. 4), differentiable in the confidences -> perception, calibration, (Q, G) each.
 
-    c, c_other: C and C' of the perception term, the same for both views; c_other None = no noised view. judged: the
-    confidence that the calibration term holds against `correct`, each view's own.
+    c, c_other: C and C' of the perception term, the same for both views; c_other None = no noised view. control (Q,) bool:
+    questions whose noise spares the evidence; no perception term. judged: the confidence that the calibration term holds
+    against `correct`, each view's own.
     """
     perception = torch.zeros_like(judged)
     if args.alpha and c_other is not None:
-        perception = reward.perception_term(c, c_other, args.alpha, args.beta)
+        perception = reward.perception_term(c, c_other, args.alpha, args.beta).masked_fill(control[:, None].to(c.device), 0)
     if args.calibration == "none":
         return perception, torch.zeros_like(judged)
     if args.calibration == "linear":
@@ -303,6 +308,7 @@ class View:
     judged: torch.Tensor            # (Q, G), of --judged
     correct: torch.Tensor           # (Q, G)
     learns: bool                    # it has a policy gradient
+    control: torch.Tensor           # (Q,) bool, the noise spares the evidence (--controls); the same for both views
     terms: dict = field(default_factory=dict)        # reward terms by name, (Q, G) each
     advantages: torch.Tensor | None = None           # (Q, G)
     spread: float = 1.0             # the mean, over the batch's groups, of what advantages were divided by
@@ -393,8 +399,8 @@ def learn(vlm, reference, views, prompts, scale, divisor, args):
             stats["tokens"] += scores.mask.sum().item()
         if args.pathwise:
             for view in (view for view in views if view.learns):
-                terms = confidence_reward(confidences["original"], confidences.get("noised"), judged[view.name],
-                                          view.correct[part].to(vlm.device), scale, args)
+                terms = confidence_reward(confidences["original"], confidences.get("noised"), view.control[part],
+                                          judged[view.name], view.correct[part].to(vlm.device), scale, args)
                 value = sum(terms) / view.spread
                 pathwise = -args.pathwise * (value * weights[view.name].view_as(value)).sum() / divisor
                 loss = loss + pathwise
@@ -550,13 +556,14 @@ def roll_out(vlm, clip, samples, step, args):
     sampling = dict(n=args.group_size, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                     entropy="entropy" in (args.confidence, args.judged))
     # ---- I. image pairs (paper 3.2.1)
-    noised = [noise.make_pair(pictures, s.question, clip, noise.parse_t(args.noise_t), args.region, args.mass,
-                              f"{args.seed} {step} {s.id}", args.text_guidance)
-              for pictures, s in zip(images, samples)] if needs_noised(args) else None
+    control = torch.tensor([random.Random(f"control {args.seed} {step} {s.id}").random() < args.controls for s in samples])
+    noised = [noise.make_pair(pictures, s.question, clip, noise.parse_t(args.noise_t), "random" if spared else args.region,
+                              args.mass, f"{args.seed} {step} {s.id}", args.text_guidance)
+              for pictures, s, spared in zip(images, samples, control)] if needs_noised(args) else None
     # ---- II. rollouts: y_j on i, y'_j on i'
     groups = vlm.sample(images, prompts, seed=[f"{args.seed} {step} {s.id}" for s in samples], **sampling)
     views = [View("original", images, groups, rollout_confidence(groups, args.confidence),
-                  rollout_confidence(groups, args.judged), outcomes(groups, samples), True)]
+                  rollout_confidence(groups, args.judged), outcomes(groups, samples), True, control)]
     if noised is not None:
         if args.noised == "rollout":
             others = vlm.sample(noised, prompts, seed=[f"{args.seed} {step} {s.id} noised" for s in samples], **sampling)
@@ -567,7 +574,7 @@ def roll_out(vlm, clip, samples, step, args):
             with torch.no_grad():
                 scores = vlm.score(noised, prompts, [r.tokens for group in groups for r in group])
             confidences = (c.cpu() for c in scored_confidence(scores, args, args.group_size))
-        views.append(View("noised", noised, others, *confidences, outcomes(others, samples), args.learn_noised))
+        views.append(View("noised", noised, others, *confidences, outcomes(others, samples), args.learn_noised, control))
     return views, prompts
 
 
@@ -581,7 +588,7 @@ def reward_views(views, scale, args, device="cpu"):
     """Fill in each view's reward terms (Eq. 4 and 3.2.2) and advantages."""
     c, c_other = views[0].confidence, views[1].confidence if len(views) > 1 else None
     for view in views:
-        perception, calibration = confidence_reward(c, c_other, view.judged, view.correct, scale, args)
+        perception, calibration = confidence_reward(c, c_other, view.control, view.judged, view.correct, scale, args)
         formats = torch.tensor([[reward.format_reward(r.text, r.finished) for r in group] for group in view.rollouts])
         view.terms = {"perception": perception, "calibration": calibration, "outcome": view.correct, "format": formats}
         view.advantages, spread = group_advantages(sum(view.terms.values()), args.adv_norm)
@@ -589,7 +596,7 @@ def reward_views(views, scale, args, device="cpu"):
         view.spread = total / groups
 
 
-def statistics(views):
+def statistics(views, device="cpu"):
     """Every reward term, confidence, length and entropy, per view (dict of floats, means over this rank's rollouts)."""
     stats = {}
     for view in views:
@@ -606,7 +613,11 @@ def statistics(views):
                "words": len({word for r in flat for word in r.text.split()})}
         stats |= {f"{view.name}/{name}": float(value) for name, value in row.items()}
     if len(views) > 1:
-        stats["gap"] = float((views[0].confidence - views[1].confidence).mean())
+        gap = (views[0].confidence - views[1].confidence).mean(-1)                                          # (Q,)
+        for name, chosen in (("gap", ~views[0].control), ("gap/controls", views[0].control)):
+            total, ranks = summed([chosen.sum(), 1], device)
+            if total:                   # the mean over all ranks' questions, once the ranks' values are averaged
+                stats[name] = float(gap[chosen].sum()) * ranks / total
     return stats
 
 
@@ -677,7 +688,7 @@ def train(args):
                                      f"weights, the checkpoints in {output} are from before it")
                 optimiser.step()
             learned = time.perf_counter()
-            row = log_row(step, statistics(views), updates, group["lr"], device, world)    # VII. log
+            row = log_row(step, statistics(views, device), updates, group["lr"], device, world)    # VII. log
             row |= {"seconds/sample": sampled - clock, "seconds/learn": learned - sampled}
             if main_rank:
                 write_step(output, row, samples, views)
@@ -700,7 +711,7 @@ def train(args):
 def base_scale(vlm, clip, train_set, order, args):
     """Roll out the base model on the questions of the first steps to measure its confidence (`measure_scale`); every
     rank does the same, so that all hold the same numbers."""
-    pair = Args(**{**asdict(args), "alpha": 1.0, "noised": "rollout"})
+    pair = Args(**{**asdict(args), "alpha": 1.0, "noised": "rollout", "controls": 0.0})
     views, questions = [], []
     for step in range(max(1, 64 // args.batch_size)):
         samples = [train_set[i] for i in order(step)]

@@ -1,13 +1,14 @@
 """The recipes, measured: every row trained with several seeds and asked the same held-out questions.
 
-    python results/recipes.py                                     # all rows x 3 seeds; resumes; then the tables
-    python results/recipes.py --rows grpo paper ours --seeds 1    # some of them
-    python results/recipes.py --split val --questions 300         # the questions on which settings were chosen
+    python results/recipes.py                                     # the headline rows x 3 seeds, the others x 1; resumes
+    python results/recipes.py --rows grpo ours --seeds 1          # some of them
+    python results/recipes.py --split val --questions 240         # the questions on which settings were chosen
 
 Each run is `train_cdrl.py` with the row's flags, then answers of the trained model to held-out questions, clean and with
-noise on key, random and inverse regions. One summary a run, results/recipes/SPLIT-ROW-SEED.json; the answers themselves,
-from which the paired intervals are drawn, stay under runs/recipes. Confidences: C (Eq. 3) ranks; the sequence probability
-exp(mean log-prob) is the one that ECE and Brier judge, without any map unless the column says so.
+noise on key, random and inverse regions, and the votes of CA-TTS. One summary a run, results/recipes/SPLIT-ROW-SEED.json;
+models, answers and votes stay under runs/recipes (delete it when tiny/base or the code has changed). Confidences: C (Eq. 3)
+ranks; the sequence probability exp(mean log-prob) is the one that ECE and Brier judge, without any map unless the column
+says so; for CA-TTS it is the winner's share of the votes.
 """
 import argparse
 import json
@@ -22,11 +23,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+import eval as evaluation  # noqa: E402
 import noise  # noqa: E402
 import probe  # noqa: E402
+import train_cdrl  # noqa: E402
+from catts import Controller, Settings, answer_file  # noqa: E402
 from data import InputError  # noqa: E402
+from experts import LocalExpert  # noqa: E402
 from probe import auroc, calibration_error, metrics  # noqa: E402
-from train_cdrl import Args  # noqa: E402
 from vlm import VLM  # noqa: E402
 
 # row: (flags of train_cdrl.py, None = not trained)
@@ -51,6 +55,7 @@ ROWS = {
 HEADLINE = ("base", "grpo", "paper", "ours")
 REGIONS = ("key", "random", "inverse")
 NOISE_T, ANSWERS, NOISED_ANSWERS = 999, 8, 4
+SIZES = [1, 2, 4, 8, 16, 32]          # samples of the headline rows' scaling curves
 HERE, RUNS = ROOT / "results" / "recipes", ROOT / "runs" / "recipes"
 
 
@@ -59,30 +64,43 @@ def name_of(row, seed):
 
 
 def train(row, seed, flags):
-    """Train one run, unless it is there -> (model directory, seconds). Seconds include the measure of the base's scale."""
-    if ROWS[row] is None:
-        return ROOT / "tiny" / "base", 0.0
+    """Train one run, unless it is there -> (model directory, folder for its answers, seconds of training)."""
     output = RUNS / name_of(row, seed)
-    if not (output / "config.json").exists():
-        command = [sys.executable, str(ROOT / "train_cdrl.py"), *ROWS[row].split(), *flags, "--seed", str(seed),
-                   "--eval_size", "0", "--output", str(output)]
+    if ROWS[row] is None:
+        output.mkdir(parents=True, exist_ok=True)
+        return ROOT / "tiny" / "base", output, 0.0
+    wanted = [*ROWS[row].split(), *flags, "--seed", str(seed), "--eval_size", "0", "--output", str(output)]
+    stored, seconds = output / "args.json", output / "seconds.json"
+    if not (seconds.exists() and json.loads(stored.read_text()) == vars(train_cdrl.parse(wanted))):
         start = time.time()
-        if subprocess.run(command, check=False).returncode:
-            raise InputError(f"{row!r}, seed {seed}, did not train; the command was: {' '.join(command)}")
-        data.write_atomically(output / "seconds.json", json.dumps(time.time() - start))
-    return output, json.loads((output / "seconds.json").read_text())
+        if subprocess.run([sys.executable, str(ROOT / "train_cdrl.py"), *wanted], check=False).returncode:
+            raise InputError(f"{row!r}, seed {seed}, did not train; the command was: train_cdrl.py {' '.join(wanted)}")
+        data.write_atomically(seconds, json.dumps(time.time() - start))
+    return output, output, json.loads(seconds.read_text())
 
 
 def ask(path, samples, file):
     """Answers of a model on clean and on noised pictures -> {"clean" or region: list of Answer}, kept in a file."""
     if not file.exists():
-        vlm, clip = VLM.load(path), noise.ClipAttention.from_pretrained()
+        vlm, clip, mass = VLM.load(path), noise.ClipAttention.from_pretrained(), train_cdrl.Args.mass
         found = {"clean": probe.answer(vlm, samples, [s.pictures() for s in samples], ANSWERS, max_new_tokens=64)}
         for region in REGIONS:
-            found[region] = probe.noised_answers(vlm, samples, clip, NOISE_T, region, Args.mass, NOISED_ANSWERS, 0,
+            found[region] = probe.noised_answers(vlm, samples, clip, NOISE_T, region, mass, NOISED_ANSWERS, 0,
                                                  max_new_tokens=64)
         data.write_atomically(file, json.dumps({key: [vars(a) for a in answers] for key, answers in found.items()}))
     return {key: [probe.Answer(**a) for a in answers] for key, answers in json.loads(file.read_text()).items()}
+
+
+def vote(path, samples, file, sizes):
+    """Every method of CA-TTS from a model's stored votes -> {method: row}, and their scaling when there are several sizes."""
+    settings = Settings(samples=ANSWERS)
+    expert = LocalExpert(VLM.load(ROOT / "tiny" / "expert"), Settings.expert_tokens)
+    controller = Controller(VLM.load(path), expert, noise.ClipAttention.from_pretrained(), settings)
+    rows = answer_file(evaluation.collector(controller, sizes), samples, file, {"model": str(path), "sizes": sizes}, 50,
+                       f"votes of {Path(path).name}").values()
+    methods = {name: evaluation.method_row(some) for name, some in evaluation.by_method(rows, ANSWERS, settings).items()}
+    scaled = evaluation.scaling(list(rows), sizes, settings) if len(sizes) > 1 else {}
+    return {"methods": methods, "scaling": scaled, "equal cost": evaluation.at_equal_cost(scaled, ANSWERS)}
 
 
 def columns(found):
@@ -134,7 +152,7 @@ def differences(answers, rows, against="ours", rounds=1000):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="of the table")
-    parser.add_argument("--seeds", type=int, default=3, help="of training; the questions are the same")
+    parser.add_argument("--seeds", type=int, default=3, help="of training, for the headline rows; the questions are the same")
     parser.add_argument("--split", default="test", choices=("val", "test"), help="val: to choose on; test: to report on")
     parser.add_argument("--questions", type=int, default=500, help="held-out questions")
     parser.add_argument("--flags", default="", help="flags added to every training run, for trials")
@@ -144,23 +162,51 @@ def main():
     tables, answers = defaultdict(list), defaultdict(list)
     for seed in range(args.seeds):
         for row in args.rows:
-            if ROWS[row] is None and seed:
+            if seed and (ROWS[row] is None or row not in HEADLINE):
                 continue
-            path, seconds = train(row, seed, args.flags.split())
-            found = ask(path, samples, RUNS / f"{args.split}-{args.questions}-{name_of(row, seed)}.json")
-            tables[row].append(summary(found))
+            path, folder, seconds = train(row, seed, args.flags.split())
+            found = ask(path, samples, folder / f"{args.split}-{args.questions}.json")
+            votes = vote(path, samples, folder / f"{args.split}-{args.questions}-votes.jsonl",
+                         SIZES if row in HEADLINE else [ANSWERS])
+            record = {"flags": ROWS[row], "questions": args.questions, "seconds": seconds, **summary(found), **votes}
+            data.write_atomically(HERE / f"{args.split}-{name_of(row, seed)}.json", json.dumps(record, indent=1))
+            tables[row].append(record)
             answers[row].append(found)
-            data.write_atomically(HERE / f"{args.split}-{name_of(row, seed)}.json", json.dumps(
-                {"flags": ROWS[row], "questions": args.questions, "seconds": seconds, **tables[row][-1]}, indent=1))
+    print_tables(tables, answers, args)
+    print(f"\nwrote {HERE.relative_to(ROOT)}/\nnext: python results/draw_recipes.py")
+
+
+def mean_of(records, *path):
+    """The mean over seeds of a number that lies at `path` in each record."""
+    values = []
+    for record in records:
+        for key in path:
+            record = record[key]
+        values.append(record[0] if isinstance(record, list | tuple) else record)
+    return float(np.mean(values))
+
+
+def print_tables(tables, answers, args):
     for part in ("all", *data.SKILLS):
-        print(f"\n{part}: mean over {args.seeds} seeds, {args.questions} questions of {args.split}")
-        print(data.table({row: {name: float(np.mean([t[part][name] for t in found])) for name in found[0][part]}
+        print(f"\n{part}: mean over seeds, {args.questions} questions of {args.split}")
+        print(data.table({f"{row} ({len(found)})": {name: mean_of(found, part, name) for name in found[0][part]}
                           for row, found in tables.items()}))
+    print("\nVotes, N = 8; the confidence is the winner's share")
+    shown = [f"{name}@{ANSWERS}" for name in ("majority", "weighted", "CA-TTS")]
+    print(data.table({f"{row}, {name}": {key: mean_of(found, "methods", name, key) for key in found[0]["methods"][name]}
+                      for row, found in tables.items() for name in shown}))
+    headline = {row: found for row, found in tables.items() if found[0]["scaling"]}
+    if headline:
+        print("\nScaling: points of accuracy per log2 N, and CA-TTS against majority at the same tokens")
+        scaled = ("majority", "weighted", "CA-TTS")
+        print(data.table({row: {**{name: mean_of(found, "scaling", name, "slope") for name in scaled},
+                                **{key: mean_of(found, "equal cost", key) for key in found[0]["equal cost"]}}
+                          for row, found in headline.items()}))
     if "ours" in tables:
         print("\nours minus each row: mean over seeds and 95% interval, paired by question")
         print(data.table({row: {f"{name} {end}": value for name, triple in found.items()
                                 for end, value in zip(("", "low", "high"), triple)}
-                          for row, found in differences(answers, args.rows).items()}))
+                          for row, found in differences(answers, list(tables)).items()}))
 
 
 if __name__ == "__main__":

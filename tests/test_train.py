@@ -177,6 +177,21 @@ def test_rescored_confidence_is_that_of_the_same_words(fresh, clip):
     assert (views[0].confidence - views[1].confidence).abs().max() > 1e-3
 
 
+def test_controls_are_noised_elsewhere_and_earn_no_perception_term(fresh, clip):
+    """--controls 1: the pictures are those of --region random, and the reward is that of alpha = 0; 0.5: both kinds."""
+    _, controls, _, _ = step_views(fresh, clip, controls=1.0)
+    _, random, _, _ = step_views(fresh, clip, region="random", alpha=0.0)
+    _, key, _, _ = step_views(fresh, clip)
+    assert all(torch.equal(a.advantages, b.advantages) for a, b in zip(controls, random))
+    assert controls[1].images == random[1].images != key[1].images
+    assert set(train_cdrl.statistics(controls)) - set(train_cdrl.statistics(key)) == {"gap/controls"}
+    _, mixed, prompts, scale = step_views(fresh, clip, controls=0.5)
+    assert mixed[0].control.any() and not mixed[0].control.all()
+    assert torch.equal(mixed[0].terms["perception"].any(-1), ~mixed[0].control)
+    noised = [controls if spared else key for spared in mixed[1].control]
+    assert all(mixed[1].images[q] == side[1].images[q] for q, side in enumerate(noised))
+
+
 def test_reward_is_the_sum_of_its_terms_as_in_eq_4(fresh, clip):
     args, views, _, scale = step_views(fresh, clip, **train_cdrl.RECIPES["paper"])
     c, c_other = views[0].confidence, views[1].confidence
