@@ -46,7 +46,7 @@ from probe import (
     summaries,
     threshold_for,
 )
-from reward import accepts, extract_answer
+from reward import accepts, extract_answer, probability
 from vlm import VLM
 
 HERE = Path(__file__).resolve().parent
@@ -177,6 +177,29 @@ def by_method(rows, n, settings):
     return dict(found)
 
 
+CALIBRATED = "pass@1, c"
+
+
+def methods_of(votes, settings, scale):
+    """{model name: stored rows} -> {model name: `by_method`}. scale: the map of a training run's confidence.json, or None;
+    with it, `CALIBRATED` is pass@1 once more, its confidence c = sigmoid(slope * C + intercept): the probability that the
+    run trained, by a map that was fitted on the base before the first step and is the same for every model here."""
+    found = {}
+    for name, rows in votes.items():
+        found[name] = by_method(rows, settings.samples, settings)
+        if scale:
+            drawn = [(row["id"], s) for row in rows for s in row["samples"][:settings.samples]]
+            c = probability(torch.tensor([s["confidence"]["mean"] for _, s in drawn]), scale["slope"], scale["intercept"])
+            found[name][CALIBRATED] = [Outcome(i, p, s["correct"], s["tokens"]) for (i, s), p in zip(drawn, c.tolist())]
+    return found
+
+
+def stored_scale(paths):
+    """confidence.json of the first of the model directories that has one and judged C of Eq. 3, else None."""
+    found = (json.loads(file.read_text()) for path in paths if (file := Path(path) / "confidence.json").is_file())
+    return next((scale for scale in found if scale.get("judged") == "topk"), None)
+
+
 def arrays(some):
     """List of Outcome -> ids, confidence (N,), correct (N,)."""
     return [o.id for o in some], np.array([o.confidence for o in some]), np.array([o.correct for o in some], float)
@@ -287,12 +310,12 @@ def abstention(some, risk):
             "risk": float(1 - correct[~half][kept].mean()) if kept.any() else math.nan}
 
 
-def make_tables(votes, probes, settings, sizes, regions, ts, risk):
-    """Everything that is reported, from stored rows. votes, probes: {model name: rows}."""
+def make_tables(votes, probes, settings, sizes, regions, ts, risk, scale=None):
+    """Everything that is reported, from stored rows. votes, probes: {model name: rows}; scale: see `methods_of`."""
     n, last = settings.samples, max(ts)
-    methods = {name: by_method(rows, n, settings) for name, rows in votes.items()}
+    methods = methods_of(votes, settings, scale)
     best = f"CA-TTS@{n}" if all(f"CA-TTS@{n}" in found for found in methods.values()) else f"majority@{n}"
-    shown = ["pass@1", f"majority@{n}", *([best] if best != f"majority@{n}" else [])]
+    shown = ["pass@1", *([CALIBRATED] if scale else []), f"majority@{n}", *([best] if best != f"majority@{n}" else [])]
     boots = {name: {method: resampled(some) for method, some in found.items()} for name, found in methods.items()}
     tables = {"methods": {name: {method: summarise(some, boots[name][method]) for method, some in found.items()}
                           for name, found in methods.items()}}
@@ -329,10 +352,9 @@ def make_tables(votes, probes, settings, sizes, regions, ts, risk):
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 
-def make_report(tables, votes, settings, sizes, samples, clip, folders, lead):
+def make_report(tables, votes, settings, sizes, samples, clip, folders, lead, scale=None):
     """report.html from the tables, the stored votes, and a run folder's metrics.jsonl where there is one -> str."""
-    n = settings.samples
-    methods = {name: by_method(rows, n, settings) for name, rows in votes.items()}
+    methods = methods_of(votes, settings, scale)
     best = next(iter(tables["abstention"].values()))["method"]
     sections = [(f"Methods: {name}", "Value and 95% interval, clustered by question. Tokens: generated, a contrasted one "
                  "counting twice, the Expert's included.", [report.table(found)]) for name, found in tables["methods"].items()]
@@ -342,7 +364,8 @@ def make_report(tables, votes, settings, sizes, samples, clip, folders, lead):
     for heading, kind in (("Reliability", reliability_points), ("Risk and coverage", risk_coverage)):
         labels = ("confidence", "accuracy") if kind is reliability_points else ("coverage", "risk")
         charts = [report.chart({name: kind(*arrays(found[method])[1:]) for name, found in methods.items()}, method, *labels,
-                               diagonal=kind is reliability_points, xlim=(0, 1), ylim=(0, 1)) for method in ("pass@1", best)]
+                               diagonal=kind is reliability_points, xlim=(0, 1), ylim=(0, 1))
+                  for method in ("pass@1", *([CALIBRATED] if scale else []), best)]
         sections.append((heading, "", charts))
     sections.append(("Calibration", "As it is, and after a map fitted on the other half of the questions.",
                      [report.table({f"{name}, {method}": row for name, found in tables["calibration"].items()
@@ -466,17 +489,20 @@ def main(argv=None):
     votes, probes = ({name: [rows[i] for i in ids if i in rows] for name, rows in found.items()} for found in (votes, probes))
     if not all(votes.values()):
         raise InputError(f"no question of {args.data!r} could be answered; every picture is broken")
-    tables = make_tables(votes, probes, settings, sizes, args.regions, ts, args.target_risk)
+    scale = stored_scale(paths[::-1])
+    tables = make_tables(votes, probes, settings, sizes, args.regions, ts, args.target_risk, scale)
     first = next(iter(votes.values()))
     lead = (f"{len(first)} questions of {args.data or 'the built-in test split'}, N = {settings.samples}, "
             f"noise at t = {max(ts)}, seed {settings.seed}; {' and '.join(map(data.shown, paths))}; "
             f"Expert {data.shown(args.expert)}; torch {torch.__version__}.")
+    if scale:
+        lead += f" c = sigmoid({scale['slope']:.3g} C {scale['intercept']:+.3g}), a map fixed before the training began."
     data.write_atomically(output / "tables.json", json.dumps({"about": lead, **tables}, indent=1))
     threshold = tables["abstention"][names[-1]]
     data.write_atomically(output / "threshold.json", json.dumps(threshold, indent=1))
     clip = controller.clip or ClipAttention.from_pretrained(args.clip)
     (output / "report.html").write_text(make_report(tables, votes, settings, sizes, samples, clip,
-                                                    dict(zip(names, paths)), lead))
+                                                    dict(zip(names, paths)), lead, scale))
     if probes:
         draw_probe(output / "probe.png", {f"{name}, {region}": {t: probed(rows, region, t) for t in ts}
                                           for name, rows in probes.items() for region in args.regions})

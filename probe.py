@@ -10,11 +10,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import data
 from noise import make_pair
-from reward import extract_answer, fit_platt, is_correct
+from reward import extract_answer, fit_platt, is_correct, probability
 
 PROBE_STEPS = (0, 300, 500, 700, 850, 999)
 
@@ -246,29 +247,35 @@ def probed(rows, region, t):
     return [Answer(**a) for row in rows for a in row["found"][region][str(t)]]
 
 
-def summary(clean, noised):
+def summary(clean, noised, scale=None):
     """The before/after columns for one model from its answers on clean and on noised pictures -> dict of floats.
 
-    auroc is that of C; ece and brier are those of the sequence probability exp(mean log-prob), without any fitted map.
-    gap: mean C on clean pictures minus mean C on noised ones.
+    AUROC is that of C. ECE and Brier are those of the sequence probability exp(mean log-prob), without any fitted map; with
+    a scale (a training run's confidence.json), "ECE c" and "Brier c" those of c = sigmoid(slope * C + intercept), a map
+    that was fixed before the first step. gap: mean C on clean pictures minus mean C on noised ones.
     """
     def mean(answers, field):
         return float(np.mean([getattr(a, field) for a in answers]))
     correct = [a.correct for a in clean]
     by_probability = metrics([a.probability for a in clean], correct)
+    by_c = {}
+    if scale:
+        c = torch.tensor([a.confidence for a in clean])
+        found = metrics(probability(c, scale["slope"], scale["intercept"]).tolist(), correct)
+        by_c = {"ECE c": found["ece"], "Brier c": found["brier"]}
     confidence = mean(clean, "confidence")
     return {"pass@1": mean(clean, "correct"), "pass@1 noised": mean(noised, "correct"),
             "token prob": mean(clean, "token_probability"), "token prob noised": mean(noised, "token_probability"),
             "C": confidence, "gap": confidence - mean(noised, "confidence"),
             "AUROC": metrics([a.confidence for a in clean], correct)["auroc"],
-            "ECE": by_probability["ece"], "Brier": by_probability["brier"], "length": mean(clean, "length")}
+            "ECE": by_probability["ece"], "Brier": by_probability["brier"], **by_c, "length": mean(clean, "length")}
 
 
-def summaries(clean, noised):
+def summaries(clean, noised, scale=None):
     """`summary` pooled ("all") and within each skill (pooled numbers lie) -> {name: dict}."""
     skills = sorted({a.skill for a in clean if a.skill})
-    return {"all": summary(clean, noised),
-            **{skill: summary([a for a in clean if a.skill == skill], [a for a in noised if a.skill == skill])
+    return {"all": summary(clean, noised, scale),
+            **{skill: summary([a for a in clean if a.skill == skill], [a for a in noised if a.skill == skill], scale)
                for skill in skills}}
 
 

@@ -753,12 +753,13 @@ def finish(vlm, clip, held_out, before, output, scale, args, rank, world):
     if rank:
         return None
     vlm.save(output)
-    write_json(output / "confidence.json", scale)
+    write_json(output / "confidence.json", scale | {"judged": args.judged})
     rows = None
     if held_out:
         draw_report(output, before, after, args)
         t = noise.parse_t(args.noise_t)[1]
-        rows = probe.before_after(*(probe.summaries(found[0], found[t]) for found in (before, after)))
+        known = scale if args.judged == "topk" else None
+        rows = probe.before_after(*(probe.summaries(found[0], found[t], known) for found in (before, after)))
         print(f"\n{len(held_out)} held-out questions x {PROBE_SAMPLES} answers; noised = t {t} on the {args.region} region")
         print(data.table(rows))
         print(f"\nwrote {output}/: the model, metrics.jsonl, samples.jsonl, report.png")

@@ -173,7 +173,10 @@ def main():
             tables[row].append(record)
             answers[row].append(found)
     print_tables(tables, answers, args)
-    print(f"\nwrote {HERE.relative_to(ROOT)}/\nnext: python results/draw_recipes.py")
+    if args.split == "test":
+        draw(tables, answers, ROOT / "results" / "recipes.png")
+    print(f"\nwrote {HERE.relative_to(ROOT)}/ and recipes.png\nnext: python eval.py --model {data.shown(RUNS / 'ours-0')} "
+          "--baseline tiny/base")
 
 
 def mean_of(records, *path):
@@ -207,6 +210,36 @@ def print_tables(tables, answers, args):
         print(data.table({row: {f"{name} {end}": value for name, triple in found.items()
                                 for end, value in zip(("", "low", "high"), triple)}
                           for row, found in differences(answers, list(tables)).items()}))
+
+
+def draw(tables, answers, path):
+    """recipes.png: reliability and risk-coverage of the headline rows (seeds pooled), every row's gap by region, scaling."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9))
+    headline = {row: [a for found in answers[row] for a in found["clean"]] for row in HEADLINE if row in answers}
+    probe.plot_reliability(axes[0, 0], headline)
+    for row, some in headline.items():
+        c, correct = (np.array([getattr(a, field) for a in some], float) for field in ("confidence", "correct"))
+        axes[0, 1].plot(*zip(*probe.risk_coverage(c, correct)), label=f"{row}, AUROC {auroc(c, correct):.2f}")
+        scaled = [found["scaling"] for found in tables[row] if found["scaling"]]
+        for name, style in (("majority", ":"), ("CA-TTS", "-")) if scaled else ():
+            axes[1, 1].plot(SIZES, [np.mean([found[name][str(n)][0] for found in scaled]) for n in SIZES], style,
+                            marker="o", markersize=4, color=f"C{list(headline).index(row)}", label=f"{row}, {name}")
+    for i, region in enumerate(REGIONS):
+        axes[1, 0].barh(np.arange(len(tables)) - 0.27 * (i - 1), [mean_of(found, "all", f"gap {region}")
+                                                                 for found in tables.values()], 0.25, label=region)
+    axes[0, 1].set(xlabel="coverage, highest C first", ylabel="share of wrong answers", title="Risk and coverage")
+    axes[1, 0].set(xlabel="C - C', nats", yticks=range(len(tables)), yticklabels=tables, title="Gap under noise, by region")
+    axes[1, 0].invert_yaxis()
+    axes[1, 1].set(xlabel="samples N", ylabel="accuracy", xscale="log", title="Scaling")
+    axes[1, 1].set_xticks(SIZES, SIZES)
+    for axis in axes.flat:
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":
