@@ -14,10 +14,12 @@ The paper's confidence is mean C; where it is silent about a failing Expert we d
 the ledger says so. Left out on purpose: streaming, and an Expert that sees the samples' reasoning.
 """
 import argparse
+import glob
 import json
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from contextlib import contextmanager
@@ -31,7 +33,7 @@ from tqdm import tqdm
 
 import data
 import noise
-from data import MODULES, InputError, Sample, add_options, command, option
+from data import LETTERS, MODULES, InputError, Sample, add_options, command, option
 from experts import LocalExpert, Server, ServerExpert, ServerVLM
 from reward import accepts, equivalent, extract_answer, sequence_confidence
 from vlm import VLM
@@ -76,6 +78,9 @@ class Settings:
 
     def check(self):
         """Refuse what cannot work, in a sentence; returns the modules that run, in the table's order."""
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"--{name} is {value}; a finite number is expected")
         for name, low in (("samples", 1), ("max_new_tokens", 1), ("window", 1), ("expert_tokens", 1), ("top_k", 0),
                           ("tau1", 0), ("tau2", 0), ("tau3", 0), ("check_alpha", 0)):
             if not getattr(self, name) >= low:
@@ -135,7 +140,8 @@ class Row:
 def sample_weights(confidences, probabilities, settings):
     """N confidences (any reals) and probabilities -> N weights >= 0 that sum to 1 (Eq. 5); 0 = dropped by the filter."""
     c = torch.tensor(confidences, dtype=torch.float64)
-    weights = {"confidence": lambda: c.clamp(min=0), "power": lambda: c.clamp(min=0) ** settings.power,
+    positive = c.clamp(min=0)
+    weights = {"confidence": lambda: positive, "power": lambda: (positive / positive.max().clamp(min=1e-9)) ** settings.power,
                "softmax": lambda: (c / settings.softness).softmax(0),
                "probability": lambda: torch.tensor(probabilities, dtype=torch.float64),
                "equal": lambda: torch.ones_like(c)}[settings.weight]()
@@ -154,7 +160,8 @@ def sample_votes(answers, confidences, probabilities, settings):
 
 
 def tally(votes, taus, choices=None):
-    """Votes -> Rows; answers equal as values share a row. The samples' favourite first, then as they came.
+    """Votes -> Rows; answers equal as values share a row, the first that takes them. The samples' favourite first, then as
+    they came.
 
     taus: {source: weight}. The sums run over SOURCES, so that no order of casting changes a bit of them.
     """
@@ -175,6 +182,12 @@ def winner(rows):
     """The row with the highest total, the first of those that tie; None for an empty table."""
     best = max((row.total for row in rows), default=None)
     return next((row for row in rows if row.total >= best - TIE), None)
+
+
+def share_of(row, rows):
+    """V[answer] / sum V (Eq. 10) of a winner, in [0, 1]; 0 without one, or when nobody's vote weighs anything."""
+    total = sum(r.total for r in rows)
+    return row.total / total if row is not None and total > 0 else 0.0
 
 
 def decided(rows, remaining, taus, threshold=None):
@@ -436,7 +449,7 @@ class Controller:
             if not turn.stopped and self.settings.early_exit == "exact" and decided(
                     rows, rest, self.taus, self.threshold):
                 turn.stopped = "nothing left could change the answer"
-            elif self.settings.early_exit == "gate" and share >= self.settings.gate:
+            elif self.settings.early_exit == "gate" and share >= self.settings.gate - TIE:
                 turn.stopped = f"the samples' winner holds {share:.2f} of their votes"
             if turn.stopped:
                 turn.result.skipped |= {module: turn.stopped for module in rest}
@@ -488,11 +501,12 @@ class Controller:
 
         `exact` may stop early only where a sample's weight has an upper bound, 1, whatever it will say: weights
         `probability` and `equal`, no filter, no threshold. Then the least number is drawn that could settle it at best.
+        A server draws all at once: what it says under one seed depends on how many are asked for.
         """
         settings, drawn = self.settings, len(turn.result.rollouts)
         left = settings.samples - drawn
         if (settings.early_exit != "exact" or settings.weight not in ("probability", "equal") or settings.top_share < 1
-                or self.threshold is not None):
+                or self.threshold is not None or isinstance(self.vlm, ServerVLM)):
             return left
         gain = sum(self.taus[SOURCE[module]] for module in self.modules)
         mass = sum(1.0 if settings.weight == "equal" else r.logprobs.mean().exp().item() for r in turn.result.rollouts
@@ -579,21 +593,28 @@ class Controller:
         rows, result = self._rows(turn), turn.result
         best = winner(rows)
         if best is not None:
-            result.answer, result.confidence = best.answer, best.total / sum(row.total for row in rows)
+            result.answer, result.confidence = best.answer, share_of(best, rows)
+        silent = sum(extract_answer(r.text, turn.sample.choices) is None for r in result.rollouts)
+        if silent:
+            result.ledger.notes.append(f"{silent} of {len(result.rollouts)} samples gave no answer")
         result.abstained = result.answer is None or (self.threshold is not None and result.confidence < self.threshold)
         if turn.sample.answer is not None:
             result.correct = accepts(result.answer, turn.sample)
 
 
 def read_threshold(text):
-    """--abstain -> a number, or None when it is empty. Raises InputError."""
+    """--abstain -> a number, or None when it is empty; inf = always abstain, for a file whose threshold is null: no
+    confidence reaches its target risk. Raises InputError."""
     if not text:
         return None
     try:
         value = float(text)
     except ValueError:
         try:
-            value = float(json.loads(Path(text).read_text())["threshold"])
+            value = json.loads(Path(text).read_text())["threshold"]
+            if value is None:
+                return math.inf
+            value = float(value)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"--abstain {text!r} is neither a number nor a file with a \"threshold\" "
                              f"({type(error).__name__}); eval.py writes one") from error
@@ -633,12 +654,18 @@ def answer_file(answer_batch, samples, output, settings, batch_size=16, name="qu
         dist.init_process_group("gloo", timeout=timedelta(days=30))         # ranks wait for the slowest
     done = [None]
     if rank == 0:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if kept.exists() and (old := json.loads(kept.read_text())) != settings:
-            other = sorted(key for key in {*old, *settings} if old.get(key) != settings.get(key))
-            raise InputError(f"{output} was made with other settings ({', '.join(other)}); choose another --output")
-        data.write_atomically(kept, json.dumps(settings, indent=1))
-        done = [_merge(output, samples)]
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            old = json.loads(kept.read_text()) if kept.exists() else settings
+            if old != settings:
+                other = sorted(key for key in {*old, *settings} if old.get(key) != settings.get(key))
+                raise InputError(f"{output} was made with other settings ({', '.join(other)}); choose another --output")
+            data.write_atomically(kept, json.dumps(settings, indent=1))
+            done = [_merge(output, samples)]
+        except OSError as error:
+            raise InputError(f"{output} cannot be written ({error.strerror}); choose another --output") from error
+        except (json.JSONDecodeError, AttributeError, TypeError) as error:
+            raise InputError(f"{kept} is not what this program wrote; remove it, or choose another --output") from error
     if world > 1:
         dist.broadcast_object_list(done)
     # Whole batches at fixed places, also when some of their rows are there: what a question meets in its batch, and with it
@@ -672,7 +699,7 @@ def opens(sample):
 
 def _merge(output, samples):
     """Bring the file and the parts that ranks left into one, in the order of the questions -> {id: row}."""
-    parts = sorted(output.parent.glob(f"{output.name}.rank*"))
+    parts = sorted(output.parent.glob(f"{glob.escape(output.name)}.rank*"))
     rows = {}
     for path in (output, *parts):
         rows |= read_results(path)
@@ -688,21 +715,30 @@ def describe(result, choices, taus):
     """One result for a person: the answer, who voted for what, what was skipped and why, the cost."""
     def name(answer):
         option = choices[ord(answer) - 65] if choices and len(answer) == 1 and 0 <= ord(answer) - 65 < len(choices) else ""
-        return f"{answer} {option}".strip()[:40]
+        return printable(f"{answer} {option}".strip())[:40]
 
-    rows = {name(row.answer): {**{source: taus[source] * row.shares.get(source, 0.0) for source in SOURCES}, "total": row.total}
-            for row in tally(result.votes, taus, choices)}
-    lines = [f"answer: {result.answer}   confidence {result.confidence:.2f}"]
+    rows = {}
+    for row in tally(result.votes, taus, choices):
+        shown = name(row.answer)
+        while shown in rows:                # long answers may begin alike
+            shown += "'"
+        rows[shown] = {**{source: taus[source] * row.shares.get(source, 0.0) for source in SOURCES}, "total": row.total}
+    lines = [f"answer: {printable(str(result.answer))}   confidence {result.confidence:.2f}"]
     if result.abstained:
-        lines = [f"answer: I don't know   (best guess {result.answer}, confidence {result.confidence:.2f})"]
+        lines = [f"answer: I don't know   (best guess {printable(str(result.answer))}, confidence {result.confidence:.2f})"]
     lines += ["", data.table(rows)] if rows else []
-    lines += [""] + [f"{role}: {' '.join(text.split())[:100]}" for role, text in result.said.items()]
+    lines += [""] + [f"{role}: {printable(text)[:100]}" for role, text in result.said.items()]
     lines += [f"skipped {module}: {why}" for module, why in result.skipped.items()]
-    lines += [f"note: {note}" for note in result.ledger.notes]
+    lines += [f"note: {printable(note)}" for note in result.ledger.notes]
     cost = {name: value for name, value in vars(result.ledger).items() if name not in ("parts", "notes")}
     return "\n".join([*lines, "cost: " + ", ".join(
         f"{name.replace('_', ' ')} {value:.2f}" if name == "seconds" else f"{name.replace('_', ' ')} {value}"
         for name, value in cost.items())])
+
+
+def printable(text):
+    """One line that a terminal shows and does not obey: what a model said may hold escape sequences."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def average(rows):
@@ -740,15 +776,15 @@ FREE = ("output", "strict", "batch_size", "limit", "json", "timeout", "retries",
 
 def build(args, settings, model=None):
     """The Controller that the flags of `add_sources` describe; model: instead of --model. Raises InputError."""
-    if args.batch_size < 1 or args.timeout <= 0 or args.retries < 0:
-        raise InputError(f"--batch_size {args.batch_size} and --timeout {args.timeout:g} must be above 0, --retries "
-                         f"{args.retries} not negative")
+    if args.batch_size < 1 or not 0 < args.timeout <= 1e6 or args.retries < 0:
+        raise InputError(f"--batch_size {args.batch_size} and --timeout {args.timeout:g} must be above 0 (a time-out at most "
+                         f"1e6), --retries {args.retries} not negative")
     settings.check()
     read_threshold(settings.abstain)
     model = model or args.model
 
     def server(url, name, key):
-        return Server(url, name, os.environ.get(key), args.timeout, args.retries, args.cache)
+        return Server(url, name, os.environ.get(key) or None, args.timeout, args.retries, args.cache)
 
     clip = noise.ClipAttention.from_pretrained(args.clip)
     remote = re.match("https?:", model)
@@ -767,25 +803,30 @@ def run(argv=None):
     parser.add_argument("question", nargs="?", help="a question about it")
     parser.add_argument("--choices", nargs="+", help="options of a multiple-choice question")
     parser.add_argument("--output", default="runs/catts/results.jsonl", help="file for the results of --data")
-    parser.add_argument("--json", action="store_true", help="print the one result as JSON")
+    parser.add_argument("--json", action="store_true", help="print the result, or the summary of --data, as JSON")
     add_sources(parser)
     add_options(parser, Settings)
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
-    if bool(args.data) == bool(args.image) or bool(args.image) != bool(args.question):
+    if (args.data is None) == (args.image is None) or (args.image is None) != (args.question is None):
         raise InputError("give either IMAGE and \"QUESTION\", or --data FILE")
+    options = args.choices
+    if options is not None and (not 2 <= len(options) <= len(LETTERS) or not all(o.strip() for o in options)
+                                or len(set(options)) < len(options)):
+        raise InputError(f"--choices {' '.join(map(repr, options))}: 2 to {len(LETTERS)} different options are expected")
     if args.data:
         samples = data.load(args.data, "test", args.limit, args.data_seed, args.strict)
     else:
         if not args.question.strip():
             raise InputError("the question is empty; give the words that ask for something in the picture")
-        samples = [Sample(args.image, [args.image], args.question.strip(), None, args.choices)]
+        samples = [Sample(Path(args.image).name, [args.image], args.question.strip(), None, args.choices)]
         samples[0].pictures()
     controller = build(args, settings)
     if not args.data:
         result = controller.answer(samples[0])
         if args.json:
-            print(json.dumps(result.record(samples[0], settings.window)))
+            print(data.strict_json(result.record(samples[0], settings.window)))
         else:
             print(describe(result, args.choices, controller.taus))
             print("next: python catts.py --data questions.jsonl --output results.jsonl        # many questions")
@@ -795,14 +836,21 @@ def run(argv=None):
         return [r.record(s, settings.window) for s, r in zip(batch, controller.answer_all(batch))]
 
     frame = {key: value for key, value in vars(args).items() if key not in (*FREE, "image", "question", "choices")}
+    frame["abstain"] = str(controller.threshold)            # a file may change between a run and its continuation
     found = answer_file(answer_batch, samples, args.output, frame, args.batch_size, strict=args.strict)
     if found is not None:
         rows = [found[name] for name in sorted({s.id for s in samples} & set(found))]
         if not rows:
             raise InputError(f"no question of {args.data} could be answered; every picture is broken")
+        if args.json:
+            print(data.strict_json(average(rows)))
+            return
         print(data.table({"mean of": average(rows)}))
-        print(f"wrote {args.output}\nnext: python catts.py --data {args.data} --early_exit exact --output "
-              f"{Path(args.output).with_name('exact.jsonl')}        # the same answers, cheaper")
+        print(f"wrote {args.output}")
+        if settings.early_exit == "off":
+            exact = Path(args.output).with_name("exact.jsonl")
+            print(f"next: python catts.py {shlex.join([*argv, '--early_exit', 'exact', '--output', str(exact)])}"
+                  "        # the same answers, cheaper")
 
 
 def main(argv=None):

@@ -18,6 +18,7 @@ import base64
 import csv
 import io
 import json
+import math
 import os
 import random
 import re
@@ -40,8 +41,16 @@ def command(name, function):
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")            # a terminal that cannot show a character shows ?
     try:
-        return function()
+        result = function()
+        sys.stdout.flush()
+        return result
+    except BrokenPipeError:             # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -67,6 +76,17 @@ def add_options(parser, settings):
 def shown(path):
     """A model's directory as a user would type it, a hub id or URL as it is."""
     return os.path.relpath(path) if os.path.isdir(path) else str(path)
+
+
+def strict_json(value, **how):
+    """json.dumps without NaN and Infinity, which are no JSON: null stands for them."""
+    def finite(x):
+        if isinstance(x, dict):
+            return {key: finite(item) for key, item in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [finite(item) for item in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    return json.dumps(finite(value), allow_nan=False, **how)
 
 
 def write_atomically(path, text):
@@ -114,11 +134,13 @@ class Sample:
                 try:
                     with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as file:
                         file.load()
+                        if max(file.size) > 200 * min(file.size):           # what the models' processors take
+                            raise ValueError(f"{file.width} x {file.height} pixels, longer than 200 times its breadth")
                         image = file.convert("RGB")
                 except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                     shown = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
                     raise InputError(f"question {self.id!r}: image {shown} cannot be read ({error}); "
-                                     "repair or remove that row") from error
+                                     "repair or remove it") from error
             opened.append(image.convert("RGB"))
         return opened
 

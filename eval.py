@@ -26,7 +26,7 @@ import torch
 import catts
 import data
 import report
-from catts import Vote, sample_votes, spoken, tally, winner
+from catts import Vote, sample_votes, share_of, spoken, tally, winner
 from data import InputError, command
 from noise import MODES, ClipAttention, make_pair, parse_t
 from probe import (
@@ -132,8 +132,7 @@ def outcomes(row, n, settings):
     def voted(votes, tokens, calls=0):
         rows = tally(votes, taus, sample.choices)
         best = winner(rows)
-        share = best.total / sum(r.total for r in rows) if best else 0.0
-        return [Outcome(row["id"], share, best is not None and accepts(best.answer, sample), tokens, calls)]
+        return [Outcome(row["id"], share_of(best, rows), best is not None and accepts(best.answer, sample), tokens, calls)]
 
     def samples(**change):
         return sample_votes([s["answer"] for s in drawn], [s["confidence"][settings.reading] for s in drawn],
@@ -303,7 +302,7 @@ def abstention(some, risk):
     ids, confidence, correct = arrays(some)
     half = first_half(ids)
     if half.all() or not half.any():
-        return {"threshold": 1.0, "target risk": risk, "coverage": math.nan, "risk": math.nan}
+        return {"threshold": math.inf, "target risk": risk, "coverage": math.nan, "risk": math.nan}
     threshold, _, _ = threshold_for(confidence[half], correct[half], risk)
     kept = confidence[~half] >= threshold
     return {"threshold": threshold, "target risk": risk, "coverage": float(kept.mean()),
@@ -497,9 +496,9 @@ def main(argv=None):
             f"Expert {data.shown(args.expert)}; torch {torch.__version__}.")
     if scale:
         lead += f" c = sigmoid({scale['slope']:.3g} C {scale['intercept']:+.3g}), a map fixed before the training began."
-    data.write_atomically(output / "tables.json", json.dumps({"about": lead, **tables}, indent=1))
+    data.write_atomically(output / "tables.json", data.strict_json({"about": lead, **tables}, indent=1))
     threshold = tables["abstention"][names[-1]]
-    data.write_atomically(output / "threshold.json", json.dumps(threshold, indent=1))
+    data.write_atomically(output / "threshold.json", data.strict_json(threshold, indent=1))
     clip = controller.clip or ClipAttention.from_pretrained(args.clip)
     (output / "report.html").write_text(make_report(tables, votes, settings, sizes, samples, clip,
                                                     dict(zip(names, paths)), lead, scale))
@@ -507,7 +506,7 @@ def main(argv=None):
         draw_probe(output / "probe.png", {f"{name}, {region}": {t: probed(rows, region, t) for t in ts}
                                           for name, rows in probes.items() for region in args.regions})
     if args.json:
-        print(json.dumps(tables))
+        print(data.strict_json(tables))
         return
     for name, found in tables["methods"].items():
         print(f"\n{name}: {lead}")

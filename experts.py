@@ -4,8 +4,9 @@
     ServerExpert(Server("https://host/v1", "gpt-x", key)).ask([...])             # any OpenAI-compatible endpoint
     ServerVLM(Server("http://host:8000/v1", "qwen")).sample(images, prompts, 8)  # the base, e.g. in vLLM; C from its logprobs
 
-HTTP(S) by the standard library: a time-out for the whole reply, retries with back-off, a cache on disk, a cap on what is
-read, and the key cut out of everything that comes back. What a server says is data: it is parsed, never run.
+HTTP(S) by the standard library: a time-out for the whole reply, retries with back-off, a cache on disk of replies that could
+be used, a cap on what is read, and the key cut out of everything that comes back. What a server says is data: it is parsed,
+never run.
 """
 import base64
 import hashlib
@@ -13,12 +14,15 @@ import http.client
 import io
 import json
 import os
+import queue
 import random
 import re
+import sys
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +32,7 @@ from data import InputError
 from vlm import Rollout
 
 MAX_BODY = 4 * 2**20            # bytes of a server's reply that are read
+ALTERNATIVES = 20               # top_logprobs asked for: the k of Eq. 3
 
 
 @dataclass
@@ -67,16 +72,50 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def at_once(function, items, workers):
+    """[function(item), ...] on several threads. They are daemons: Ctrl-C does not wait for a server that hangs."""
+    results, work = [None] * len(items), queue.SimpleQueue()
+    for pair in enumerate(items):
+        work.put(pair)
+
+    def labour():
+        try:
+            while True:
+                i, item = work.get_nowait()
+                try:
+                    results[i] = (True, function(item))
+                except Exception as error:                  # raised below, in the order of the items
+                    results[i] = (False, error)
+        except queue.Empty:
+            pass
+
+    threads = [threading.Thread(target=labour, daemon=True) for _ in range(min(workers, len(items)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for fine, value in results:
+        if not fine:
+            raise value
+    return [value for _, value in results]
+
+
 class Server:
     """An OpenAI-compatible chat endpoint over HTTP(S); pictures travel as data URLs.
 
-    url: up to and including /v1. key: sent as a bearer token, and cut out of everything the server says. timeout: seconds
-    for a whole reply. retries: on 429, 5xx, time-outs, broken connections and broken JSON, with exponential back-off.
-    cache: folder of earlier replies, keyed by model, prompt, pictures and options; None = no cache.
+    url: up to and including /v1. key: sent as a bearer token, and cut out of everything the server says (a key of fewer
+    than 8 characters is no secret, and cutting it would cut words). timeout: seconds for a whole reply. retries: on 429,
+    5xx, time-outs, broken connections and replies that cannot be used, with exponential back-off. cache: folder of earlier
+    replies, keyed by model, prompt, pictures and options; None = no cache.
     """
 
     def __init__(self, url, model, key=None, timeout=60.0, retries=4, cache=None, backoff=0.5, workers=8):
-        if not re.match(r"https?://[^/\s]", url):
+        try:
+            parts = urllib.parse.urlsplit(url)
+            fine = parts.scheme in ("http", "https") and parts.hostname.encode("idna")
+        except (AttributeError, ValueError):
+            fine = False
+        if not fine:
             raise InputError(f"server {url!r} is not of the form http(s)://host/v1")
         if not model:
             raise InputError(f"server {url!r} needs the name of a model: --expert_model or --model_name")
@@ -87,8 +126,12 @@ class Server:
         self.cache = Path(cache) if cache else None
         self.opener = urllib.request.build_opener(_NoRedirect)
 
-    def chat(self, pictures, prompt, attempt=0, **options):
-        """One request -> (the reply's JSON object, from the cache?). Raises ServerError."""
+    def chat(self, pictures, prompt, read, attempt=0, **options):
+        """One request -> (read(the reply's JSON object), from the cache?). Raises ServerError.
+
+        read: raises KeyError, IndexError, TypeError, ValueError or OverflowError for a reply that cannot be used; that one
+        is asked for again and never cached.
+        """
         content = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures]
         body = {"model": self.model, "messages": [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}],
                 **options}
@@ -97,24 +140,25 @@ class Server:
         path = self.cache / name[:2] / f"{name}.json" if self.cache else None
         if path and path.is_file():
             try:
-                return json.loads(path.read_text()), True
-            except ValueError:
+                return read(json.loads(path.read_text())), True
+            except (KeyError, IndexError, TypeError, ValueError, OverflowError):
                 pass                # torn by a full disk or a kill: asked again, written again
-        reply = self._post(payload)
+        reply, found = self._post(payload, read)
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}.{random.getrandbits(32)}.tmp")
             temporary.write_text(json.dumps(reply))
             os.replace(temporary, path)
-        return reply, False
+        return found, False
 
-    def _post(self, payload):
+    def _post(self, payload, read):
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         why = ""
         for attempt in range(self.retries + 1):
             wait = self.backoff * 2**attempt * (0.5 + random.random() / 2)
             try:
-                return self._read(urllib.request.Request(self.url, payload, headers))
+                reply = self._reply(urllib.request.Request(self.url, payload, headers))
+                return reply, read(reply)
             except urllib.error.HTTPError as error:
                 why = f"HTTP status {error.code}"
                 if error.code != 429 and error.code < 500:
@@ -123,28 +167,56 @@ class Server:
                 wait = min(30.0, float(after)) if re.fullmatch(r"\d{1,6}", after) else wait
             except (OSError, http.client.HTTPException) as error:      # time-outs and refused connections are OSErrors
                 why = self._hide(f"{type(error).__name__}: {error}")
-            except (ValueError, RecursionError) as error:
-                why = self._hide(f"a reply that is no JSON object ({type(error).__name__})")
+            except RecursionError:
+                why = "a reply that is no JSON object, but a pit of brackets"
+            except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+                why = self._hide(f"a reply that cannot be used ({type(error).__name__}: {str(error)[:80]})")
             if attempt < self.retries:
                 time.sleep(wait)
         raise ServerError(f"server {self.url}: {why}")
 
-    def _read(self, request):
-        deadline, body = time.monotonic() + self.timeout, b""
-        with self.opener.open(request, timeout=self.timeout) as response:
-            while chunk := response.read1(2**16):
-                body += chunk
-                if len(body) > MAX_BODY:
-                    raise ValueError("too long")
-                if time.monotonic() > deadline:         # the socket's own time-out starts anew with every byte
-                    raise TimeoutError(f"no whole reply in {self.timeout:g} s")
-        reply = json.loads(self._hide(body.decode()))
+    def _reply(self, request):
+        """One exchange -> the reply's JSON object. On a thread of its own: a socket's time-out starts anew with every byte,
+        also of the headers, so that only the clock outside bounds a server that drips."""
+        found = []
+
+        def exchange():
+            try:
+                body = b""
+                with self.opener.open(request, timeout=self.timeout) as response:
+                    while chunk := response.read1(2**16):
+                        body += chunk
+                        if len(body) > MAX_BODY:
+                            raise ValueError(f"longer than {MAX_BODY:,} bytes")
+                found.append(body)
+            except Exception as error:                      # raised below, by the thread that asked
+                found.append(error)
+
+        thread = threading.Thread(target=exchange, daemon=True)
+        thread.start()
+        thread.join(self.timeout)
+        if not found:
+            raise TimeoutError(f"no whole reply in {self.timeout:g} s")
+        if isinstance(found[0], Exception):
+            raise found[0]
+        reply = self._hide(json.loads(found[0].decode()))
         if not isinstance(reply, dict):
-            raise ValueError("not an object")
+            raise ValueError("not a JSON object")
+        if not isinstance(reply.get("choices"), list) or not reply["choices"]:
+            raise ValueError(f"no choices, but {json.dumps(reply)[:60]}")
         return reply
 
-    def _hide(self, text):
-        return text.replace(self.key, "[key]") if self.key else text
+    def _hide(self, value):
+        """The key cut out of every string of a JSON value, after decoding: an escaped key is a key."""
+        if not self.key or len(self.key) < 8:
+            return value
+        if isinstance(value, str):
+            return value.replace(self.key, "[key]")
+        if isinstance(value, list):
+            return [self._hide(item) for item in value]
+        if isinstance(value, dict):
+            return {self._hide(name): self._hide(item) for name, item in value.items()}
+        return value
 
 
 def _data_url(picture):
@@ -161,64 +233,79 @@ class ServerExpert:
 
     def ask(self, turns, attempt=0):
         """[(pictures, prompt), ...] -> list of Reply, several requests at once."""
-        with ThreadPoolExecutor(self.server.workers) as pool:
-            return list(pool.map(lambda turn: self._one(*turn, attempt), turns))
+        return at_once(lambda turn: self._one(*turn, attempt), turns, self.server.workers)
 
     def _one(self, pictures, prompt, attempt):
         try:
-            reply, cached = self.server.chat(pictures, prompt, attempt, temperature=float(attempt > 0),
-                                             max_tokens=self.max_new_tokens)
-            text = reply["choices"][0]["message"]["content"]
-            if not isinstance(text, str):
-                raise TypeError
+            (text, tokens), cached = self.server.chat(pictures, prompt, self._read, attempt, temperature=float(attempt > 0),
+                                                      max_tokens=self.max_new_tokens)
         except ServerError as error:
             return Reply(error=str(error), final=True)
-        except (KeyError, IndexError, TypeError):
-            return Reply(error="a reply without choices[0].message.content")
-        usage = reply.get("usage")
+        return Reply(text, tokens, cached)
+
+    @staticmethod
+    def _read(reply):
+        text, usage = reply["choices"][0]["message"]["content"], reply.get("usage")
+        if not isinstance(text, str):
+            raise TypeError("choices[0].message.content is no text")
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        return Reply(text, tokens if isinstance(tokens, int) and 0 <= tokens < 10**7 else 0, cached)
+        return text, tokens if isinstance(tokens, int) and 0 <= tokens < 10**7 else 0
 
 
 class ServerVLM:
     """The base model behind a Server (vLLM and others): `sample` as that of VLM. C is read from `logprobs` with
-    `top_logprobs` = 20; a Rollout's token ids are unknown, -1 each."""
+    `top_logprobs` = 20; a Rollout's token ids are unknown, -1 each.
+
+    A completion that is empty or whose numbers make no sense is a Rollout without words and without confidence: unanswered.
+    """
 
     def __init__(self, server):
-        self.server = server
+        self.server, self.warned = server, set()
 
     def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, greedy=False, seed=0,
                first=0):
         """As VLM.sample. top_k travels as vLLM's parameter of that name. Raises InputError when the server cannot serve."""
         seeds = seed if isinstance(seed, (list, tuple)) else [f"{seed} {b}" for b in range(len(prompts))]
-        with ThreadPoolExecutor(self.server.workers) as pool:
-            return list(pool.map(lambda i: self._one(images[i], prompts[i], n, f"{seeds[i]} {first}", max_new_tokens,
-                                                     0.0 if greedy else temperature, top_k), range(len(prompts))))
+        return at_once(lambda i: self._one(images[i], prompts[i], n, f"{seeds[i]} {first}" if not greedy else "greedy",
+                                           max_new_tokens, 0.0 if greedy else temperature, top_k),
+                       range(len(prompts)), self.server.workers)
 
     def _one(self, pictures, prompt, n, seed, max_new_tokens, temperature, top_k):
         number = random.Random(seed).getrandbits(31)
+
+        def read(reply):
+            if len(reply["choices"]) != n:
+                raise ValueError(f"{len(reply['choices'])} answers where {n} were asked for")
+            return [self._rollout(choice) for choice in reply["choices"]]
+
         try:
-            reply, _ = self.server.chat(pictures, prompt, n=n, max_tokens=max_new_tokens, temperature=temperature, seed=number,
-                                        logprobs=True, top_logprobs=20, **({"top_k": top_k} if top_k else {}))
-            rollouts = [self._rollout(choice) for choice in reply["choices"]]
+            rollouts, _ = self.server.chat(pictures, prompt, read, n=n, max_tokens=max_new_tokens, temperature=temperature,
+                                           seed=number, logprobs=True, top_logprobs=ALTERNATIVES,
+                                           **({"top_k": top_k} if top_k else {}))
         except ServerError as error:
-            raise InputError(f"{error}; what was done is kept, the same command goes on") from error
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise InputError(f"server {self.server.url}: a reply without text, logprobs or top_logprobs; the base model's "
-                             "server must return them") from error
-        if len(rollouts) != n:
-            raise InputError(f"server {self.server.url} gave {len(rollouts)} answers where {n} were asked for")
+            raise InputError(f"{error}; a base model's server must return text, logprobs and top_logprobs; what was done is "
+                             "kept, the same command goes on") from error
         return rollouts
 
-    @staticmethod
-    def _rollout(choice):
-        content = choice["logprobs"]["content"]
-        if not content or not all(token["top_logprobs"] for token in content):
-            raise ValueError("no tokens, or none beside the sampled ones")
-        logprobs = torch.tensor([float(token["logprob"]) for token in content])
-        confidences = torch.stack([-torch.tensor([float(top["logprob"]) for top in token["top_logprobs"]]).mean()
-                                   for token in content])
-        if not (logprobs.isfinite().all() and confidences.isfinite().all() and isinstance(choice["message"]["content"], str)):
-            raise ValueError("numbers that are not finite, or no text")
-        text = choice["message"]["content"].encode(errors="replace").decode()      # JSON may hold half a character
-        return Rollout(text, torch.full((len(content),), -1), logprobs, confidences, choice.get("finish_reason") == "stop")
+    def _rollout(self, choice):
+        """One of a reply's choices -> Rollout. Raises KeyError, TypeError or ValueError where logprobs are missing."""
+        content, text = choice["logprobs"]["content"], choice["message"]["content"]
+        counts = {len(token["top_logprobs"]) for token in content}
+        if 0 in counts:
+            raise ValueError("no top_logprobs")
+        try:
+            logprobs = torch.tensor([float(token["logprob"]) for token in content])
+            # k alternatives of every token: a mean over more of them would be on another scale
+            tops = torch.tensor([[float(top["logprob"]) for top in token["top_logprobs"][:min(counts)]] for token in content])
+            sane = bool(text) and isinstance(text, str) and all(bool((-1e4 <= x).all() and (x <= 1e-3).all())
+                                                               for x in (logprobs, tops))
+        except (ValueError, OverflowError):
+            sane = False
+        if not content or not sane:
+            return Rollout("", torch.tensor([-1]), torch.tensor([-100.0]), torch.zeros(1), False)
+        if min(counts) < ALTERNATIVES and min(counts) not in self.warned:
+            self.warned.add(min(counts))
+            print(f"server {self.server.url} gives {min(counts)} top_logprobs where {ALTERNATIVES} were asked for: C is read "
+                  "from those, on another scale", file=sys.stderr)
+        text = text.encode(errors="replace").decode()                   # JSON may hold half a character
+        return Rollout(text, torch.full((len(content),), -1), logprobs, -tops.mean(-1), choice.get("finish_reason") == "stop")

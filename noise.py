@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from data import InputError, command
 
@@ -75,6 +75,8 @@ class ClipAttention:
         """A CLIPModel directory or hub id (`openai/clip-vit-large-patch14-336`). layers: how many of the last are
         averaged. Raises InputError when it cannot be opened."""
         try:
+            if (kind := AutoConfig.from_pretrained(path).model_type) != "clip":
+                raise ValueError(f"it is a {kind} model")
             # sdpa does not return attention weights; eager does.
             model = CLIPModel.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
             images, tokenizer = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
@@ -144,7 +146,7 @@ def region(attention, mass=0.5, mode="key", seed=0):
 def parse_t(text):
     """"500" -> (500, 500); "300-999" -> (300, 999). Raises InputError."""
     parts = str(text).split("-")
-    if len(parts) > 2 or not all(part.strip().isdigit() and int(part) <= STEPS for part in parts):
+    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) <= STEPS for part in parts):
         raise InputError(f"noise step {text!r} is not a whole number from 0 to {STEPS}, nor a range such as 300-999")
     low, high = int(parts[0]), int(parts[-1])
     if low > high:

@@ -170,8 +170,8 @@ def cross_fitted(ids, confidence, correct, kind="platt"):
 
 def threshold_for(confidence, correct, risk):
     """The lowest confidence from which on at most a share `risk` of the answers is wrong -> (threshold, coverage, risk);
-    (1.0, 0.0, nan) when no threshold reaches it."""
-    best = (1.0, 0.0, math.nan)
+    (inf, 0.0, nan) when no threshold reaches it."""
+    best = (math.inf, 0.0, math.nan)
     for threshold in np.unique(confidence)[::-1]:
         kept = confidence >= threshold
         wrong = float(1 - correct[kept].mean())

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import catts
 import data
@@ -300,9 +301,17 @@ class Misbehaving(BaseHTTPRequestHandler):
             return
         if mood == "slow":
             time.sleep(1.5)
+        if mood == "header drip":
+            try:
+                for _ in range(40):
+                    self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    time.sleep(0.05)
+            except OSError:
+                return
         content = self.server.reply(body)
         text = {"html": "<html>busy</html>", "truncated": json.dumps(content)[:-20], "big": "x" * 10_000_000,
-                "list": "[]", "deep": "[" * 100_000, "empty": "{}"}.get(mood, json.dumps(content))
+                "list": "[]", "deep": "[" * 100_000, "empty": "{}", "error": '{"error": {"message": "overloaded"}}',
+                "silent": '{"choices": [{"message": {"content": null}}]}'}.get(mood, self.server.edit(json.dumps(content)))
         self.send_response(200)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
@@ -336,7 +345,7 @@ def play_expert(body):
 @pytest.fixture
 def http():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving)
-    server.mood, server.seen, server.reply = [], [], play_expert
+    server.mood, server.seen, server.reply, server.edit = [], [], play_expert, lambda text: text
     server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     server.elsewhere = server.url + "/other"
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -348,7 +357,11 @@ def endpoint(http, **kwargs):
     return Server(http.url, "big", KEY, **{"timeout": 0.6, "retries": 1, "backoff": 0.01, "workers": 1, **kwargs})
 
 
-MOODS = ["slow", "drip", 500, 503, 429, 400, 401, 302, "truncated", "html", "big", "closed", "list", "deep", "empty"]
+MOODS = ["slow", "drip", "header drip", "error", "silent", 500, 503, 429, 400, 401, 302, "truncated", "html", "big", "closed",
+         "list", "deep", "empty"]
+SPELT = {"plain": json.dumps,
+         "as \\u": lambda text: "".join(f"\\u{ord(c):04x}" for c in text).join('""'),
+         "as \\/": lambda text: json.dumps(text).replace("/", "\\/")}
 
 
 @pytest.mark.parametrize("mood", MOODS)
@@ -372,6 +385,29 @@ def test_a_server_that_misbehaves_once_or_always(base, clip, questions, http, mo
     assert all(auth == f"Bearer {KEY}" for _, auth in http.seen)
     assert all(part["image_url"]["url"].startswith("data:image/png;base64,") for body, _ in http.seen
                for part in body["messages"][0]["content"][:-1])
+
+
+@pytest.mark.parametrize("spelling", SPELT)
+def test_a_key_is_cut_out_however_json_spells_it(http, tmp_path, spelling):
+    key = 'sk-"a/b\\c/0123'
+    http.reply = lambda body: {"choices": [{"message": {"content": "HERE"}}], "id": "HERE"}
+    http.edit = lambda text: text.replace('"HERE"', SPELT[spelling](f"the key {key}!"))
+    (reply,) = ServerExpert(Server(http.url, "big", key, timeout=2, retries=0, cache=tmp_path)).ask([([], "Say it.")])
+    assert reply.text == "the key [key]!" and not reply.error
+    assert key not in str(json.loads(next(tmp_path.rglob("*.json")).read_text()))
+
+
+def test_a_short_key_is_no_secret_and_cuts_no_words(http):
+    http.reply = lambda body: {"choices": [{"message": {"content": "\\boxed{EMPTY}"}}]}
+    (reply,) = ServerExpert(Server(http.url, "big", "EMPTY", timeout=2)).ask([([], "?")])
+    assert reply.text == "\\boxed{EMPTY}"
+
+
+def test_what_cannot_be_used_is_not_cached(http, tmp_path):
+    http.mood = ["error", "silent", "html"]
+    expert = ServerExpert(endpoint(http, cache=tmp_path, retries=0))
+    assert [bool(expert.ask([([], "?")])[0].error) for _ in range(5)] == [True, True, True, False, False]
+    assert len(http.seen) == 4              # the fifth came from the disk
 
 
 def test_the_cache_answers_a_second_run(base, clip, questions, http, tmp_path):
@@ -432,9 +468,8 @@ def test_the_base_can_be_a_server(base, expert, clip, questions, http):
 
 
 def test_a_base_server_without_logprobs_is_refused(http, questions):
-    for spoil in (lambda c: c.pop("logprobs"), lambda c: c["logprobs"]["content"].clear(),
-                  lambda c: c["logprobs"]["content"][0].update(top_logprobs=[]),
-                  lambda c: c["logprobs"]["content"][0].update(logprob=None), lambda c: c["message"].update(content=None)):
+    for spoil in (lambda c: c.pop("logprobs"), lambda c: c["logprobs"]["content"][0].update(top_logprobs=[]),
+                  lambda c: c["logprobs"]["content"][0].update(logprob=None)):
         def reply(body, spoil=spoil):
             answer = play_base(body)
             spoil(answer["choices"][0])
@@ -448,6 +483,63 @@ def test_a_base_server_without_logprobs_is_refused(http, questions):
     http.mood = [500] * 9
     with pytest.raises(InputError, match="500"):
         ServerVLM(endpoint(http)).sample([questions[0].pictures()], ["?"], 2)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda c: c["logprobs"]["content"].clear(), lambda c: c["message"].update(content=None),
+    lambda c: c["message"].update(content=""), lambda c: c["logprobs"]["content"][0].update(logprob=float("nan")),
+    lambda c: c["logprobs"]["content"][0].update(logprob=10**400), lambda c: c["logprobs"]["content"][0].update(logprob=300),
+    lambda c: c["logprobs"]["content"][1]["top_logprobs"][3].update(logprob=-3e38)])
+def test_one_bad_completion_of_a_base_server_is_an_unanswered_sample(base, expert, clip, http, questions, spoil):
+    def reply(body):
+        answer = play_base(body)
+        spoil(answer["choices"][-1])
+        return answer
+    http.reply = reply
+    controller = Controller(ServerVLM(endpoint(http)), expert, clip, Settings(modules="", samples=5))
+    result = controller.answer(questions[0])
+    assert [v.answer for v in result.votes] == ["3", "4", "3", "4"] and result.answer == "4"     # C rises with i
+    assert result.ledger.notes == ["1 of 5 samples gave no answer"]
+    json.loads(data.strict_json(result.record(questions[0], 32)), parse_constant=pytest.fail)
+
+
+def test_few_alternatives_are_read_alike_and_said(http, capsys):
+    def reply(body):
+        answer = play_base(body)
+        answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = [{"logprob": -0.1 - i} for i in range(3)]
+        return answer
+    http.reply = reply
+    (rollout,), = ServerVLM(endpoint(http)).sample([[]], ["?"], 1)
+    torch.testing.assert_close(rollout.confidences, torch.tensor([0.1 + 1, 0.3 + 1]))       # three alternatives each
+    assert "3 top_logprobs" in capsys.readouterr().err
+
+
+def test_a_server_draws_all_its_samples_at_once(http, expert, clip, questions):
+    """What it says under one seed depends on how many are asked for: in rounds, `exact` would answer something else."""
+    http.reply = play_base
+    for early_exit in ("off", "exact"):
+        settings = Settings(modules="", weight="equal", early_exit=early_exit)
+        assert len(Controller(ServerVLM(endpoint(http)), expert, clip, settings).answer(questions[0]).rollouts) == 8
+    assert [body["n"] for body, _ in http.seen] == [8, 8] and http.seen[0][0]["seed"] == http.seen[1][0]["seed"]
+
+
+def test_nobody_votes_with_any_weight():
+    rows = tally([Vote("self_check", "4", 1.0)], {**TAUS, "self_check": 0.0})
+    assert catts.share_of(winner(rows), rows) == 0.0 == catts.share_of(None, [])
+
+
+def test_a_threshold_that_does_not_exist_withholds_everything(base, clip, questions, tmp_path):
+    (tmp_path / "threshold.json").write_text('{"threshold": null}')
+    settings = Settings(modules="self_check", samples=2, abstain=str(tmp_path / "threshold.json"))
+    results = Controller(base, None, clip, settings).answer_all(questions[:8])
+    assert any(r.confidence == 1 for r in results) and all(r.abstained for r in results)
+
+
+def test_a_table_shows_every_row_and_no_escape_sequences():
+    votes = [Vote("samples", "x" * 50 + "1", 0.6), Vote("samples", "x" * 50, 0.4)]
+    result = catts.Result("q", votes[0].answer, 0.5, votes=votes, said={"critic": "\x1b[2J\x1b]0;owned\x07look"})
+    text = catts.describe(result, None, TAUS)
+    assert "0.600" in text and "0.400" in text and "\x1b" not in text and "look" in text
 
 
 # ---- The command
@@ -467,13 +559,20 @@ def test_one_question(tmp_path):
     assert row["answer"] and row["ledger"]["tokens"] > 0 and len(row["samples"]) == 8
 
 
-def test_bad_input_is_one_sentence():
+def test_bad_input_is_one_sentence(tmp_path):
+    thin = tmp_path / "thin.png"
+    Image.new("RGB", (1, 300)).save(thin)
     picture = str(ROOT / "tiny" / "example.png")
     for args in (["absent.png", "What?"], [picture], [picture, " "], [picture, "What?", "--tau1", "-1"],
                  [picture, "What?", "--modules", "voter"], [picture, "What?", "--expert", "http://x/v1"],
                  [picture, "What?", "--samples", "0"], ["--data", "absent.jsonl"], [picture, "What?", "--order", "self_check"],
                  [picture, "What?", "--expert", "absent/dir/x"], [picture, "What?", "--data", "synthetic"],
-                 [picture, "What?", "--timeout", "0"]):
+                 [picture, "What?", "--timeout", "0"], [picture, "What?", "--timeout", "1e12"], [picture, ""],
+                 [picture, "What?", "--tau1", "inf"], [picture, "What?", "--noise_t", "\u00b2"], [str(thin), "What?"],
+                 [picture, "What?", "--choices", "a"], [picture, "What?", "--choices", "a", "a"],
+                 [picture, "What?", "--choices", *map(str, range(30))],
+                 [picture, "What?", "--clip", str(ROOT / "tiny" / "base")],
+                 ["--data", "synthetic", "--limit", "1", "--output", str(tmp_path)]):
         with pytest.raises(InputError) as error:
             catts.run(args)
         assert "\n" not in str(error.value)
@@ -482,7 +581,9 @@ def test_bad_input_is_one_sentence():
 
 
 def test_a_file_resumes_repairs_and_splits_over_ranks(tmp_path):
-    base = ["--data", "synthetic", "--limit", "20", "--batch_size", "4", "--modules", "self_check", "--samples", "4"]
+    (threshold := tmp_path / "threshold.json").write_text('{"threshold": 0.5}')
+    base = ["--data", "synthetic", "--limit", "20", "--batch_size", "4", "--modules", "self_check", "--samples", "4",
+            "--abstain", str(threshold)]
 
     def rows(name):
         found = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
@@ -497,20 +598,23 @@ def test_a_file_resumes_repairs_and_splits_over_ranks(tmp_path):
     assert command(*base, "--output", tmp_path / "torn.jsonl").returncode == 0
     assert rows("torn.jsonl") == rows("whole.jsonl")
     # killed, then split over two ranks
-    process = subprocess.Popen([sys.executable, str(ROOT / "catts.py"), *base, "--output", str(tmp_path / "killed.jsonl")],
+    process = subprocess.Popen([sys.executable, str(ROOT / "catts.py"), *base, "--output", str(tmp_path / "killed[1].jsonl")],
                                env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)
-    part = tmp_path / "killed.jsonl.rank0"
+    part = tmp_path / "killed[1].jsonl.rank0"
     while process.poll() is None and not (part.exists() and part.stat().st_size):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     found = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29613",
-                            str(ROOT / "catts.py"), *base, "--output", str(tmp_path / "killed.jsonl")],
+                            str(ROOT / "catts.py"), *base, "--output", str(tmp_path / "killed[1].jsonl")],
                            capture_output=True, text=True, timeout=120,
                            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     assert found.returncode == 0, found.stderr
-    for a, b in zip(rows("killed.jsonl"), rows("whole.jsonl"), strict=True):
+    for a, b in zip(rows("killed[1].jsonl"), rows("whole.jsonl"), strict=True):
         assert (a["id"], a["answer"], a["samples"][0]["text"]) == (b["id"], b["answer"], b["samples"][0]["text"])
     assert not list(tmp_path.glob("*.rank*"))
     other = command(*base, "--output", tmp_path / "whole.jsonl", "--tau1", "0.7")
     assert other.returncode == 2 and "tau1" in other.stderr
+    threshold.write_text('{"threshold": 0.6}')
+    other = command(*base, "--output", tmp_path / "whole.jsonl")
+    assert other.returncode == 2 and "abstain" in other.stderr

@@ -1,6 +1,7 @@
 import dataclasses
 import html.parser
 import json
+import math
 import re
 import shutil
 
@@ -281,7 +282,7 @@ def test_threshold_and_slope_by_hand():
     confidence, correct = np.array([0.9, 0.8, 0.7, 0.6, 0.5]), np.array([1.0, 1, 0, 1, 0])
     assert probe.threshold_for(confidence, correct, 0.25) == (0.6, 0.8, 0.25)
     assert probe.threshold_for(confidence, correct, 0.1) == (0.8, 0.4, 0.0)
-    assert probe.threshold_for(confidence, 0 * correct, 0.1)[:2] == (1.0, 0.0)
+    assert probe.threshold_for(confidence, 0 * correct, 0.1)[:2] == (math.inf, 0.0)
     sizes = np.array([1, 2, 4, 8])
     assert evaluation.slope(0.5 + 0.03 * np.log2(sizes), sizes) == pytest.approx(0.03)
 
