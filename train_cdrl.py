@@ -94,6 +94,8 @@ class Args:
                               ("linear", "brier", "log", "none"))
     probability: str = option("sigmoid", "that probability: sigmoid(aC + b), fitted on the base once; exp(C), of logprob "
                               "or entropy", ("sigmoid", "exp"))
+    stretch: float = option(1.0, "that map made shallower, sigmoid((aC + b) / stretch): C must spread so much wider to say the "
+                            "same, and stands out further from its own noise")
     learn_noised: bool = option(True, "rollouts on the noised picture get a reward and a gradient of their own")
     pathwise: float = option(1.0, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
 
@@ -130,7 +132,7 @@ def check(args, world):
     for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "save_every", "mu"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    for name in ("lr", "temperature", "beta", "max_grad_norm"):
+    for name in ("lr", "temperature", "beta", "max_grad_norm", "stretch"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be above 0")
     for name in ("alpha", "kl_beta", "pathwise", "eval_size", "clip_low", "clip_high"):
@@ -259,17 +261,17 @@ def scored_confidence(scores, args, group_size):
                  for kind in (args.confidence, args.judged))
 
 
-def measure_scale(groups, noised, samples, kind):
+def measure_scale(groups, noised, samples, kind, stretch=1.0):
     """The base model's confidence, once, before step 0 -> {"lo", "hi", "slope", "intercept"}.
 
     lo, hi: 5th and 95th percentile of C on original pictures (`--cnorm range`). slope, intercept: the logistic map from
-    C to the probability of being right, fitted on both views (`--calibration brier|log`).
+    C to the probability of being right, fitted on both views (`--calibration brier|log`), and made `stretch` times shallower.
     """
     clean_c, noised_c = (rollout_confidence(view, kind).flatten() for view in (groups, noised))
     correct = [outcomes(view, samples).flatten() for view in (groups, noised)]
     lo, hi = torch.quantile(clean_c, torch.tensor([0.05, 0.95])).tolist()
     slope, intercept = reward.fit_platt(torch.cat([clean_c, noised_c]), torch.cat(correct))
-    return {"lo": lo, "hi": max(hi, lo + 1e-6), "slope": slope, "intercept": intercept}
+    return {"lo": lo, "hi": max(hi, lo + 1e-6), "slope": slope / stretch, "intercept": intercept / stretch}
 
 
 def outcomes(groups, samples):
@@ -553,24 +555,25 @@ def roll_out(vlm, clip, samples, step, args):
     """Image pairs, rollouts on each view, confidences -> views (original first), prompts, seconds of sampling."""
     prompts = [data.prompt(s) for s in samples]
     images = [s.pictures() for s in samples]
-    sampling = dict(n=args.group_size, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                    entropy="entropy" in (args.confidence, args.judged))
     # ---- I. image pairs (paper 3.2.1)
     control = torch.tensor([random.Random(f"control {args.seed} {step} {s.id}").random() < args.controls for s in samples])
     noised = [noise.make_pair(pictures, s.question, clip, noise.parse_t(args.noise_t), "random" if spared else args.region,
                               args.mass, f"{args.seed} {step} {s.id}", args.text_guidance)
               for pictures, s, spared in zip(images, samples, control)] if needs_noised(args) else None
-    # ---- II. rollouts: y_j on i, y'_j on i'
-    groups = vlm.sample(images, prompts, seed=[f"{args.seed} {step} {s.id}" for s in samples], **sampling)
+    # ---- II. rollouts: y_j on i, y'_j on i', in one batch; III. confidences (Eq. 3), online while sampling
+    paired = noised is not None and args.noised == "rollout"
+    seeds = [f"{args.seed} {step} {s.id}" for s in samples]
+    rollouts = vlm.sample(images + (noised if paired else []), prompts * (1 + paired), n=args.group_size,
+                          seed=seeds + [f"{seed} noised" for seed in seeds if paired],
+                          max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                          entropy="entropy" in (args.confidence, args.judged))
+    groups, others = rollouts[:len(samples)], rollouts[len(samples):] if paired else rollouts
     views = [View("original", images, groups, rollout_confidence(groups, args.confidence),
                   rollout_confidence(groups, args.judged), outcomes(groups, samples), True, control)]
     if noised is not None:
-        if args.noised == "rollout":
-            others = vlm.sample(noised, prompts, seed=[f"{args.seed} {step} {s.id} noised" for s in samples], **sampling)
-            # ---- III. confidences (Eq. 3), online while sampling
+        if paired:
             confidences = rollout_confidence(others, args.confidence), rollout_confidence(others, args.judged)
         else:
-            others = groups
             with torch.no_grad():
                 scores = vlm.score(noised, prompts, [r.tokens for group in groups for r in group])
             confidences = (c.cpu() for c in scored_confidence(scores, args, args.group_size))
@@ -718,7 +721,7 @@ def base_scale(vlm, clip, train_set, order, args):
         views.append(roll_out(vlm, clip, samples, f"scale {step}", pair)[0])
         questions += samples
     original, noised = ([group for pair in views for group in pair[side].rollouts] for side in (0, 1))
-    return measure_scale(original, noised, questions, args.judged)
+    return measure_scale(original, noised, questions, args.judged, args.stretch)
 
 
 def log_row(step, stats, updates, lr, device, world):
