@@ -7,8 +7,8 @@
 Each run is `train_cdrl.py` with the row's flags, then answers of the trained model to held-out questions, clean and with
 noise on key, random and inverse regions, and the votes of CA-TTS. One summary a run, results/recipes/SPLIT-ROW-SEED.json;
 models, answers and votes stay under runs/recipes (delete it when tiny/base or the code has changed). Confidences: C (Eq. 3)
-ranks; the sequence probability exp(mean log-prob) is the one that ECE and Brier judge, without any map unless the column
-says so; for CA-TTS it is the winner's share of the votes.
+ranks; c = sigmoid(aC + b) is the probability that training shapes, a and b fitted on the base's answers to training
+questions before the first step, the same for every row; p = exp(mean log-prob); for CA-TTS the winner's share of the votes.
 """
 import argparse
 import json
@@ -19,6 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -26,6 +27,7 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import noise  # noqa: E402
 import probe  # noqa: E402
+import reward  # noqa: E402
 import train_cdrl  # noqa: E402
 from catts import Controller, Settings, answer_file  # noqa: E402
 from data import InputError  # noqa: E402
@@ -65,10 +67,10 @@ def name_of(row, seed):
 
 def train(row, seed, flags):
     """Train one run, unless it is there -> (model directory, folder for its answers, seconds of training)."""
-    output = RUNS / name_of(row, seed)
     if ROWS[row] is None:
-        output.mkdir(parents=True, exist_ok=True)
+        (output := RUNS / "base").mkdir(parents=True, exist_ok=True)
         return ROOT / "tiny" / "base", output, 0.0
+    output = RUNS / name_of(row, seed)
     wanted = [*ROWS[row].split(), *flags, "--seed", str(seed), "--eval_size", "0", "--output", str(output)]
     stored, seconds = output / "args.json", output / "seconds.json"
     if not (seconds.exists() and json.loads(stored.read_text()) == vars(train_cdrl.parse(wanted))):
@@ -77,6 +79,19 @@ def train(row, seed, flags):
             raise InputError(f"{row!r}, seed {seed}, did not train; the command was: train_cdrl.py {' '.join(wanted)}")
         data.write_atomically(seconds, json.dumps(time.time() - start))
     return output, output, json.loads(seconds.read_text())
+
+
+def scale_of(seed):
+    """The map from C to a probability that `ours` fits on the base with this seed, before its first step; every row's c is
+    read by it."""
+    file = RUNS / f"scale-{seed}.json"
+    if not file.exists():
+        args = train_cdrl.parse(["--seed", str(seed), "--eval_size", "0"])
+        questions, _ = train_cdrl.open_data(args)
+        order = train_cdrl.Order(len(questions), args.batch_size, seed)
+        clip = noise.ClipAttention.from_pretrained()
+        data.write_atomically(file, json.dumps(train_cdrl.base_scale(VLM.load(args.model), clip, questions, order, args)))
+    return json.loads(file.read_text())
 
 
 def ask(path, samples, file):
@@ -103,7 +118,13 @@ def vote(path, samples, file, sizes):
     return {"methods": methods, "scaling": scaled, "equal cost": evaluation.at_equal_cost(scaled, ANSWERS)}
 
 
-def columns(found):
+def said(answers, scale):
+    """c = sigmoid(slope * C + intercept) of each answer (N,)."""
+    c = torch.tensor([a.confidence for a in answers])
+    return reward.probability(c, scale["slope"], scale["intercept"]).double().numpy()
+
+
+def columns(found, scale):
     """Answers by view -> one row of numbers."""
     clean, key = found["clean"], found["key"]
     correct = np.array([a.correct for a in clean], float)
@@ -111,11 +132,12 @@ def columns(found):
     ids = [a.id for a in clean]
     mean = {view: float(np.mean([a.confidence for a in answers])) for view, answers in found.items()}
     both = np.array([a.confidence for a in clean[::2] + key]), np.array([a.correct for a in clean[::2] + key])
-    by_p = metrics(p, correct)
+    by_p, by_c = metrics(p, correct), metrics(said(clean, scale), correct)
     words = [word for a in clean for word in a.text.split()]
     return {**probe.headroom(clean), "C": mean["clean"],
             **{f"gap {region}": mean["clean"] - mean[region] for region in REGIONS},
-            "AUROC": auroc(c, correct), "AUROC of p": by_p["auroc"], "ECE": by_p["ece"], "Brier": by_p["brier"],
+            "AUROC": auroc(c, correct), "ECE c": by_c["ece"], "Brier c": by_c["brier"],
+            "AUROC p": by_p["auroc"], "ECE p": by_p["ece"], "Brier p": by_p["brier"],
             "ECE mapped": calibration_error(probe.cross_fitted(ids, c, correct), correct), "AURC": metrics(c, correct)["aurc"],
             "accuracy@80": metrics(c, correct)["accuracy@80"],
             "noised": float(np.mean([a.correct for a in key])), "AUROC, clean and noised": auroc(*both),
@@ -124,29 +146,41 @@ def columns(found):
             "length": float(np.mean([a.length for a in clean])), "words": len(set(words))}
 
 
-def summary(found):
+def summary(found, scale):
     """`columns` pooled ("all") and within each skill."""
-    rows = {"all": columns(found)}
+    rows = {"all": columns(found, scale)}
     for skill in data.SKILLS:
-        rows[skill] = columns({view: [a for a in answers if a.skill == skill] for view, answers in found.items()})
+        rows[skill] = columns({view: [a for a in answers if a.skill == skill] for view, answers in found.items()}, scale)
     return rows
 
 
+STATISTICS = {"AUROC": ("C", auroc), "ECE c": ("c", calibration_error), "pass@1": ("C", lambda _, right: float(right.mean())),
+              "Brier c": ("c", lambda p, right: float(((p - right) ** 2).mean())), "ECE p": ("p", calibration_error),
+              "Brier p": ("p", lambda p, right: float(((p - right) ** 2).mean()))}
+
+
 def differences(answers, rows, against="ours", rounds=1000):
-    """AUROC of C, ECE and Brier of p: `against` minus each row, mean over seeds, 95% intervals, paired by question."""
-    statistics = {"AUROC": ("confidence", auroc), "ECE": ("probability", calibration_error),
-                  "Brier": ("probability", lambda p, right: float(((p - right) ** 2).mean())),
-                  "pass@1": ("confidence", lambda _, right: float(right.mean()))}
-    boots = {}
+    """`against` minus each row: means over seeds, 95% intervals of the questions, paired. answers: {row: [found of a seed]};
+    a row with fewer seeds is held against the same seeds of `against`."""
+    drawn = {}
     for row in {*rows, against}:
-        for name, (field, statistic) in statistics.items():
-            values = [(a := found["clean"]) and (
-                statistic(*(x := (np.array([getattr(b, field) for b in a]), np.array([b.correct for b in a], float)))),
-                probe.bootstrap([b.id for b in a], *x, {name: statistic}, rounds)[name]) for found in answers[row]]
-            boots[row, name] = np.mean([v[0] for v in values]), np.mean([v[1] for v in values], axis=0)
-    return {row: {name: (float(boots[against, name][0] - boots[row, name][0]),
-                         *probe.interval(boots[against, name][1] - boots[row, name][1])) for name in statistics}
-            for row in rows if row != against}
+        for seed, found in enumerate(answers[row]):
+            some = found["clean"]
+            value = {"C": np.array([a.confidence for a in some]), "p": np.array([a.probability for a in some]),
+                     "c": said(some, scale_of(seed))}
+            ids, right = [a.id for a in some], np.array([a.correct for a in some], float)
+            for name, (field, statistic) in STATISTICS.items():
+                boot = probe.bootstrap(ids, value[field], right, {name: statistic}, rounds)[name]
+                drawn[row, seed, name] = statistic(value[field], right), boot
+    table = {}
+    for row in (row for row in rows if row != against):
+        seeds = range(len(answers[row]))
+        table[row] = {}
+        for name in STATISTICS:
+            apart = [[drawn[against, seed, name][i] - drawn[row, seed, name][i] for seed in seeds] for i in (0, 1)]
+            low, high = probe.interval(np.mean(apart[1], axis=0))
+            table[row] |= {name: float(np.mean(apart[0])), f"{name} low": low, f"{name} high": high}
+    return table
 
 
 def main():
@@ -162,13 +196,14 @@ def main():
     tables, answers = defaultdict(list), defaultdict(list)
     for seed in range(args.seeds):
         for row in args.rows:
-            if seed and (ROWS[row] is None or row not in HEADLINE):
+            if seed and row not in HEADLINE:
                 continue
             path, folder, seconds = train(row, seed, args.flags.split())
             found = ask(path, samples, folder / f"{args.split}-{args.questions}.json")
             votes = vote(path, samples, folder / f"{args.split}-{args.questions}-votes.jsonl",
                          SIZES if row in HEADLINE else [ANSWERS])
-            record = {"flags": ROWS[row], "questions": args.questions, "seconds": seconds, **summary(found), **votes}
+            record = {"flags": ROWS[row], "questions": args.questions, "seconds": seconds,
+                      **summary(found, scale_of(seed)), **votes}
             data.write_atomically(HERE / f"{args.split}-{name_of(row, seed)}.json", json.dumps(record, indent=1))
             tables[row].append(record)
             answers[row].append(found)
@@ -207,9 +242,7 @@ def print_tables(tables, answers, args):
                           for row, found in headline.items()}))
     if "ours" in tables:
         print("\nours minus each row: mean over seeds and 95% interval, paired by question")
-        print(data.table({row: {f"{name} {end}": value for name, triple in found.items()
-                                for end, value in zip(("", "low", "high"), triple)}
-                          for row, found in differences(answers, list(tables)).items()}))
+        print(data.table(differences(answers, list(tables))))
 
 
 def draw(tables, answers, path):
