@@ -656,16 +656,11 @@ def answer_file(answer_batch, samples, output, settings, batch_size=16, name="qu
     if rank == 0:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            old = json.loads(kept.read_text()) if kept.exists() else settings
-            if old != settings:
-                other = sorted(key for key in {*old, *settings} if old.get(key) != settings.get(key))
-                raise InputError(f"{output} was made with other settings ({', '.join(other)}); choose another --output")
+            _same_settings(output, kept, settings)
             data.write_atomically(kept, json.dumps(settings, indent=1))
             done = [_merge(output, samples)]
         except OSError as error:
             raise InputError(f"{output} cannot be written ({error.strerror}); choose another --output") from error
-        except (json.JSONDecodeError, AttributeError, TypeError) as error:
-            raise InputError(f"{kept} is not what this program wrote; remove it, or choose another --output") from error
     if world > 1:
         dist.broadcast_object_list(done)
     # Whole batches at fixed places, also when some of their rows are there: what a question meets in its batch, and with it
@@ -686,6 +681,17 @@ def answer_file(answer_batch, samples, output, settings, batch_size=16, name="qu
     if world > 1:
         dist.barrier()
     return _merge(output, samples) if rank == 0 else None
+
+
+def _same_settings(output, kept, settings):
+    """InputError when the file `kept` says that `output` was made with other settings."""
+    try:
+        old = dict(json.loads(kept.read_text())) if kept.exists() else settings
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{kept} is not what this program wrote; remove it, or choose another --output") from error
+    if old != settings:
+        other = sorted(key for key in {*old, *settings} if old.get(key) != settings.get(key))
+        raise InputError(f"{output} was made with other settings ({', '.join(other)}); choose another --output")
 
 
 def opens(sample):

@@ -33,6 +33,7 @@ from probe import (
     PROBE_STEPS,
     auroc,
     bootstrap,
+    calibrated,
     calibration_error,
     cross_fitted,
     first_half,
@@ -46,7 +47,7 @@ from probe import (
     summaries,
     threshold_for,
 )
-from reward import accepts, extract_answer, probability
+from reward import accepts, extract_answer
 from vlm import VLM
 
 HERE = Path(__file__).resolve().parent
@@ -188,7 +189,7 @@ def methods_of(votes, settings, scale):
         found[name] = by_method(rows, settings.samples, settings)
         if scale:
             drawn = [(row["id"], s) for row in rows for s in row["samples"][:settings.samples]]
-            c = probability(torch.tensor([s["confidence"]["mean"] for _, s in drawn]), scale["slope"], scale["intercept"])
+            c = calibrated([s["confidence"]["mean"] for _, s in drawn], scale)
             found[name][CALIBRATED] = [Outcome(i, p, s["correct"], s["tokens"]) for (i, s), p in zip(drawn, c.tolist())]
     return found
 

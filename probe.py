@@ -247,6 +247,11 @@ def probed(rows, region, t):
     return [Answer(**a) for row in rows for a in row["found"][region][str(t)]]
 
 
+def calibrated(confidences, scale):
+    """c = sigmoid(slope * C + intercept) of C (N,), the map that a training run stores in confidence.json (N,)."""
+    return probability(torch.as_tensor(confidences), scale["slope"], scale["intercept"]).double().numpy()
+
+
 def summary(clean, noised, scale=None):
     """The before/after columns for one model from its answers on clean and on noised pictures -> dict of floats.
 
@@ -260,8 +265,7 @@ def summary(clean, noised, scale=None):
     by_probability = metrics([a.probability for a in clean], correct)
     by_c = {}
     if scale:
-        c = torch.tensor([a.confidence for a in clean])
-        found = metrics(probability(c, scale["slope"], scale["intercept"]).tolist(), correct)
+        found = metrics(calibrated([a.confidence for a in clean], scale), correct)
         by_c = {"ECE c": found["ece"], "Brier c": found["brier"]}
     confidence = mean(clean, "confidence")
     return {"pass@1": mean(clean, "correct"), "pass@1 noised": mean(noised, "correct"),

@@ -94,8 +94,6 @@ class Args:
                               ("linear", "brier", "log", "none"))
     probability: str = option("sigmoid", "that probability: sigmoid(aC + b), fitted on the base once; exp(C), of logprob "
                               "or entropy", ("sigmoid", "exp"))
-    stretch: float = option(1.0, "that map made shallower, sigmoid((aC + b) / stretch): C must spread so much wider to say the "
-                            "same, and stands out further from its own noise")
     learn_noised: bool = option(True, "rollouts on the noised picture get a reward and a gradient of their own")
     pathwise: float = option(1.0, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
 
@@ -132,7 +130,7 @@ def check(args, world):
     for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "save_every", "mu"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    for name in ("lr", "temperature", "beta", "max_grad_norm", "stretch"):
+    for name in ("lr", "temperature", "beta", "max_grad_norm"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be above 0")
     for name in ("alpha", "kl_beta", "pathwise", "eval_size", "clip_low", "clip_high"):
@@ -261,17 +259,17 @@ def scored_confidence(scores, args, group_size):
                  for kind in (args.confidence, args.judged))
 
 
-def measure_scale(groups, noised, samples, kind, stretch=1.0):
+def measure_scale(groups, noised, samples, kind):
     """The base model's confidence, once, before step 0 -> {"lo", "hi", "slope", "intercept"}.
 
     lo, hi: 5th and 95th percentile of C on original pictures (`--cnorm range`). slope, intercept: the logistic map from
-    C to the probability of being right, fitted on both views (`--calibration brier|log`), and made `stretch` times shallower.
+    C to the probability of being right, fitted on both views (`--calibration brier|log`).
     """
     clean_c, noised_c = (rollout_confidence(view, kind).flatten() for view in (groups, noised))
     correct = [outcomes(view, samples).flatten() for view in (groups, noised)]
     lo, hi = torch.quantile(clean_c, torch.tensor([0.05, 0.95])).tolist()
     slope, intercept = reward.fit_platt(torch.cat([clean_c, noised_c]), torch.cat(correct))
-    return {"lo": lo, "hi": max(hi, lo + 1e-6), "slope": slope / stretch, "intercept": intercept / stretch}
+    return {"lo": lo, "hi": max(hi, lo + 1e-6), "slope": slope, "intercept": intercept}
 
 
 def outcomes(groups, samples):
@@ -552,7 +550,7 @@ def needs_noised(args):
 
 
 def roll_out(vlm, clip, samples, step, args):
-    """Image pairs, rollouts on each view, confidences -> views (original first), prompts, seconds of sampling."""
+    """Image pairs, rollouts on each view, confidences -> views (original first), prompts."""
     prompts = [data.prompt(s) for s in samples]
     images = [s.pictures() for s in samples]
     # ---- I. image pairs (paper 3.2.1)
@@ -721,7 +719,7 @@ def base_scale(vlm, clip, train_set, order, args):
         views.append(roll_out(vlm, clip, samples, f"scale {step}", pair)[0])
         questions += samples
     original, noised = ([group for pair in views for group in pair[side].rollouts] for side in (0, 1))
-    return measure_scale(original, noised, questions, args.judged, args.stretch)
+    return measure_scale(original, noised, questions, args.judged)
 
 
 def log_row(step, stats, updates, lr, device, world):

@@ -19,7 +19,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -27,7 +26,6 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import noise  # noqa: E402
 import probe  # noqa: E402
-import reward  # noqa: E402
 import train_cdrl  # noqa: E402
 from catts import Controller, Settings, answer_file  # noqa: E402
 from data import InputError  # noqa: E402
@@ -118,12 +116,6 @@ def vote(path, samples, file, sizes):
     return {"methods": methods, "scaling": scaled, "equal cost": evaluation.at_equal_cost(scaled, ANSWERS)}
 
 
-def said(answers, scale):
-    """c = sigmoid(slope * C + intercept) of each answer (N,)."""
-    c = torch.tensor([a.confidence for a in answers])
-    return reward.probability(c, scale["slope"], scale["intercept"]).double().numpy()
-
-
 def columns(found, scale):
     """Answers by view -> one row of numbers."""
     clean, key = found["clean"], found["key"]
@@ -132,7 +124,7 @@ def columns(found, scale):
     ids = [a.id for a in clean]
     mean = {view: float(np.mean([a.confidence for a in answers])) for view, answers in found.items()}
     both = np.array([a.confidence for a in clean[::2] + key]), np.array([a.correct for a in clean[::2] + key])
-    by_p, by_c = metrics(p, correct), metrics(said(clean, scale), correct)
+    by_p, by_c = metrics(p, correct), metrics(probe.calibrated(c, scale), correct)
     words = [word for a in clean for word in a.text.split()]
     return {**probe.headroom(clean), "C": mean["clean"],
             **{f"gap {region}": mean["clean"] - mean[region] for region in REGIONS},
@@ -166,8 +158,8 @@ def differences(answers, rows, against="ours", rounds=1000):
     for row in {*rows, against}:
         for seed, found in enumerate(answers[row]):
             some = found["clean"]
-            value = {"C": np.array([a.confidence for a in some]), "p": np.array([a.probability for a in some]),
-                     "c": said(some, scale_of(seed))}
+            value = {"C": np.array([a.confidence for a in some]), "p": np.array([a.probability for a in some])}
+            value["c"] = probe.calibrated(value["C"], scale_of(seed))
             ids, right = [a.id for a in some], np.array([a.correct for a in some], float)
             for name, (field, statistic) in STATISTICS.items():
                 boot = probe.bootstrap(ids, value[field], right, {name: statistic}, rounds)[name]

@@ -192,20 +192,6 @@ def test_controls_are_noised_elsewhere_and_earn_no_perception_term(fresh, clip):
     assert all(mixed[1].images[q] == side[1].images[q] for q, side in enumerate(noised))
 
 
-def test_a_stretched_map_asks_for_twice_the_spread(fresh, clip):
-    """The probability that C says under --stretch 2 is that of half its distance from where the map says one half."""
-    _, views, _, _ = step_views(fresh, clip)
-    questions = [data.synthetic("train", 5, i) for i in range(4)]
-    plain, wide = (train_cdrl.measure_scale(views[0].rollouts, views[1].rollouts, questions, "topk", stretch)
-                   for stretch in (1.0, 2.0))
-    middle = -plain["intercept"] / plain["slope"]
-    for distance in (-2.0, 0.0, 1.0):
-        said = [reward.probability(torch.tensor(middle + d), s["slope"], s["intercept"]).item()
-                for s, d in ((plain, distance), (wide, 2 * distance))]
-        assert said[0] == pytest.approx(said[1], abs=1e-5)
-    assert (plain["lo"], plain["hi"]) == (wide["lo"], wide["hi"])
-
-
 def test_reward_is_the_sum_of_its_terms_as_in_eq_4(fresh, clip):
     args, views, _, scale = step_views(fresh, clip, **train_cdrl.RECIPES["paper"])
     c, c_other = views[0].confidence, views[1].confidence
