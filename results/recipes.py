@@ -54,6 +54,7 @@ ROWS = {
 }
 HEADLINE = ("base", "grpo", "paper", "ours")
 REGIONS = ("key", "random", "inverse")
+SPLITS = ("val", "test")
 NOISE_T, ANSWERS, NOISED_ANSWERS = 999, 8, 4
 SIZES = [1, 2, 4, 8, 16, 32]          # samples of the headline rows' scaling curves
 HERE, RUNS = ROOT / "results" / "recipes", ROOT / "runs" / "recipes"
@@ -75,6 +76,9 @@ def train(row, seed, flags):
         start = time.time()
         if subprocess.run([sys.executable, str(ROOT / "train_cdrl.py"), *wanted], check=False).returncode:
             raise InputError(f"{row!r}, seed {seed}, did not train; the command was: train_cdrl.py {' '.join(wanted)}")
+        for split in SPLITS:
+            for old in output.glob(f"{split}-*"):           # answers of a shorter run in this folder
+                old.unlink()
         data.write_atomically(seconds, json.dumps(time.time() - start))
     return output, output, json.loads(seconds.read_text())
 
@@ -179,7 +183,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="of the table")
     parser.add_argument("--seeds", type=int, default=3, help="of training, for the headline rows; the questions are the same")
-    parser.add_argument("--split", default="test", choices=("val", "test"), help="val: to choose on; test: to report on")
+    parser.add_argument("--split", default="test", choices=SPLITS, help="val: to choose on; test: to report on")
     parser.add_argument("--questions", type=int, default=500, help="held-out questions")
     parser.add_argument("--flags", default="", help="flags added to every training run, for trials")
     args = parser.parse_args()
@@ -229,8 +233,9 @@ def print_tables(tables, answers, args):
     if headline:
         print("\nScaling: points of accuracy per log2 N, and CA-TTS against majority at the same tokens")
         scaled = ("majority", "weighted", "CA-TTS")
-        print(data.table({row: {**{name: mean_of(found, "scaling", name, "slope") for name in scaled},
-                                **{key: mean_of(found, "equal cost", key) for key in found[0]["equal cost"]}}
+        print(data.table({row: {**{f"slope, {name}": mean_of(found, "scaling", name, "slope") for name in scaled},
+                                **{f"equal cost, {key}": mean_of(found, "equal cost", key)
+                                   for key in found[0]["equal cost"]}}
                           for row, found in headline.items()}))
     if "ours" in tables:
         print("\nours minus each row: mean over seeds and 95% interval, paired by question")
