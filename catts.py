@@ -402,7 +402,7 @@ class Controller:
             vlm, self.settings.expert_tokens)
         self.expert = expert or itself
         self.checker = checker or (None if isinstance(vlm, ServerVLM) else vlm)
-        self.clip, self.threshold = clip, read_threshold(self.settings.abstain)
+        self.clip, self.threshold = clip, read_threshold(self.settings)
         if "self_check" in self.modules and self.checker is not None and self.settings.region != "all" and clip is None:
             self.clip = noise.ClipAttention.from_pretrained()
         self.taus = self.settings.taus()
@@ -602,22 +602,34 @@ class Controller:
             result.correct = accepts(result.answer, turn.sample)
 
 
-def read_threshold(text):
+def deciding(settings):
+    """The settings that make the final confidence (dict): a threshold fitted under some means nothing under others."""
+    free = ("order", "early_exit", "gate", "abstain", "seed")
+    found = {key: value for key, value in vars(settings).items() if key not in free}
+    return found | ({"early_exit": "gate"} if settings.early_exit == "gate" else {})
+
+
+def read_threshold(settings):
     """--abstain -> a number, or None when it is empty; inf = always abstain, for a file whose threshold is null: no
-    confidence reaches its target risk. Raises InputError."""
+    confidence reaches its target risk. Raises InputError, also for a file that was fitted under other settings."""
+    text = settings.abstain
     if not text:
         return None
     try:
         value = float(text)
     except ValueError:
         try:
-            value = json.loads(Path(text).read_text())["threshold"]
-            if value is None:
-                return math.inf
-            value = float(value)
+            stored = json.loads(Path(text).read_text())
+            value = math.inf if stored["threshold"] is None else float(stored["threshold"])
+            fitted, own = dict(stored.get("settings") or deciding(settings)), deciding(settings)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"--abstain {text!r} is neither a number nor a file with a \"threshold\" "
                              f"({type(error).__name__}); eval.py writes one") from error
+        if other := sorted(key for key in {*fitted, *own} if fitted.get(key) != own.get(key)):
+            raise InputError(f"--abstain {text!r} was fitted with {', '.join(f'{key} {fitted.get(key)}' for key in other)}, "
+                             f"this run has {', '.join(f'{key} {own.get(key)}' for key in other)}; use the same") from None
+        if value == math.inf:
+            return value
     if not 0 <= value <= 1:
         raise InputError(f"--abstain {text!r} means {value}; a confidence from 0 to 1 is expected")
     return value
@@ -694,12 +706,17 @@ def _same_settings(output, kept, settings):
         raise InputError(f"{output} was made with other settings ({', '.join(other)}); choose another --output")
 
 
+_named = set()                  # broken pictures, each said once
+
+
 def opens(sample):
     """Whether a sample's pictures can be read; says so on stderr if not."""
     try:
         return sample.pictures() is not None
     except InputError as error:
-        print(f"left out: {error}", file=sys.stderr)
+        if str(error) not in _named:
+            print(f"left out: {error}", file=sys.stderr)
+        _named.add(str(error))
         return False
 
 
@@ -780,13 +797,24 @@ def add_sources(parser):
 FREE = ("output", "strict", "batch_size", "limit", "json", "timeout", "retries", "cache")
 
 
+def frame_of(args, **changed):
+    """What a results file is made with, for `answer_file`: every flag but FREE and those `changed` to None. What lies on the
+    disk goes by its name and its content: a model that was trained further, or an edited file, is another one."""
+    frame = {key: value for key, value in (vars(args) | changed).items() if key not in FREE and value is not None}
+    for key in ("model", "expert", "check_model", "clip", "data"):
+        path = Path(frame.get(key, ""))
+        if frame.get(key) and path.exists():
+            frame[key] = f"{path.resolve().name} {data.checksum(path):08x}"
+    return frame
+
+
 def build(args, settings, model=None):
     """The Controller that the flags of `add_sources` describe; model: instead of --model. Raises InputError."""
     if args.batch_size < 1 or not 0 < args.timeout <= 1e6 or args.retries < 0:
         raise InputError(f"--batch_size {args.batch_size} and --timeout {args.timeout:g} must be above 0 (a time-out at most "
                          f"1e6), --retries {args.retries} not negative")
     settings.check()
-    read_threshold(settings.abstain)
+    read_threshold(settings)
     model = model or args.model
 
     def server(url, name, key):
@@ -841,13 +869,15 @@ def run(argv=None):
     def answer_batch(batch):
         return [r.record(s, settings.window) for s, r in zip(batch, controller.answer_all(batch))]
 
-    frame = {key: value for key, value in vars(args).items() if key not in (*FREE, "image", "question", "choices")}
-    frame["abstain"] = str(controller.threshold)            # a file may change between a run and its continuation
+    # a threshold's file may change between a run and its continuation
+    frame = frame_of(args, image=None, question=None, choices=None, abstain=str(controller.threshold))
     found = answer_file(answer_batch, samples, args.output, frame, args.batch_size, strict=args.strict)
     if found is not None:
         rows = [found[name] for name in sorted({s.id for s in samples} & set(found))]
         if not rows:
             raise InputError(f"no question of {args.data} could be answered; every picture is broken")
+        if left_out := len(samples) - len(rows) + getattr(samples, "broken", 0):
+            print(f"{left_out} questions left out", file=sys.stderr)
         if args.json:
             print(data.strict_json(average(rows)))
             return

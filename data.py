@@ -99,11 +99,27 @@ def write_atomically(path, text):
     os.replace(temporary, path)
 
 
-def table(rows):
-    """{row name: {column: number}} -> text with aligned columns."""
+def checksum(path):
+    """CRC-32 of a file's content, or of a model directory's weights and settings (int)."""
+    kinds = ("*.safetensors", "*.bin", "*config.json", "*token*", "chat_template*")
+    files = [path] if path.is_file() else sorted({file for kind in kinds for file in path.glob(kind) if file.is_file()})
+    total = 0
+    for file in files:
+        with open(file, "rb") as stream:
+            while block := stream.read(2**24):
+                total = zlib.crc32(block, total)
+    return total
+
+
+def table(rows, intervals=True):
+    """{row name: {column: number, or (value, low, high)}} -> text with aligned columns."""
+    def shown(value):
+        if isinstance(value, tuple):
+            ends = f" [{value[1]:.3f}, {value[2]:.3f}]" if intervals and math.isfinite(value[0]) else ""
+            return f"{value[0]:.3f}{ends}"
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
     columns = list(next(iter(rows.values())))
-    lines = [["", *columns]] + [[name, *(f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns)]
-                                for name, row in rows.items()]
+    lines = [["", *columns]] + [[name, *(shown(row[c]) for c in columns)] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
                      for line in lines)
@@ -445,14 +461,15 @@ LAYOUT = ("a question (question or problem), image, image_path, images or image_
           "options or columns A, B, ..")
 
 
-def load(source, split="train", limit=None, seed=0, strict=True):
+def load(source, split="train", limit=None, seed=0, strict=True, answered=False):
     """Open a set of questions -> Sequence[Sample].
 
     source: "synthetic", or a file: .jsonl (plain, MathVision, ViRL39K or Geometry3K rows), .json (MathVista, or a list of
     rows), .tsv (VLMEvalKit: MathVista, MathVision, MMStar, MMMU, ..), .parquet (needs pyarrow). Image paths are relative
     to the file. split and seed choose among the built-in questions and are ignored for files. limit: at most so many.
     strict: a broken row raises InputError, which names line and id; else it is named on stderr, left out and counted in
-    the result's `broken`. A .tsv stays on the disk and is read row by row; some 200 bytes a row are held.
+    the result's `broken`. answered: a row without a gold answer is a broken one. A .tsv stays on the disk and is read row by
+    row; some 200 bytes a row are held.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; it must be at least 1")
@@ -465,7 +482,7 @@ def load(source, split="train", limit=None, seed=0, strict=True):
         raise InputError(f"data file {str(source)!r} does not exist; give 'synthetic' or the path of a file")
     if path.suffix.lower() not in READERS:
         raise InputError(f"data file {str(source)!r} ends in {path.suffix!r}; one of {', '.join(READERS)} is expected")
-    samples = File(path, globals()[READERS[path.suffix.lower()]](path), limit, strict)
+    samples = File(path, globals()[READERS[path.suffix.lower()]](path), limit, strict, answered)
     if not len(samples):
         raise InputError(f"data file {str(source)!r} holds no question")
     return samples
@@ -474,7 +491,7 @@ def load(source, split="train", limit=None, seed=0, strict=True):
 class File(Sequence):
     """The questions of a file, made on demand. rows: see `Rows`. broken: how many rows were left out."""
 
-    def __init__(self, path, rows, limit, strict):
+    def __init__(self, path, rows, limit, strict, answered):
         self.path, self.rows, self.kept, self.broken = path, rows, array("q"), 0
         seen = set()
         for place, (where, row) in enumerate(rows):
@@ -486,6 +503,8 @@ class File(Sequence):
                 sample = to_sample(row, where, path, rows.picture)
                 if sample.id in seen:
                     raise InputError(f"{where}: id {sample.id!r} occurs twice; make ids unique")
+                if answered and sample.answer is None:
+                    raise InputError(f"{where}: question {sample.id!r} has no answer; give it one or remove the row")
             except InputError as error:
                 if strict:
                     raise

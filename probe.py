@@ -26,9 +26,8 @@ PROBE_STEPS = (0, 300, 500, 700, 850, 999)
 def _tied(confidence, correct):
     """Correctness, most confident first, ties replaced by their mean: the expected value under a random order of ties."""
     order = np.argsort(-confidence, kind="stable")
-    ranked, correct = confidence[order], correct[order]
-    edges = np.flatnonzero(np.diff(ranked)) + 1
-    return np.concatenate([np.full(len(part), part.mean()) for part in np.split(correct, edges)])
+    block = np.cumsum(np.diff(confidence[order], prepend=confidence[order[:1]]) != 0)          # which run of equal values
+    return (np.bincount(block, correct[order]) / np.bincount(block))[block]
 
 
 def auroc(confidence, correct):
@@ -109,16 +108,22 @@ def clusters(ids):
 def bootstrap(ids, confidence, correct, statistics, rounds=1000, seed=0):
     """Statistics of (confidence, correct) on `rounds` resamples of whole questions -> {name: (rounds,) floats}.
 
-    The answers to one question stay together. The same ids and seed give the same questions: differences of two results
-    are paired.
+    statistics: (confidence, correct) -> {name: float}, such as `metrics`. The answers to one question stay together. The
+    same ids and seed give the same questions: differences of two results are paired.
     """
-    groups, rng = clusters(ids), np.random.default_rng(seed)
-    found = {name: np.empty(rounds) for name in statistics}
-    for i in range(rounds):
+    groups, rng, found = clusters(ids), np.random.default_rng(seed), []
+    for _ in range(rounds):
         index = np.concatenate([groups[g] for g in rng.integers(len(groups), size=len(groups))])
-        for name, statistic in statistics.items():
-            found[name][i] = statistic(confidence[index], correct[index])
-    return found
+        found.append(statistics(confidence[index], correct[index]))
+    return {name: np.array([row[name] for row in found]) for name in found[0]}
+
+
+def mean_interval(ids, values, rounds=1000, seed=0):
+    """The mean of values (N,) and its 95% interval, questions resampled -> (mean, low, high)."""
+    groups = clusters(ids)
+    sums, sizes = np.array([values[g].sum() for g in groups]), np.array([len(g) for g in groups])
+    draws = np.random.default_rng(seed).integers(len(groups), size=(rounds, len(groups)))
+    return float(values.mean()), *interval(sums[draws].sum(1) / sizes[draws].sum(1))
 
 
 def interval(values, level=0.95):
@@ -252,34 +257,56 @@ def calibrated(confidences, scale):
     return probability(torch.as_tensor(confidences), scale["slope"], scale["intercept"]).double().numpy()
 
 
+def columns_of(answers):
+    """List of Answer -> {field: (N,) array}."""
+    return {field: np.array([getattr(a, field) for a in answers]) for field in (
+        "id", "correct", "confidence", "probability", "token_probability", "length")}
+
+
 def summary(clean, noised, scale=None):
     """The before/after columns for one model from its answers on clean and on noised pictures -> dict of floats.
 
-    AUROC is that of C. ECE and Brier are those of the sequence probability exp(mean log-prob), without any fitted map; with
-    a scale (a training run's confidence.json), "ECE c" and "Brier c" those of c = sigmoid(slope * C + intercept), a map
-    that was fixed before the first step. gap: mean C on clean pictures minus mean C on noised ones.
+    clean, noised: lists of Answer, or their `columns_of`. AUROC is that of C. ECE and Brier are those of the sequence
+    probability exp(mean log-prob), without any fitted map; with a scale (a training run's confidence.json), "ECE c" and
+    "Brier c" those of c = sigmoid(slope * C + intercept), a map that was fixed before the first step. gap: mean C on clean
+    pictures minus mean C on noised ones.
     """
-    def mean(answers, field):
-        return float(np.mean([getattr(a, field) for a in answers]))
-    correct = [a.correct for a in clean]
-    by_probability = metrics([a.probability for a in clean], correct)
+    clean, noised = (columns_of(view) if isinstance(view, list) else view for view in (clean, noised))
+    correct = clean["correct"].astype(float)
+
+    def brier(p):
+        return float(((p - correct) ** 2).mean())
     by_c = {}
     if scale:
-        found = metrics(calibrated([a.confidence for a in clean], scale), correct)
-        by_c = {"ECE c": found["ece"], "Brier c": found["brier"]}
-    confidence = mean(clean, "confidence")
-    return {"pass@1": mean(clean, "correct"), "pass@1 noised": mean(noised, "correct"),
-            "token prob": mean(clean, "token_probability"), "token prob noised": mean(noised, "token_probability"),
-            "C": confidence, "gap": confidence - mean(noised, "confidence"),
-            "AUROC": metrics([a.confidence for a in clean], correct)["auroc"],
-            "ECE": by_probability["ece"], "Brier": by_probability["brier"], **by_c, "length": mean(clean, "length")}
+        c = calibrated(clean["confidence"], scale)
+        by_c = {"ECE c": calibration_error(c, correct), "Brier c": brier(c)}
+    mean = {field: (float(clean[field].mean()), float(noised[field].mean())) for field in (
+        "correct", "token_probability", "confidence")}
+    return {"pass@1": mean["correct"][0], "pass@1 noised": mean["correct"][1],
+            "token prob": mean["token_probability"][0], "token prob noised": mean["token_probability"][1],
+            "C": mean["confidence"][0], "gap": mean["confidence"][0] - mean["confidence"][1],
+            "AUROC": auroc(clean["confidence"], correct), "ECE": calibration_error(clean["probability"], correct),
+            "Brier": brier(clean["probability"]), **by_c, "length": float(clean["length"].mean())}
 
 
-def summaries(clean, noised, scale=None):
-    """`summary` pooled ("all") and within each skill (pooled numbers lie) -> {name: dict}."""
+def summary_intervals(clean, noised, scale=None, rounds=1000, seed=0):
+    """`summary` with a 95% interval for each column, questions resampled, on both views alike -> {name: (value, low, high)}."""
+    views, rng, found = [columns_of(clean), columns_of(noised)], np.random.default_rng(seed), []
+    groups = [clusters(view["id"]) for view in views]
+    for _ in range(rounds):
+        draw = rng.integers(len(groups[0]), size=len(groups[0]))
+        index = [np.concatenate([own[g] for g in draw]) for own in groups]
+        found.append(summary(*({field: column[i] for field, column in view.items() if field != "id"}
+                               for view, i in zip(views, index)), scale))
+    return {name: (value, *interval(np.array([row[name] for row in found])))
+            for name, value in summary(*views, scale).items()}
+
+
+def within_skills(clean, noised, scale=None, make=summary):
+    """`make` (`summary` or `summary_intervals`) of all answers ("all") and within each skill (pooled numbers lie)."""
     skills = sorted({a.skill for a in clean if a.skill})
-    return {"all": summary(clean, noised, scale),
-            **{skill: summary([a for a in clean if a.skill == skill], [a for a in noised if a.skill == skill], scale)
+    return {"all": make(clean, noised, scale),
+            **{skill: make([a for a in clean if a.skill == skill], [a for a in noised if a.skill == skill], scale)
                for skill in skills}}
 
 
@@ -301,7 +328,7 @@ def headroom(answers):
 
 
 def before_after(before, after):
-    """Two `summaries` interleaved, pooled and within skill, for `data.table`."""
+    """Two `within_skills` interleaved, pooled and within skill, for `data.table`."""
     return {f"{skill}, {when}": rows[skill] for skill in before for when, rows in (("before", before), ("after", after))}
 
 

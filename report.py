@@ -2,7 +2,7 @@
 
     python eval.py --model runs/cdrl --baseline tiny/base     # writes runs/eval/report.html
 
-Nothing is computed here but positions on a page. Every figure on it stands in tables.json beside it.
+Nothing is computed here but positions on a page. Every figure on it stands in tables.json beside it, or in the stored votes.
 """
 import base64
 import html
@@ -110,13 +110,80 @@ def picture(image, width=300):
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def case(images, question, gold, samples, votes, verdict, right):
+def case(images, question, gold, samples, votes, method, verdict, right):
     """One question: its picture, its noised twin, what was sampled, who voted for what, the verdict."""
     def mark(ok):
         return '<span class="yes">right</span>' if ok else '<span class="no">wrong</span>'
     said = "".join(f"<li><code>{html.escape(text[:160])}</code> {mark(ok)}, p {p:.2f}</li>" for text, p, ok in samples)
-    return (f'<div class="case">{"".join(images)}<div><b>{html.escape(question[:600])}</b><br>gold {html.escape(str(gold))}; '
-            f"CA-TTS says {html.escape(verdict)} &mdash; {mark(right)}<ul>{said}</ul>{table(votes)}</div></div>")
+    return (f'<div class="case">{"".join(map(picture, images))}<div><b>{html.escape(question[:600])}</b><br>'
+            f"gold {html.escape(str(gold))}; {html.escape(method)} says {html.escape(verdict)} &mdash; {mark(right)}"
+            f"<ul>{said}</ul>{table(votes)}</div></div>")
+
+
+def charts_of(tables):
+    """{heading: charts} of reliability, risk and coverage, the probe, scaling and cost, from eval.py's tables."""
+    found = {}
+    for heading, xlabel, ylabel in (("reliability", "confidence", "accuracy"), ("risk and coverage", "coverage", "risk")):
+        found[heading] = [chart(by_model, method, xlabel, ylabel, diagonal=heading == "reliability", xlim=(0, 1), ylim=(0, 1))
+                          for method, by_model in tables[heading].items()]
+    found["probe"] = [chart({f"{name}, {region}": [(float(t), *triple) for t, triple in curves[field].items()]
+                             for name, by_region in tables["curves"].items() for region, curves in by_region.items()},
+                            title, "noise step t", title, ylim=None if field == "confidence" else (0, 1))
+                      for field, title in (("correct", "accuracy"), ("token_probability", "mean token probability"),
+                                           ("confidence", "confidence C"))]
+    found["scaling"] = []
+    for name, scaled in tables["scaling"].items():
+        shown = {method: [(size, cost, scaled[method][size]) for size, cost in scaled[method]["tokens"].items()]
+                 for method in ("majority", "weighted", "CA-TTS") if method in scaled}
+        found["scaling"] += [chart({method: [(int(size), *triple) for size, _, triple in points]
+                                    for method, points in shown.items()}, f"{name}: accuracy against N", "samples N",
+                                   "accuracy", log=True),
+                             chart({method: sorted((cost, triple[0]) for _, cost, triple in points)
+                                    for method, points in shown.items()}, f"{name}: accuracy against cost",
+                                   "tokens a question", "accuracy")]
+    return found
+
+
+def build(tables, cases, logs, lead):
+    """report.html (str). tables: what eval.py's `make_tables` returns; cases: list of arguments of `case`; logs: {model
+    name: lines of its run's metrics.jsonl}; lead: the sentence under the title."""
+    charts, sections = charts_of(tables), []
+    main = ("accuracy", "auroc", "ece", "brier", "aurc", "accuracy@80", "tokens", "calls")
+    for name, found in tables["methods"].items():
+        further = {method: {key: value for key, value in row.items() if key not in main} for method, row in found.items()}
+        sections.append((f"Methods: {name}", "Value and 95% interval, clustered by question. Tokens: generated, a contrasted "
+                         "one counting twice, the Expert's included.", [
+                             table({method: {key: row[key] for key in main} for method, row in found.items()}),
+                             f"<details><summary>Further metrics</summary>{table(further)}</details>"]))
+        sections.append((f"Against majority voting: {name}", "At the same N, and at the same tokens: majority's accuracy "
+                         "between the two measured N whose cost is nearest.", [table(tables["against majority"][name])]))
+    if "difference" in tables:
+        sections.append((f"Difference: {' minus '.join(reversed(list(tables['methods'])))}", "Paired by question.",
+                         [table(tables["difference"])]))
+    sections.append(("Reliability", "Bins of equal mass.", charts["reliability"]))
+    sections.append(("Risk and coverage", "The share of wrong answers among the most confident ones.",
+                     charts["risk and coverage"]))
+    sections.append(("Calibration", "As it is, and after a map fitted on the other half of the questions.", [
+        table({f"{name}, {method}": row for name, found in tables["calibration"].items() for method, row in found.items()})]))
+    if tables["probe"]:
+        sections.append(("The probe: does confidence follow perception?", "Noise on the region where the evidence lies, and on "
+                         "controls of the same area.", [*charts["probe"], table(tables["probe"])]))
+    sections.append(("Scaling", "Slope: points of accuracy per log2 N.", charts["scaling"] + [table(
+        {f"{name}, {method}": {key: value for key, value in row.items() if key != "tokens"}
+         for name, found in tables["scaling"].items() for method, row in found.items()})]))
+    sections.append(("Abstention", "A threshold fitted on half of the questions, tried on the other half.",
+                     [table(tables["abstention"])]))
+    sections.append(("Within skill, level and type", "Pooled numbers lie.", [table(tables["within"])]))
+    for name, steps in logs.items():
+        terms = ("reward", "perception", "calibration", "outcome", "format")
+        drawn = [chart({term: [(row["step"], row[f"{view}/{term}"]) for row in steps] for term in terms},
+                       f"{name}: {view} view", "step", "mean reward")
+                 for view in ("original", "noised") if steps and f"{view}/reward" in steps[0]]
+        if drawn:
+            sections.append((f"Training: {name}", "Each term of the reward, by view.", drawn))
+    sections.append(("Cases", "Picture, noised twin, samples, votes, verdict: where the votes mend the majority, where they "
+                     "spoil it, where both fail, and where both are right.", [case(**one) for one in cases]))
+    return page("Does it know when it does not know?", lead, sections)
 
 
 def page(title, lead, sections):

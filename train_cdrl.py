@@ -192,10 +192,7 @@ def open_data(args):
     if args.data == "synthetic":
         held_out = data.load("synthetic", "test", args.eval_size, args.seed) if args.eval_size else []
         return data.load("synthetic", "train", None, args.seed), held_out
-    samples = data.load(args.data)
-    for sample in samples:
-        if sample.answer is None:
-            raise InputError(f"question {sample.id!r} of {args.data!r} has no answer; training needs one, remove the row")
+    samples = data.load(args.data, answered=True)
     order = list(range(len(samples)))
     random.Random(f"hold out {args.seed}").shuffle(order)
     size = min(args.eval_size, len(samples) // 5)
@@ -760,7 +757,7 @@ def finish(vlm, clip, held_out, before, output, scale, args, rank, world):
         draw_report(output, before, after, args)
         t = noise.parse_t(args.noise_t)[1]
         known = scale if args.judged == "topk" else None
-        rows = probe.before_after(*(probe.summaries(found[0], found[t], known) for found in (before, after)))
+        rows = probe.before_after(*(probe.within_skills(found[0], found[t], known) for found in (before, after)))
         print(f"\n{len(held_out)} held-out questions x {PROBE_SAMPLES} answers; noised = t {t} on the {args.region} region")
         print(data.table(rows))
         print(f"\nwrote {output}/: the model, metrics.jsonl, samples.jsonl, report.png")

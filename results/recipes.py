@@ -113,11 +113,13 @@ def vote(path, samples, file, sizes):
     settings = Settings(samples=ANSWERS)
     expert = LocalExpert(VLM.load(ROOT / "tiny" / "expert"), Settings.expert_tokens)
     controller = Controller(VLM.load(path), expert, noise.ClipAttention.from_pretrained(), settings)
-    rows = answer_file(evaluation.collector(controller, sizes), samples, file, {"model": str(path), "sizes": sizes}, 50,
+    frame = {"model": str(path), "sizes": sizes}
+    rows = answer_file(evaluation.collector(controller, sizes, sizes[-1]), samples, file, frame, 50,
                        f"votes of {Path(path).name}").values()
     methods = {name: evaluation.method_row(some) for name, some in evaluation.by_method(rows, ANSWERS, settings).items()}
-    scaled = evaluation.scaling(list(rows), sizes, settings) if len(sizes) > 1 else {}
-    return {"methods": methods, "scaling": scaled, "equal cost": evaluation.at_equal_cost(scaled, ANSWERS)}
+    by_n = {n: evaluation.by_method(rows, n, settings) for n in sizes}
+    against = evaluation.against_majority(by_n, ANSWERS)["CA-TTS@8"]
+    return {"methods": methods, "scaling": evaluation.scaling(by_n), "equal cost": against}
 
 
 def columns(found, scale):
@@ -166,7 +168,7 @@ def differences(answers, rows, against="ours", rounds=1000):
             value["c"] = probe.calibrated(value["C"], scale_of(seed))
             ids, right = [a.id for a in some], np.array([a.correct for a in some], float)
             for name, (field, statistic) in STATISTICS.items():
-                boot = probe.bootstrap(ids, value[field], right, {name: statistic}, rounds)[name]
+                boot = probe.bootstrap(ids, value[field], right, lambda p, r, s=statistic: {"it": s(p, r)}, rounds)["it"]
                 drawn[row, seed, name] = statistic(value[field], right), boot
     table = {}
     for row in (row for row in rows if row != against):

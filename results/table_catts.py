@@ -39,8 +39,8 @@ def main():
             samples = list(data.load("synthetic", "test", args.questions, seed))
             controller = Controller(vlm, expert, clip, settings)
             frame = {"model": path, "seed": seed, "questions": args.questions, "n": args.n}
-            rows = answer_file(evaluation.collector(controller, [args.n]), samples, f"runs/table_catts/{name}-{seed}.jsonl",
-                               frame, 50, f"{name}, seed {seed}")
+            rows = answer_file(evaluation.collector(controller, [args.n], args.n), samples,
+                               f"runs/table_catts/{name}-{seed}.jsonl", frame, 50, f"{name}, seed {seed}")
             methods.append({method: evaluation.method_row(some)
                             for method, some in evaluation.by_method(rows.values(), args.n, settings).items()})
             control = Controller(vlm, expert, clip, replace(settings, early_exit="exact"))

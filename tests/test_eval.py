@@ -150,7 +150,7 @@ def test_every_figure_follows_from_what_is_stored(measured):
     assert tables["methods"]["base"]["pass@1"]["accuracy"][0] == np.mean(right)
     assert tables["methods"]["base"]["greedy"]["accuracy"][0] == np.mean([row["greedy"]["correct"] for row in rows])
     probe = stored(measured, kind="probe")
-    curve = tables["curves"]["base"]["key"]["correct"]
+    curve = {t: triple[0] for t, triple in tables["curves"]["base"]["key"]["correct"].items()}
     assert curve["0"] == np.mean([a["correct"] for row in probe for a in row["found"]["clean"]["0"]])
     assert curve["999"] == np.mean([a["correct"] for row in probe for a in row["found"]["key"]["999"]])
     assert tables["scaling"]["base"]["majority"]["4"][0] == tables["methods"]["base"]["majority@4"]["accuracy"][0]
@@ -190,6 +190,52 @@ def test_a_module_whose_votes_are_gone_has_no_row(measured):
     del row["by_n"]["4"]["votes"]["self_check"]
     with pytest.raises(InputError, match="votes of self_check .* gone"):
         evaluation.outcomes(row, 4, catts.Settings(samples=4))
+
+
+DAMAGE = {"no votes of self_check for 4": lambda row: row["by_n"]["4"]["votes"].pop("self_check"),
+          "no cost of self_reflection for 2": lambda row: row["by_n"]["2"]["parts"].pop("critic"),
+          "other modules": lambda row: row["by_n"]["2"]["ran"].remove("self_check"),
+          "7 samples, not 8": lambda row: row["samples"].pop(), "no 'greedy'": lambda row: row.pop("greedy"),
+          "no '4'": lambda row: row["by_n"].pop("4")}
+
+
+@pytest.mark.parametrize("said", DAMAGE)
+def test_a_damaged_row_is_named_and_never_averaged_over(measured, said):
+    rows = stored(measured)
+    evaluation.check_rows(rows, [2, 4], 8)
+    DAMAGE[said](rows[3])
+    with pytest.raises(InputError, match=f"{rows[3]['id']}.*{said}.*remove its line"):
+        evaluation.check_rows(rows, [2, 4], 8)
+
+
+def test_stored_votes_of_other_weights_or_another_file_are_refused(measured, tmp_path):
+    """Same paths, other content: what is stored is not what the command would measure."""
+    shutil.copytree(ROOT / "tiny" / "base", tmp_path / "base")
+    (tmp_path / "q.jsonl").write_text(json.dumps({"id": "a", "image": str(ROOT / "tiny" / "example.png"), "question": "Red?",
+                                                  "answer": "1"}))
+    argv = ["--samples", "2", "--t", "999", "--regions", "key", "--probe_samples", "1", "--max_new_tokens", "8",
+            "--expert_tokens", "8", "--data", str(tmp_path / "q.jsonl"), "--model", str(tmp_path / "base"),
+            "--output", str(tmp_path / "out")]
+    evaluation.main(argv)
+    evaluation.main(argv)
+    (tmp_path / "q.jsonl").write_text((tmp_path / "q.jsonl").read_text().replace("Red?", "Blue?"))
+    with pytest.raises(InputError, match="other settings .data."):
+        evaluation.main(argv)
+    (tmp_path / "q.jsonl").write_text((tmp_path / "q.jsonl").read_text().replace("Blue?", "Red?"))
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(InputError, match="other settings .model."):
+        evaluation.main(argv)
+
+
+def test_a_threshold_belongs_to_the_settings_it_was_fitted_under(measured):
+    file = str(measured / "threshold.json")
+    fitted = catts.Settings(samples=4, max_new_tokens=40, expert_tokens=40, abstain=file)
+    assert catts.read_threshold(fitted) is not None
+    with pytest.raises(InputError, match="fitted with samples 4, this run has samples 8"):
+        catts.read_threshold(dataclasses.replace(fitted, samples=8))
+    with pytest.raises(InputError, match="early_exit gate"):
+        catts.read_threshold(dataclasses.replace(fitted, early_exit="gate"))
 
 
 def test_a_run_that_was_cut_off_ends_in_the_same_tables(measured, tmp_path):
@@ -245,13 +291,16 @@ def test_bootstrap_resamples_whole_questions():
     rng = np.random.default_rng(0)
     correct = rng.integers(0, 2, 60).astype(float)
     ids = [f"q{i}" for i in range(60)]
-    mean = {"accuracy": evaluation.STATISTICS["accuracy"]}
+    def mean(_, right):
+        return {"accuracy": right.mean()}
     one = probe.bootstrap(ids, correct, correct, mean, 2000)["accuracy"]
     many = probe.bootstrap(*(np.repeat(x, 8) for x in (ids, correct, correct)), mean, 2000)["accuracy"]
     assert np.allclose(one, many)
     assert one.std() == pytest.approx((correct.var() / 60) ** 0.5, rel=0.1)
     low, high = probe.interval(one)
     assert low < correct.mean() < high
+    assert probe.mean_interval(ids, correct, 2000) == pytest.approx((correct.mean(), low, high))
+    assert probe.mean_interval(np.repeat(ids, 8), np.repeat(correct, 8), 2000) == pytest.approx((correct.mean(), low, high))
 
 
 def test_paired_differences_cancel_what_is_shared():
@@ -288,11 +337,30 @@ def test_threshold_and_slope_by_hand():
 
 
 def test_equal_cost_interpolates_between_measured_sizes():
-    scaled = {"CA-TTS": {"8": (0.8, 0, 0), "tokens": {"8": 200.0}},
-              "majority": {"8": (0.6, 0, 0), "16": (0.7, 0, 0), "tokens": {"8": 100.0, "16": 400.0}}}
-    assert evaluation.at_equal_cost(scaled, 8) == {"tokens": 200.0, "CA-TTS": 0.8, "majority": pytest.approx(0.65)}
-    scaled["CA-TTS"]["tokens"]["8"] = 900.0
-    assert np.isnan(evaluation.at_equal_cost(scaled, 8)["majority"])
+    def some(tokens, *right):
+        return [evaluation.Outcome(f"q{i}", 0.5, bool(r), tokens) for i, r in enumerate(right)]
+    by_n = {8: {"majority@8": some(100, 1, 1, 0, 0), "CA-TTS@8": some(200, 1, 1, 1, 0)},
+            16: {"majority@16": some(400, 1, 0, 1, 1)}}
+    row = evaluation.against_majority(by_n, 8)["CA-TTS@8"]
+    assert row["majority, same tokens"] == pytest.approx((0.5 + 0.75) / 2) and row["minus it"][0] == pytest.approx(0.125)
+    assert row["minus majority, same N"][0] == 0.25 and row["minus majority, same N"][1] == 0
+    for tokens, expected in ((100, 0.5), (400, 0.75), (900, math.nan)):
+        by_n[8]["CA-TTS@8"] = some(tokens, 1, 1, 1, 0)
+        found = evaluation.against_majority(by_n, 8)["CA-TTS@8"]
+        assert found["majority, same tokens"] == pytest.approx(expected, nan_ok=True)
+
+
+def test_intervals_of_the_probe_hold_its_values():
+    rng = np.random.default_rng(0)
+    clean, noised = ([probe.Answer(f"q{i // 4}", "a" if i < 80 else "b", "", "", bool(rng.random() < p), rng.normal(p), p, p, 9,
+                                   True) for i in range(160)] for p in (0.8, 0.3))
+    plain, rows = probe.within_skills(clean, noised), probe.within_skills(clean, noised, None, probe.summary_intervals)
+    for part in ("all", "a", "b"):
+        assert {name: triple[0] for name, triple in rows[part].items()} == pytest.approx(plain[part])
+        assert all(low <= value <= high for value, low, high in map(rows[part].get, ("pass@1", "gap", "C", "AUROC")))
+    means = np.array([[a.confidence for a in view] for view in (clean, noised)]).reshape(2, 40, 4).mean(-1)
+    spread = (means[0] - means[1]).std() / 40**0.5
+    assert (rows["all"]["gap"][2] - rows["all"]["gap"][1]) / 3.92 == pytest.approx(spread, rel=0.15)
 
 
 def test_charts_hold_every_point():
