@@ -11,7 +11,7 @@ confidence itself beside it (`--pathwise`). The run folder holds args.json, metr
 before.json and after.json, report.png, and the final model. The same command resumes a run that was stopped.
 
 Left out of GRPO on purpose: a reference model unless --kl_beta is set (the paper's T = 1 on-policy setting does not need
-it), stored old log-probs unless --mu is above 1, a learning-rate decay. Gradients are summed over ranks by one
+it), stored old log-probs unless --mu is above 1. Gradients are summed over ranks by one
 all-reduce; sharding (FSDP2) is not here yet, so every rank holds the whole model and its optimiser state.
 """
 import argparse
@@ -65,6 +65,7 @@ class Args:
     eval_size: int = option(200, "held-out questions for the table before and after; 0 = no table")
     # Optimisation (paper 3.2; DAPO, Dr. GRPO for the alternatives)
     lr: float = option(1e-4, "learning rate of AdamW, reached after 5 steps; 1e-6 suits a 7B model")
+    lr_schedule: str = option("linear", "linear: it falls to 0 over --steps; constant", ("linear", "constant"))
     max_grad_norm: float = option(1.0, "gradient norm is clipped here")
     temperature: float = option(1.0, "of sampling; the log-probs of the loss are divided alike")
     mu: int = option(1, "updates on the same rollouts")
@@ -103,7 +104,7 @@ RECIPES = {
     "paper": dict(alpha=0.5, beta=1.0, cnorm="group", calibration="linear", learn_noised=False, pathwise=0.0),
     "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0),
 }
-# A resumed run may change these; every other setting must be the same.
+# A resumed run may change these; every other setting must be the same. (More steps go on with the lr of the longer run.)
 FREE = ("steps", "save_every", "resume")
 
 
@@ -668,6 +669,7 @@ def train(args):
         for step in progress:
             for group in optimiser.param_groups:
                 group["lr"] = args.lr * min(1.0, (step + 1) / 5)
+                group["lr"] *= 1 - step / args.steps if args.lr_schedule == "linear" else 1.0
             samples = [train_set[i] for i in order(step)[rank::world]]
             clock = time.perf_counter()
             views, prompts = roll_out(vlm, clip, samples, step, args)                  # I - III

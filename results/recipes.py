@@ -5,10 +5,13 @@
     python results/recipes.py --split val --questions 240         # the questions on which settings were chosen
 
 Each run is `train_cdrl.py` with the row's flags, then answers of the trained model to held-out questions, clean and with
-noise on key, random and inverse regions, and the votes of CA-TTS. One summary a run, results/recipes/SPLIT-ROW-SEED.json;
-models, answers and votes stay under runs/recipes (delete it when tiny/base or the code has changed). Confidences: C (Eq. 3)
-ranks; c = sigmoid(aC + b) is the probability that training shapes, a and b fitted on the base's answers to training
-questions before the first step, the same for every row; p = exp(mean log-prob); for CA-TTS the winner's share of the votes.
+noise on key, random and inverse regions, and the votes of CA-TTS. One record a run, results/recipes/SPLIT-ROW-SEED.json, from
+which all tables and pictures are made; a run whose record is there, made with the same flags from the same base, is not
+repeated. Models, answers and votes stay under runs/recipes (delete both when the code has changed).
+
+Confidences: C (Eq. 3) ranks; c = sigmoid(aC + b) is the probability that training shapes, a and b fitted on the base's
+answers to training questions before the first step, the same for every row; p = exp(mean log-prob); for CA-TTS the winner's
+share of the votes. "abstains": the share of answers with c below one half.
 """
 import argparse
 import json
@@ -33,36 +36,47 @@ from experts import LocalExpert  # noqa: E402
 from probe import auroc, calibration_error, metrics  # noqa: E402
 from vlm import VLM  # noqa: E402
 
-# row: (flags of train_cdrl.py, None = not trained)
+# row: flags of train_cdrl.py; None = not trained
 ROWS = {
     "base": None,
     "grpo": "--recipe grpo",
     "paper": "--recipe paper",
+    "ours": "",
     "paper, alpha 0": "--recipe paper --alpha 0",
     "paper, both views learn": "--recipe paper --learn_noised",
     "paper, pathwise": "--recipe paper --pathwise 1",
     "paper, Brier": "--recipe paper --calibration brier",
     "paper, rescored pairs": "--recipe paper --noised rescore",
     "paper, logprob": "--recipe paper --confidence logprob --judged logprob",
-    "ours": "",
     "ours, alpha 0": "--alpha 0",
     "ours, one view learns": "--no-learn_noised",
     "ours, no pathwise": "--pathwise 0",
     "ours, linear": "--calibration linear",
-    "ours, noise everywhere": "--region all",
-    "ours, random regions": "--region random",
+    "ours, no calibration": "--calibration none",
+    "ours, advantages by std": "--adv_norm std",
+    "ours, no controls": "--controls 0",
+    "ours, noise everywhere": "--region all --controls 0",
+    "ours, random regions": "--region random --controls 0",
+    "ours, logprob": "--confidence logprob --judged logprob",
+    "hacked: the gap alone": "--calibration none --alpha 1 --beta 1 --controls 0",
+    "hacked: p judged": "--judged logprob --probability exp --pathwise 20",
 }
 HEADLINE = ("base", "grpo", "paper", "ours")
 REGIONS = ("key", "random", "inverse")
 SPLITS = ("val", "test")
 NOISE_T, ANSWERS, NOISED_ANSWERS = 999, 8, 4
-SIZES = [1, 2, 4, 8, 16, 32]          # samples of the headline rows' scaling curves
+SIZES = [1, 2, 4, 8, 16]        # samples of the headline rows' scaling curves
+LOGGED = ("gap", "original/outcome", "original/confidence", "noised/confidence", "original/entropy", "original/length",
+          "original/words", "original/distinct")
 HERE, RUNS = ROOT / "results" / "recipes", ROOT / "runs" / "recipes"
 
 
 def name_of(row, seed):
-    return f"{row.replace(', ', '-').replace(' ', '_')}-{seed}"
+    return f"{row.replace(', ', '-').replace(': ', '-').replace(' ', '_')}-{seed}"
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run -> its record
 
 def train(row, seed, flags):
     """Train one run, unless it is there -> (model directory, folder for its answers, seconds of training)."""
@@ -109,76 +123,202 @@ def ask(path, samples, file):
 
 
 def vote(path, samples, file, sizes):
-    """Every method of CA-TTS from a model's stored votes -> {method: row}, and their scaling when there are several sizes."""
+    """Every method of CA-TTS from a model's stored votes: metrics with N = 8, accuracy against N, and CA-TTS against majority
+    voting at the same tokens."""
     settings = Settings(samples=ANSWERS)
     expert = LocalExpert(VLM.load(ROOT / "tiny" / "expert"), Settings.expert_tokens)
     controller = Controller(VLM.load(path), expert, noise.ClipAttention.from_pretrained(), settings)
     frame = {"model": str(path), "sizes": sizes}
-    rows = answer_file(evaluation.collector(controller, sizes, sizes[-1]), samples, file, frame, 50,
+    drawn = max(sizes[-1], 2 * ANSWERS)
+    rows = answer_file(evaluation.collector(controller, sizes, drawn), samples, file, frame, 50,
                        f"votes of {Path(path).name}").values()
-    methods = {name: evaluation.method_row(some) for name, some in evaluation.by_method(rows, ANSWERS, settings).items()}
-    by_n = {n: evaluation.by_method(rows, n, settings) for n in sizes}
-    against = evaluation.against_majority(by_n, ANSWERS)["CA-TTS@8"]
-    return {"methods": methods, "scaling": evaluation.scaling(by_n), "equal cost": against}
+    by_n = {n: evaluation.by_method(rows, n, settings) for n in sorted({*sizes, 2 * ANSWERS})}
+    methods = {name: evaluation.method_row(some) for name, some in by_n[ANSWERS].items()}
+    return {"methods": methods, "scaling": evaluation.scaling(by_n) if len(sizes) > 1 else {},
+            "against majority": evaluation.against_majority(by_n, ANSWERS)[f"CA-TTS@{ANSWERS}"]}
 
 
 def columns(found, scale):
     """Answers by view -> one row of numbers."""
-    clean, key = found["clean"], found["key"]
-    correct = np.array([a.correct for a in clean], float)
-    c, p = (np.array([getattr(a, field) for a in clean]) for field in ("confidence", "probability"))
-    ids = [a.id for a in clean]
-    mean = {view: float(np.mean([a.confidence for a in answers])) for view, answers in found.items()}
-    both = np.array([a.confidence for a in clean[::2] + key]), np.array([a.correct for a in clean[::2] + key])
-    by_p, by_c = metrics(p, correct), metrics(probe.calibrated(c, scale), correct)
-    words = [word for a in clean for word in a.text.split()]
-    return {**probe.headroom(clean), "C": mean["clean"],
+    views = {view: probe.columns_of(answers) for view, answers in found.items()}
+    clean, key = views["clean"], views["key"]
+    c, p, right = clean["confidence"], clean["probability"], clean["correct"].astype(float)
+    mean = {view: float(own["confidence"].mean()) for view, own in views.items()}
+    by_p, by_c, ranked = metrics(p, right), metrics(probe.calibrated(c, scale), right), metrics(c, right)
+    seen, blind = probe.calibrated(c, scale), probe.calibrated(key["confidence"], scale)
+    both = np.concatenate([c[::2], key["confidence"]]), np.concatenate([right[::2], key["correct"]])
+    return {**probe.headroom(found["clean"]), "C": mean["clean"],
             **{f"gap {region}": mean["clean"] - mean[region] for region in REGIONS},
-            "AUROC": auroc(c, correct), "ECE c": by_c["ece"], "Brier c": by_c["brier"],
+            "AUROC": ranked["auroc"], "ECE c": by_c["ece"], "Brier c": by_c["brier"],
             "AUROC p": by_p["auroc"], "ECE p": by_p["ece"], "Brier p": by_p["brier"],
-            "ECE mapped": calibration_error(probe.cross_fitted(ids, c, correct), correct), "AURC": metrics(c, correct)["aurc"],
-            "accuracy@80": metrics(c, correct)["accuracy@80"],
-            "noised": float(np.mean([a.correct for a in key])), "AUROC, clean and noised": auroc(*both),
-            "accuracy@80, noised": metrics([a.confidence for a in key], [a.correct for a in key])["accuracy@80"],
-            "entropy": -float(np.mean([np.log(a.probability) for a in clean])),
-            "length": float(np.mean([a.length for a in clean])), "words": len(set(words))}
+            "ECE mapped": calibration_error(probe.cross_fitted(clean["id"], c, right), right), "AURC": ranked["aurc"],
+            "accuracy@80": ranked["accuracy@80"], "abstains": float((seen < 0.5).mean()),
+            "noised": float(key["correct"].mean()), "AUROC, clean and noised": auroc(*both),
+            "accuracy@80, noised": metrics(key["confidence"], key["correct"])["accuracy@80"],
+            "abstains, noised": float((blind < 0.5).mean()),
+            "entropy": -float(np.log(p).mean()), "length": float(clean["length"].mean()),
+            "words": len({word for a in found["clean"] for word in a.text.split()})}
 
 
-def summary(found, scale):
-    """`columns` pooled ("all") and within each skill."""
-    rows = {"all": columns(found, scale)}
-    for skill in data.SKILLS:
-        rows[skill] = columns({view: [a for a in answers if a.skill == skill] for view, answers in found.items()}, scale)
-    return rows
+def record_of(row, seed, args, samples):
+    """One run, made or read -> its record (dict)."""
+    file = HERE / f"{args.split}-{name_of(row, seed)}.json"
+    sizes, voters = (SIZES, samples[:args.vote_questions]) if row in HEADLINE else ([ANSWERS], samples[:args.vote_questions])
+    frame = {"flags": ROWS[row], "extra": args.flags, "steps": train_cdrl.Args.steps, "seed": seed, "questions": len(samples),
+             "voted": len(voters), "base": f"{data.checksum(ROOT / 'tiny' / 'base'):08x}"}
+    if file.exists() and frame.items() <= (old := json.loads(file.read_text())).items():
+        return old
+    path, folder, seconds = train(row, seed, args.flags.split())
+    found, scale = ask(path, samples, folder / f"{args.split}-{args.questions}.json"), scale_of(seed)
+    skills = {"all": found} | {skill: {view: [a for a in answers if a.skill == skill] for view, answers in found.items()}
+                               for skill in data.SKILLS}
+    clean = probe.columns_of(found["clean"])
+    log = evaluation.training_log(folder)
+    record = frame | {
+        "seconds": seconds, "scale": scale, **{skill: columns(some, scale) for skill, some in skills.items()},
+        **vote(path, voters, folder / f"{args.split}-{args.vote_questions}-votes.jsonl", sizes),
+        "log": {key: [round(float(np.mean([step[key] for step in log[i:i + 10]])), 4) for i in range(0, len(log), 10)]
+                for key in LOGGED if log and key in log[0]},
+        "answers": {"id": clean["id"].tolist(), "C": clean["confidence"].round(4).tolist(),
+                    "p": clean["probability"].round(4).tolist(), "correct": clean["correct"].astype(int).tolist()}}
+    data.write_atomically(file, data.strict_json(record))
+    return json.loads(file.read_text())
 
 
-STATISTICS = {"AUROC": ("C", auroc), "ECE c": ("c", calibration_error), "pass@1": ("C", lambda _, right: float(right.mean())),
-              "Brier c": ("c", lambda p, right: float(((p - right) ** 2).mean())), "ECE p": ("p", calibration_error),
-              "Brier p": ("p", lambda p, right: float(((p - right) ** 2).mean()))}
+# ---------------------------------------------------------------------------------------------------------------------
+# Records -> tables and pictures
+
+def arrays(record):
+    """-> ids, correct (N,), {"C", "p", "c": (N,)} of a record's answers to clean pictures."""
+    answers = {key: np.array(values) for key, values in record["answers"].items()}
+    return answers["id"], answers["correct"].astype(float), {
+        "C": answers["C"], "p": answers["p"], "c": probe.calibrated(answers["C"], record["scale"])}
 
 
-def differences(answers, rows, against="ours", rounds=1000):
-    """`against` minus each row: means over seeds, 95% intervals of the questions, paired. answers: {row: [found of a seed]};
-    a row with fewer seeds is held against the same seeds of `against`."""
+def compared(value, right):
+    """The statistics that `differences` compares. value: {"C", "p", "c": (N,)}."""
+    found = {"pass@1": float(right.mean()), "AUROC": auroc(value["C"], right)}
+    for key in ("c", "p"):
+        found |= {f"ECE {key}": calibration_error(value[key], right), f"Brier {key}": float(((value[key] - right)**2).mean())}
+    return found
+
+
+def differences(records, against="ours", rounds=1000):
+    """`against` minus each row -> {row: {statistic: (mean over seeds, low, high)}}: 95% intervals of the questions, paired.
+    records: {row: [record of a seed]}; a row with fewer seeds is held against the same seeds."""
     drawn = {}
-    for row in {*rows, against}:
-        for seed, found in enumerate(answers[row]):
-            some = found["clean"]
-            value = {"C": np.array([a.confidence for a in some]), "p": np.array([a.probability for a in some])}
-            value["c"] = probe.calibrated(value["C"], scale_of(seed))
-            ids, right = [a.id for a in some], np.array([a.correct for a in some], float)
-            for name, (field, statistic) in STATISTICS.items():
-                boot = probe.bootstrap(ids, value[field], right, lambda p, r, s=statistic: {"it": s(p, r)}, rounds)["it"]
-                drawn[row, seed, name] = statistic(value[field], right), boot
+    for row, found in records.items():
+        for seed, record in enumerate(found):
+            ids, right, value = arrays(record)
+            groups, rng = probe.clusters(ids), np.random.default_rng(0)
+            boot = []
+            for _ in range(rounds):
+                index = np.concatenate([groups[g] for g in rng.integers(len(groups), size=len(groups))])
+                boot.append(compared({key: v[index] for key, v in value.items()}, right[index]))
+            drawn[row, seed] = compared(value, right), {key: np.array([b[key] for b in boot]) for key in boot[0]}
     table = {}
-    for row in (row for row in rows if row != against):
-        seeds = range(len(answers[row]))
-        table[row] = {}
-        for name in STATISTICS:
-            apart = [[drawn[against, seed, name][i] - drawn[row, seed, name][i] for seed in seeds] for i in (0, 1)]
-            low, high = probe.interval(np.mean(apart[1], axis=0))
-            table[row] |= {name: float(np.mean(apart[0])), f"{name} low": low, f"{name} high": high}
+    for row in (row for row in records if row != against):
+        seeds = range(min(len(records[row]), len(records[against])))
+        table[row] = {name: (float(np.mean([drawn[against, s][0][name] - drawn[row, s][0][name] for s in seeds])),
+                             *probe.interval(np.mean([drawn[against, s][1][name] - drawn[row, s][1][name] for s in seeds], 0)))
+                      for name in drawn[row, 0][0]}
     return table
+
+
+def mean_of(records, *path):
+    """The mean over seeds of a number that lies at `path` in each record; nan where one has none."""
+    values = []
+    for record in records:
+        for key in path:
+            record = record.get(key, {})
+        values.append(record[0] if isinstance(record, list | tuple) else np.nan if record in ({}, None) else record)
+    return float(np.mean(values))
+
+
+def headline_of(records):
+    return {row: found for row, found in records.items() if row in HEADLINE and found[0]["scaling"]}
+
+
+def make_tables(records):
+    """-> {title: rows for `data.table`}."""
+    tables = {}
+    for part in ("all", *data.SKILLS):
+        tables[f"{part}: mean over the seeds in brackets"] = {
+            f"{row} ({len(found)})": {**{name: mean_of(found, part, name) for name in found[0][part]},
+                                      **({"seconds": mean_of(found, "seconds")} if part == "all" else {})}
+            for row, found in records.items()}
+    tables["standard deviation over seeds"] = {
+        row: {name: float(np.std([r["all"][name] for r in found], ddof=1)) for name in found[0]["all"]}
+        for row, found in records.items() if len(found) > 1} or {"-": {"-": 0}}
+    tables[f"votes, N = {ANSWERS}; the confidence is the winner's share"] = {
+        f"{row}, {name}": {key: mean_of(found, "methods", f"{name}@{ANSWERS}", key) for key in (*evaluation.HEADLINE, "tokens")}
+        for row, found in records.items() for name in ("majority", "weighted", "CA-TTS")}
+    headline = headline_of(records)
+    if headline:
+        tables["scaling: points of accuracy per log2 N"] = {
+            row: {name: mean_of(found, "scaling", name, "slope") for name in ("majority", "weighted", "CA-TTS")}
+            for row, found in headline.items()}
+        tables[f"CA-TTS, N = {ANSWERS}, against majority at the same N and at the same tokens"] = {
+            row: {key: mean_of(found, "against majority", key) for key in found[0]["against majority"]}
+            for row, found in headline.items()}
+        tables["four ways: neither, training, CA-TTS, both"] = {
+            row: {method: mean_of(found, "methods", method, "accuracy") for method in ("pass@1", "majority@8", "CA-TTS@8")}
+            for row, found in headline.items()}
+    if "ours" in records:
+        tables["ours minus each row: mean over seeds, 95% interval paired by question"] = differences(records)
+    return tables
+
+
+def draw(records, folder):
+    """recipes.png: reliability of c, risk and coverage (seeds pooled), AUROC within skill, gap by region, scaling, four ways.
+    hacking.png: what the logs of the rows that game the reward look like beside honest ones (seed 0)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(2, 3, figsize=(19, 10))
+    headline, parts = {row: records[row] for row in HEADLINE if row in records}, ("all", *data.SKILLS)
+    axes[0, 0].plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    for i, (row, found) in enumerate(headline.items()):
+        known = [arrays(record) for record in found]
+        right, c, rank = (np.concatenate(some) for some in zip(*((right, v["c"], v["C"]) for _, right, v in known)))
+        axes[0, 0].plot(*zip(*probe.reliability_points(c, right)), marker="o",
+                        label=f"{row}, ECE {mean_of(found, 'all', 'ECE c'):.3f}")
+        axes[0, 1].plot(*zip(*probe.risk_coverage(rank, right)), label=f"{row}, AURC {mean_of(found, 'all', 'AURC'):.3f}")
+        axes[0, 2].bar(np.arange(5) + 0.2 * i - 0.3, [mean_of(found, part, "AUROC") for part in parts], 0.18, label=row)
+        for name, style in (("majority", ":"), ("CA-TTS", "-")) if found[0]["scaling"] else ():
+            axes[1, 1].plot(SIZES, [mean_of(found, "scaling", name, str(n)) for n in SIZES], style, marker="o", markersize=4,
+                            color=f"C{i}", label=f"{row}, {name}")
+        ways = ("pass@1", "majority@8", "CA-TTS@8")
+        heights = [mean_of(found, "methods", way, "accuracy") for way in ways]
+        axes[1, 2].bar(np.arange(3) + 0.2 * i - 0.3, heights, 0.18, label=row)
+    for i, region in enumerate(REGIONS):
+        axes[1, 0].barh(np.arange(len(records)) + 0.27 * (i - 1), [mean_of(found, "all", f"gap {region}")
+                                                                  for found in records.values()], 0.25, label=region)
+    axes[0, 0].set(xlabel="c", ylabel="accuracy", title="Reliability of c", xlim=(0, 1), ylim=(0, 1))
+    axes[0, 1].set(xlabel="coverage, highest C first", ylabel="share of wrong answers", title="Risk and coverage")
+    axes[0, 2].set(title="AUROC of C, pooled and within skill", xticks=range(5), xticklabels=parts, ylim=(0.5, 1))
+    axes[1, 0].set(xlabel="C - C', nats", yticks=range(len(records)), yticklabels=records, title="Gap under noise, by region")
+    axes[1, 0].invert_yaxis()
+    axes[1, 1].set(xlabel="samples N", ylabel="accuracy", xscale="log", title="Scaling")
+    axes[1, 1].set_xticks(SIZES, SIZES)
+    axes[1, 2].set(title="Accuracy", xticks=range(3), xticklabels=ways, ylim=(0.4, 1))
+    for axis in axes.flat:
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(folder / "recipes.png", dpi=100)
+    pyplot.close(figure)
+    figure, axes = pyplot.subplots(1, 4, figsize=(19, 4.5))
+    for row in (row for row in records if row in ("grpo", "paper", "ours") or row.startswith("hacked")):
+        for axis, key in zip(axes, ("gap", "original/outcome", "original/confidence", "original/words")):
+            values = records[row][0]["log"].get(key, [])
+            axis.plot(10 * np.arange(len(values)), values, label=row)
+    titles = "gap C - C', nats", "share of right rollouts", "C on original pictures", "different words a step"
+    for axis, title in zip(axes, titles):
+        axis.set(xlabel="step", title=title)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(folder / "hacking.png", dpi=100)
+    pyplot.close(figure)
 
 
 def main():
@@ -187,91 +327,25 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="of training, for the headline rows; the questions are the same")
     parser.add_argument("--split", default="test", choices=SPLITS, help="val: to choose on; test: to report on")
     parser.add_argument("--questions", type=int, default=500, help="held-out questions")
+    parser.add_argument("--vote_questions", type=int, default=300, help="the first of them, for CA-TTS")
     parser.add_argument("--flags", default="", help="flags added to every training run, for trials")
     args = parser.parse_args()
     samples = list(data.load("synthetic", args.split, args.questions, 0))
     HERE.mkdir(exist_ok=True)
-    tables, answers = defaultdict(list), defaultdict(list)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    records = defaultdict(list)
     for seed in range(args.seeds):
         for row in args.rows:
-            if seed and row not in HEADLINE:
-                continue
-            path, folder, seconds = train(row, seed, args.flags.split())
-            found = ask(path, samples, folder / f"{args.split}-{args.questions}.json")
-            votes = vote(path, samples, folder / f"{args.split}-{args.questions}-votes.jsonl",
-                         SIZES if row in HEADLINE else [ANSWERS])
-            record = {"flags": ROWS[row], "questions": args.questions, "seconds": seconds,
-                      **summary(found, scale_of(seed)), **votes}
-            data.write_atomically(HERE / f"{args.split}-{name_of(row, seed)}.json", json.dumps(record, indent=1))
-            tables[row].append(record)
-            answers[row].append(found)
-    print_tables(tables, answers, args)
+            if not seed or row in HEADLINE:
+                records[row].append(record_of(row, seed, args, samples))
+    tables = make_tables(records)
+    text = "\n".join(f"\n{title}\n{data.table(rows)}" for title, rows in tables.items())
+    print(text)
     if args.split == "test":
-        draw(tables, answers, ROOT / "results" / "recipes.png")
+        data.write_atomically(HERE / "tables.txt", text + "\n")
+        draw(records, ROOT / "results")
     print(f"\nwrote {HERE.relative_to(ROOT)}/ and recipes.png\nnext: python eval.py --model {data.shown(RUNS / 'ours-0')} "
           "--baseline tiny/base")
-
-
-def mean_of(records, *path):
-    """The mean over seeds of a number that lies at `path` in each record."""
-    values = []
-    for record in records:
-        for key in path:
-            record = record[key]
-        values.append(record[0] if isinstance(record, list | tuple) else record)
-    return float(np.mean(values))
-
-
-def print_tables(tables, answers, args):
-    for part in ("all", *data.SKILLS):
-        print(f"\n{part}: mean over seeds, {args.questions} questions of {args.split}")
-        print(data.table({f"{row} ({len(found)})": {name: mean_of(found, part, name) for name in found[0][part]}
-                          for row, found in tables.items()}))
-    print("\nVotes, N = 8; the confidence is the winner's share")
-    shown = [f"{name}@{ANSWERS}" for name in ("majority", "weighted", "CA-TTS")]
-    print(data.table({f"{row}, {name}": {key: mean_of(found, "methods", name, key) for key in found[0]["methods"][name]}
-                      for row, found in tables.items() for name in shown}))
-    headline = {row: found for row, found in tables.items() if found[0]["scaling"]}
-    if headline:
-        print("\nScaling: points of accuracy per log2 N, and CA-TTS against majority at the same tokens")
-        scaled = ("majority", "weighted", "CA-TTS")
-        print(data.table({row: {**{f"slope, {name}": mean_of(found, "scaling", name, "slope") for name in scaled},
-                                **{f"equal cost, {key}": mean_of(found, "equal cost", key)
-                                   for key in found[0]["equal cost"]}}
-                          for row, found in headline.items()}))
-    if "ours" in tables:
-        print("\nours minus each row: mean over seeds and 95% interval, paired by question")
-        print(data.table(differences(answers, list(tables))))
-
-
-def draw(tables, answers, path):
-    """recipes.png: reliability and risk-coverage of the headline rows (seeds pooled), every row's gap by region, scaling."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9))
-    headline = {row: [a for found in answers[row] for a in found["clean"]] for row in HEADLINE if row in answers}
-    probe.plot_reliability(axes[0, 0], headline)
-    for row, some in headline.items():
-        c, correct = (np.array([getattr(a, field) for a in some], float) for field in ("confidence", "correct"))
-        axes[0, 1].plot(*zip(*probe.risk_coverage(c, correct)), label=f"{row}, AUROC {auroc(c, correct):.2f}")
-        scaled = [found["scaling"] for found in tables[row] if found["scaling"]]
-        for name, style in (("majority", ":"), ("CA-TTS", "-")) if scaled else ():
-            axes[1, 1].plot(SIZES, [np.mean([found[name][str(n)][0] for found in scaled]) for n in SIZES], style,
-                            marker="o", markersize=4, color=f"C{list(headline).index(row)}", label=f"{row}, {name}")
-    for i, region in enumerate(REGIONS):
-        axes[1, 0].barh(np.arange(len(tables)) - 0.27 * (i - 1), [mean_of(found, "all", f"gap {region}")
-                                                                 for found in tables.values()], 0.25, label=region)
-    axes[0, 1].set(xlabel="coverage, highest C first", ylabel="share of wrong answers", title="Risk and coverage")
-    axes[1, 0].set(xlabel="C - C', nats", yticks=range(len(tables)), yticklabels=tables, title="Gap under noise, by region")
-    axes[1, 0].invert_yaxis()
-    axes[1, 1].set(xlabel="samples N", ylabel="accuracy", xscale="log", title="Scaling")
-    axes[1, 1].set_xticks(SIZES, SIZES)
-    for axis in axes.flat:
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":
