@@ -250,15 +250,26 @@ def accepts(found, sample):
     """`is_correct` for an answer that is extracted already (str, or None = unanswered)."""
     if sample.answer is None:
         raise ValueError(f"sample {sample.id!r} has no gold answer, so no response to it can be judged.")
+    if found is None or not str(found).strip():
+        return False
     meta = sample.meta or {}
+    places = _decimals(meta.get("precision"))
     for gold in sample.answer if isinstance(sample.answer, (list, tuple)) else [sample.answer]:
         if equivalent(found, gold, sample.choices):
             return True
-        if meta.get("answer_type") == "float" and meta.get("precision") not in (None, "") and not sample.choices:
-            value, target, places = _quantity(found or ""), _quantity(str(gold)), int(float(meta["precision"]))
+        if meta.get("answer_type") == "float" and places is not None and not sample.choices:
+            value, target = _quantity(str(found)), _quantity(str(gold))
             if value and target and round(value.number, places) == round(target.number, places):
                 return True
     return False
+
+
+def _decimals(precision):
+    """A meta["precision"] as a number of decimals; None for what is no number from 0 to 15."""
+    try:
+        return int(float(precision)) if 0 <= float(precision) <= 15 else None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _boxes(text):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from reward import equivalent, extract_answer, format_reward, is_correct
+from reward import accepts, equivalent, extract_answer, format_reward, is_correct
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "judge_oracle"
 
@@ -218,6 +218,17 @@ def test_mathvista_precision_rounds_both_sides():
     assert not is_correct("28.34", sample("28.3")) and not is_correct("28.34", sample("28.3", precision=1))
     assert not is_correct("7.4", sample("7", answer_type="integer", precision=None))
     assert not is_correct("no number", sample("28.3", answer_type="float", precision=1))
+
+
+@pytest.mark.parametrize("precision", ["nan", float("nan"), "abc", "inf", -1, 400, 10**400, "1e400", [], b"x"])
+def test_a_precision_that_is_none_counts_as_absent(precision):
+    assert is_correct("7", sample("7", answer_type="float", precision=precision))
+    assert not is_correct("7.4", sample("7", answer_type="float", precision=precision))
+
+
+def test_zero_and_empty_answers():
+    assert is_correct(r"\boxed{0}", sample(0)) and accepts(0, sample("0.04", answer_type="float", precision=1))
+    assert not any(is_correct(text, sample(gold)) for text in ("", "7") for gold in ("", [], [""]))
 
 
 # ---- hostile text
