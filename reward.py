@@ -309,7 +309,8 @@ def _boxes(text):
 
 _CHARACTERS = str.maketrans("−–—⁄÷×·‘’′“”", "---//**'''\"\"") | {ord("√"): r"\sqrt", ord("π"): r"\pi", ord("∞"): r"\infty"}
 _COMMANDS = {"times": "*", "cdot": "*", "div": "/", "pi": "pi ", "infty": "infinity", "Omega": "Ω", "ohm": "Ω", "mu": "μ",
-             "dfrac": r"\frac", "tfrac": r"\frac", "quad": " ", "degree": "°", "degrees": "°"}
+             "dfrac": r"\frac", "tfrac": r"\frac", "leq": "≤", "le": "≤", "geq": "≥", "ge": "≥", "quad": " ",
+             "degree": "°", "degrees": "°"}
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  # LaTeX -> plain characters
     (r"\*\*|`|\\(?:left|right|displaystyle|boxed|textdollar)\b|\\[()\[\],;:!]|\\?[$€£¥₹]|\\(?=%)", ""),
     (r"\\(?:text|math|operatorname)\w*\s*\{([^{}]*)\}", r" \1"),
@@ -338,10 +339,10 @@ def _plain(text):
 
 
 def _canonical(text):
-    """What is compared of a verbal answer: no article, braces, double or outer quotes, outer brackets, end marks."""
+    """What is compared of a verbal answer: no article, braces, double or outer quotes, end marks, brackets around one."""
     text = re.sub(r"^(?:the|an?)\s(?=\w\w)", "", _plain(text), flags=re.IGNORECASE)
     text = re.sub(r"[{}\\\"_]|(?<=[a-z]{2})!", "", text).strip(" .,;:?*")
-    return re.sub(r"^(?:'(.*)'|[(\[]([^()\[\]]*)[)\]])$", r"\1\2", text).strip()
+    return re.sub(r"^(?:'(.*)'|[(\[]([^()\[\],;]*)[)\]])$", r"\1\2", text).strip()
 
 
 def _same_text(a, b):
@@ -574,7 +575,8 @@ def _quantity(text):
         if first and second and _same_quantity(first, second):
             return first
     text = _NUMBER_WORD.sub(lambda word: str(_NUMBER_WORDS.index(word[0].lower().replace("-", " "))), text)
-    text = re.sub(r"\b(?:(?:(\d)|an?)\s)?hundred\b", lambda word: (word[1] or "1") + "00", text, flags=re.IGNORECASE)
+    text = re.sub(r"\b(?:(?:(\d)|an?)\s)?hundred\b(?:\s(?:and\s)?(\d\d?)\b)?",
+                  lambda word: str(100 * int(word[1] or 1) + int(word[2] or 0)), text, flags=re.IGNORECASE)
     if re.search(r"/|%|frac", text):
         text = re.sub(r"\sof\s\D*$", "", text)  # "1/2 of the cake"; "one of them" is no 1
     text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)

@@ -308,6 +308,27 @@ def test_is_correct():
     assert is_correct("The answer is 3.43", sample(["24/7", "3.429"]))  # MMMU: any of several gold answers
 
 
+@pytest.mark.parametrize(("text", "answer", "choices"), [
+    ("Count them.\n\n1. Rows: 3\n2. Columns: 4\n\nTherefore, there are 3 × 4 = **12** tiles.", "B", ["10", "12", "15"]),
+    ("Count them.\n\n1. Rows: 3\n2. Columns: 4\n\nTherefore, there are 3 × 4 = **12** tiles.", "12", None),
+    ("The total is 10 + 2 = 12 cm.", "B", ["10 cm", "12 cm"]), (r"\boxed{\textbf{(B)}\ 12}", "B", ["10", "12"]),
+    (r"\boxed{[1,2]}", "B", ["(1, 2)", "[1, 2]"]), ("The vertex is at (2, 1).", "B", ["(1, 2)", "(2, 1)"]),
+    ("It cannot be determined from the picture.", "B", ["a square", "cannot be determined"]),
+    ("It looks like a circle, but it is a square.", "B", ["a circle", "a square"]),
+    ("The statement is not true, so it is False.", "B", ["True", "False"]), ("No, it is not.", "B", ["Yes", "No"]),
+    ("The clock shows 3:45, so B is wrong.", "A", ["3:45", "4:45"]), ("There is a cat, not a dog.", "A", ["cat", "dog"]),
+    ("The answer is A dog.", "B", ["cat", "dog"]), ("A cat is shown. The answer is therefore A.", "A", ["cat", "dog"]),
+    ("Answer: b) 12 cm", "B", ["10 cm", "12 cm"]), ("Final Answer: The final answer is $\\boxed{7}$. I hope so.", "7", None),
+    ("The shape is a square because all sides are equal.", "a square", None), ("There are 21 apples.", "twenty-one", None),
+    ("The speed is 1.5 × 10⁻³ m/s.", "0.0015", None), (r"The resistance is $4\,\Omega$.", "4 ohms", None),
+    ("The ratio of boys to girls is **3:4**.", "3:4", None), (r"\boxed{x \leq 3}", r"x \le 3", None),
+    (r"The probability is $\frac16 \approx 0.167$.", "1/6", None), (r"The domain is $[0, \infty)$.", "[0, ∞)", None),
+    ("**Answer: 5**\n\nLet me know if you would like a further explanation.", "5", None)])
+def test_answers_in_the_manner_of_chat_models(text, answer, choices):
+    assert is_correct(text, sample(answer, choices))
+    assert not is_correct(text, sample("C" if choices else "8", choices))
+
+
 def test_unanswered_is_wrong_and_a_missing_gold_answer_is_an_error():
     assert not any(is_correct(text, gold) for text in ("", None, "hm") for gold in (sample("7"), sample("A", CHOICES)))
     with pytest.raises(ValueError, match="'q1' has no gold answer"):
