@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from reward import equivalent, extract_answer, format_reward, is_correct
+from reward import _same, accepts, equivalent, extract_answer, format_reward, is_correct
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "judge_oracle"
 
@@ -48,6 +48,25 @@ red circle | The Red  Circle.   ; o'clock | o’clock                 ; \text{bl
 seven | 7                       ; twenty | 20                       ; seven circles | 7
 B | (B)                         ; B | B.                            ; B | b
 B | B) red circle               ; \textbf{(B)} | B                  ; Option B | (B)
+½ | 0.5                         ; 2½ | 5/2                          ; ¾ cup | 0.75
+5 × 10⁻³ | 0.005                ; 2² | 4                            ; 10⁻³ m | 0.001 m
+5 Ω | 5 ohms                    ; 5\,\Omega | 5 ohm                 ; 5 kΩ | 5 kiloohms
+3 mA | 3                        ; 3 mA | 3 milliamps                ; 5 μF | 5 µF
+5\,\mu\text{F} | 5 microfarads ; 12 square units | 12              ; 12 units² | 12 square units
+12 cm² | 12 cm^2                ; 12 square centimeters | 12 cm²    ; 5 sq. ft | 5 square feet
+6' | 6 feet                     ; 6 ft | 6 feet                     ; 5" | 5 inches
+7 feet per second | 7 ft/s      ; 25 degrees Celsius | 25°C         ; 5 KG | 5 kg
+twenty-one | 21                 ; Ninety-Nine | 99                  ; thirty five cows | 35
+hundred | 100                   ; a hundred | 100                   ; three hundred | 300
+5 (five) | 5                    ; five (5) | 5                      ; 0.5 (or 50%) | 1/2
+5 (5) | 25                      ; 3 \times 4 = 12 | 12              ; \frac{1}{6} \approx 0.167 | 1/6
+\infty | ∞                      ; ∞ | infinity                      ; [0, \infty) | [0, ∞)
+5 = x | 5                       ; 5 = x | x = 5                     ; x=3, y=4 | x = 3, y = 4
+x=3, y=4 | 3, 4                 ; x=3, y=4 | (3, 4)                 ; 1/2 of the cake | 1/2
+50% of the students | 50%       ; x' | x^{\prime}                   ; f' | f′
+[1, 2] | 1, 2                   ; (1, 2) | 1, 2                     ; [1, 2, 3] | (1, 2, 3)
+3:45 | 03:45                    ; 3:45 PM | 3:45                    ; 3:45 p.m. | 3:45 PM
+8:5 | 16:10                     ; yes, 3 | yes                      ; Red Circle Aa | red circle aa
 9^9^9 | 9^9^9                   ; 1e999999 | 1e999999               ; 5-4-3-2-1 | 5-4-3-2-1
 """
 
@@ -69,6 +88,18 @@ B | C                           ; (B) | (C)                         ; A | a red 
 \frac{1}{2} | \frac{1}{3}       ; \sqrt{2} | \sqrt{3}               ; 2\pi | 2
 x=5 | x=6                       ; x=5 | y=5                         ; y=bx+c | y=ax+c
 9^9^9 | 9^9^8                   ; 1e999999 | 1e999998               ; 1/0 | 0
+AB' | A'B                       ; x' | x                            ; x'' | x'
+Aa | AA                         ; Aa or AA | AA or Aa               ; pH | PH
+5 mW | 5 MW                     ; 5 mA | 5 μA                       ; 5 kΩ | 5 Ω
+(0,1) | [0,1]                   ; [0,1) | [0,1]                     ; (0, \infty) | [0, \infty)
+1 2 | 12                        ; 1 2 | 1, 2                        ; no, 3 | no, 4
+yes, 3 | no, 3                  ; 5 (six) | 5                       ; 5 (5) | 5
+½ | 1/3                         ; 2½ | 1                            ; 2² | 22
+12 cm² | 12 cm                  ; 12 cm² | 12 cm³                   ; 6' | 6 inches
+twenty-one | 20                 ; hundred | 10                      ; ∞ | -∞
+5 = x | 6                       ; 5 = x | 5 = y                     ; x=3, y=4 | 3, 5
+x=3, y=4 | y=3, x=4             ; 1/2 of the cake | 1/3             ; 1/2 of 50 | 1/2
+3:45 | 1:15                     ; 3:45 AM | 3:45 PM                 ; not 5 | 5
 5! | 5                          ; 12:30 | 12.5                      ; one | two
 2 and a half | 2                ; 5 plus some | 5                   ; 7 more | 7
 """
@@ -110,6 +141,32 @@ def test_what_names_no_option_equals_none(answer):
     assert not any(equivalent(answer, letter, CHOICES) for letter in "ABCDE")
 
 
+@pytest.mark.parametrize("choices", [
+    ["x", "x'"], ["yes, it does", "yes"], ["(0,1)", "[0,1]"], ["5 mW", "5 MW"], ["p", "P"], ["1 2", "12"], ["a_1", "a1"],
+    ["the cat", "cat"], ['"a"', "a"], ["AB'", "A'B"], ["Aa", "AA"], ["Red", "red"], ["5", "5.0"], ["é", "É"], ["", "red"],
+    ["", ""]])
+def test_two_letters_are_two_answers_however_alike_the_options(choices):
+    for a, b in (("A", "B"), ("(A)", "B"), ("A.", r"\text{B}")):
+        assert not equivalent(a, b, choices) and not equivalent(b, a, choices) and equivalent(a, a, choices)
+    for letter, option in zip("AB", choices):
+        assert len(option) < 2 or equivalent(option, letter, choices)  # the very text names its own option ...
+        assert len(option) < 2 or not equivalent(option, "BA"["AB".index(letter)], choices)  # ... and no other
+
+
+def test_a_text_that_fits_several_options_names_none():
+    assert [equivalent("RED", x, ["Red", "red", "blue"]) for x in "ABC"] == [False] * 3
+    assert [equivalent("0, 1", x, ["(0,1)", "[0,1]"]) for x in "AB"] == [False] * 2
+    assert [equivalent(r"\text{aa}", x, ["AA", "Aa", "aa"]) for x in "ABC"] == [False, False, True]
+
+
+@pytest.mark.parametrize("choices", [[0, 1], (0, "1"), ["0", "1", ""], ["0", "é", "½"], [b"0", None, 2.5]])
+def test_odd_options_are_no_error(choices):
+    assert equivalent("A", str(choices[0]), choices) and not equivalent("A", "B", choices)
+    assert extract_answer(f"The answer is {choices[0]}.", choices) == "A"
+    for odd in (b"B", 0, [], {}, 1.5, float("nan"), "\ud800", ""):
+        assert equivalent(odd, "B", choices) == equivalent("B", odd, choices)
+
+
 def test_letters_against_options_that_look_like_letters():
     assert equivalent("(b)", "C", ["(c)", "(a)", "(b)"])  # an option's very text
     assert equivalent("B", "B", ["(c)", "(a)", "(b)"])
@@ -149,6 +206,19 @@ EXTRACTED = [
     ("The ratio is 8:5.", "8:5"),
     ("It is a red circle.", "a red circle"),
     ("Thus x = -3", "-3"),
+    ("There are not 5 circles", None),
+    ("We do not see 5 circles.", None),
+    ("The missing number is 8, not 6.", "8"),
+    ("The answer is 8 rather than 6.", "8"),
+    ("Circles that are not red: 5", "5"),
+    ("Since all sides are equal, it is a square.", "a square"),
+    ("So **7** is the correct answer.", "7"),
+    ("The clock shows **3:45**.", "3:45"),
+    ("The statement is **false**.", "false"),
+    ("**Final Answer**\n\n42", "42"),
+    ("<answer> 5 cm </answer>", "5 cm"),
+    ("The answer is: \\[\n\\frac{1}{2}\n\\]", r"\frac{1}{2}"),
+    ("The total cost is **$12.50**.", "12.50"),
     ("No, there is no red circle here.", "No"),
     ("[1, 2]", "[1, 2]"),
     ("I cannot tell what this picture wants from me", None),
@@ -186,6 +256,38 @@ def test_extract_with_choices(text, wanted):
     assert extract_answer(text, CHOICES) == wanted
 
 
+@pytest.mark.parametrize("text", [
+    "The answer is B, because A is too dark.", "The answer is B, since (A) is too dark.", "The answer is (B), not (C)",
+    "The answer is B rather than C.", "The answer is B; A is wrong.", "The answer is B. A is wrong.",
+    "The colour that is not seen is (B).", "It is B", "The red point is C. So the colour is green.",
+    "Therefore, B is correct.", "<answer>B</answer>", "<answer>\nB\n</answer>\nA was close.",
+    "(B) green\n\nThe reason is that (A) is too dark.", "B\n\nExplanation: A is too dark",
+    "**B**\n\nExplanation: (A) is too dark", "B. green\n\nIt is not (A).",
+    "B\n\n" + "The picture is green, as (A) is not. " * 60, "The answer is not A, but B.", "The answer is B and not C",
+    "Since (A) and (C) are too dark, it must be (B).", "Answer: B (not A)", "The answer is (B) green, not (A) red",
+    "The answer is green, not red.", "The answer is B as A is too dark", "B is the correct answer.", "I choose B.",
+    "B) the green one", "B - green", "The answer must be B.", "The best choice is B.", "Correct option: B", "## Answer\n\nB",
+    "So the answer is: **B. green**", "**Answer:** B", "### Final answer\n\\[ \\boxed{\\text{B}} \\]", r"\boxed{(B) green}",
+    "The correct answer is:\n\n**B) green**", "Option C is incorrect because it is blue. Option B is correct.",
+    "Options:\n(A) red\n(B) green\n(C) blue\n\nGrass is (B).", "A. red\nB. green\nC. blue\n\nGrass is green.",
+    "A. red – no, that is blood.\nB. green – yes.\n\nAnswer: B", "Final answer: **B**\n\nLet me know if you want more!",
+    "The answer is **(B) green**, since grass is green (A and C do not fit).", "The colour of the middle one is B."])
+def test_a_letter_is_kept_beside_others(text):
+    assert extract_answer(text, ["red", "green", "blue"]) == "B"
+
+
+@pytest.mark.parametrize("text", [
+    "The answer is not B", "The answer isn't B", "The answer cannot be B.", "Neither A nor B", "A or B", "either A or B", "A/B",
+    "A, B", "A and B only", r"\boxed{A, B}", r"\boxed{A or B}", r"\boxed{not B}", "The answer is (A) or (B).", "B is wrong.",
+    "The answer is A or C", "It is either red or green.", "I can rule out B.", "Both A and B are correct.", "It is not green.",
+    "It could be (A), (B) or (C).", "The colour is not (B).", "It is not green",
+    "(A) red (B) green (C) blue", "(A) red\n(B) green\n(C) blue", "A. red\nB. green\nC. blue",
+    "Options: A. red B. green C. blue"])
+def test_what_decides_for_no_option_is_no_letter(text):
+    choices = ["red", "green", "blue"]
+    assert not any(equivalent(extract_answer(text, choices), letter, choices) for letter in "ABC")
+
+
 def test_a_longer_option_is_not_also_a_shorter_one():
     assert extract_answer("It could be red or blue.", ["red", "blue", "red or blue"]) == "C"
 
@@ -206,6 +308,27 @@ def test_is_correct():
     assert is_correct("The answer is 3.43", sample(["24/7", "3.429"]))  # MMMU: any of several gold answers
 
 
+@pytest.mark.parametrize(("text", "answer", "choices"), [
+    ("Count them.\n\n1. Rows: 3\n2. Columns: 4\n\nTherefore, there are 3 × 4 = **12** tiles.", "B", ["10", "12", "15"]),
+    ("Count them.\n\n1. Rows: 3\n2. Columns: 4\n\nTherefore, there are 3 × 4 = **12** tiles.", "12", None),
+    ("The total is 10 + 2 = 12 cm.", "B", ["10 cm", "12 cm"]), (r"\boxed{\textbf{(B)}\ 12}", "B", ["10", "12"]),
+    (r"\boxed{[1,2]}", "B", ["(1, 2)", "[1, 2]"]), ("The vertex is at (2, 1).", "B", ["(1, 2)", "(2, 1)"]),
+    ("It cannot be determined from the picture.", "B", ["a square", "cannot be determined"]),
+    ("It looks like a circle, but it is a square.", "B", ["a circle", "a square"]),
+    ("The statement is not true, so it is False.", "B", ["True", "False"]), ("No, it is not.", "B", ["Yes", "No"]),
+    ("The clock shows 3:45, so B is wrong.", "A", ["3:45", "4:45"]), ("There is a cat, not a dog.", "A", ["cat", "dog"]),
+    ("The answer is A dog.", "B", ["cat", "dog"]), ("A cat is shown. The answer is therefore A.", "A", ["cat", "dog"]),
+    ("Answer: b) 12 cm", "B", ["10 cm", "12 cm"]), ("Final Answer: The final answer is $\\boxed{7}$. I hope so.", "7", None),
+    ("The shape is a square because all sides are equal.", "a square", None), ("There are 21 apples.", "twenty-one", None),
+    ("The speed is 1.5 × 10⁻³ m/s.", "0.0015", None), (r"The resistance is $4\,\Omega$.", "4 ohms", None),
+    ("The ratio of boys to girls is **3:4**.", "3:4", None), (r"\boxed{x \leq 3}", r"x \le 3", None),
+    (r"The probability is $\frac16 \approx 0.167$.", "1/6", None), (r"The domain is $[0, \infty)$.", "[0, ∞)", None),
+    ("**Answer: 5**\n\nLet me know if you would like a further explanation.", "5", None)])
+def test_answers_in_the_manner_of_chat_models(text, answer, choices):
+    assert is_correct(text, sample(answer, choices))
+    assert not is_correct(text, sample("C" if choices else "8", choices))
+
+
 def test_unanswered_is_wrong_and_a_missing_gold_answer_is_an_error():
     assert not any(is_correct(text, gold) for text in ("", None, "hm") for gold in (sample("7"), sample("A", CHOICES)))
     with pytest.raises(ValueError, match="'q1' has no gold answer"):
@@ -220,9 +343,20 @@ def test_mathvista_precision_rounds_both_sides():
     assert not is_correct("no number", sample("28.3", answer_type="float", precision=1))
 
 
+@pytest.mark.parametrize("precision", ["nan", float("nan"), "abc", "inf", -1, 400, 10**400, "1e400", [], b"x"])
+def test_a_precision_that_is_none_counts_as_absent(precision):
+    assert is_correct("7", sample("7", answer_type="float", precision=precision))
+    assert not is_correct("7.4", sample("7", answer_type="float", precision=precision))
+
+
+def test_zero_and_empty_answers():
+    assert is_correct(r"\boxed{0}", sample(0)) and accepts(0, sample("0.04", answer_type="float", precision=1))
+    assert not any(is_correct(text, sample(gold)) for text in ("", "7") for gold in ("", [], [""]))
+
+
 # ---- hostile text
 
-N = 200_000
+N = 1_000_000
 HOSTILE = {
     "open boxes": "\\boxed{" * (N // 7), "nested boxes": "\\boxed{" * (N // 8) + "x" + "}" * (N // 8),
     "box of digits": "\\boxed{" + "7" * N + "}", "box of spaces": "\\boxed{" + " " * N + "}",
@@ -231,13 +365,15 @@ HOSTILE = {
     "answer is": "answer is " * (N // 10), "answer to": "answer to " * (N // 10), "answer, spaces": "answer" + " " * N,
     "letters": "(A) " * (N // 4), "dots after a letter": " A" + "." * N + "x", "powers": "9^" * (N // 2),
     "commas": "1," * (N // 2), "fractions": "\\frac{" * (N // 6), "backslashes": "\\" * N, "stars": "*" * N,
+    "or": "A or " * (N // 5), "quotes": "red circle " * (N // 11), "asides": "since " * (N // 6), "names": "x=" * (N // 2),
+    "echoes": "A blue square B " * (N // 16), "words": "twenty-" * (N // 7), "primes": "'" * N, "fraction signs": "½" * N,
     "digits and a tail": "7" * N + "_x", "long clause": "answer: one of the many " + "7" * N + "_x",
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_takes_linear_time(name):
-    """200,000 characters: half a second even on a busy machine, where one quadratic pattern takes minutes."""
+    """A million characters: half a second or so on a busy machine, where one quadratic pattern takes minutes."""
     text = HOSTILE[name]
     start = time.process_time()
     for choices in (None, CHOICES):
@@ -281,6 +417,12 @@ def test_random_text_never_raises_and_equivalence_is_symmetric():
 
 
 # ---- the optional math-verify
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    """Verdicts found with math-verify in one test do not serve another test that runs without it."""
+    _same.cache_clear()
 
 
 def test_math_verify_that_fails_is_not_an_error(monkeypatch):
