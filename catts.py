@@ -35,7 +35,8 @@ import data
 import noise
 from data import LETTERS, MODULES, InputError, Sample, add_options, command, option
 from experts import LocalExpert, Server, ServerExpert, ServerVLM
-from reward import accepts, equivalent, extract_answer, sequence_confidence
+from judge import accepts, equivalent, extract_answer
+from reward import sequence_confidence
 from vlm import VLM
 
 TINY = Path(__file__).resolve().parent / "tiny"

@@ -8,7 +8,7 @@ and every module's votes) and probe.jsonl (answers under noise). Every table is 
 never inferred. Unanswered counts as wrong. Intervals are bootstrapped by question, differences are paired. A file gets
 twice --samples answers a question, so that majority voting can be held against CA-TTS at the same number of tokens.
 
-Left out on purpose: an LLM as the judge; the rules of reward.py decide.
+Left out on purpose: an LLM as the judge; the rules of judge.py decide.
 """
 import argparse
 import json
@@ -31,9 +31,9 @@ import probe
 import report
 from catts import Vote, sample_votes, share_of, spoken, tally, winner
 from data import InputError, command
+from judge import accepts, extract_answer
 from noise import MODES, ClipAttention, make_pair, parse_t
 from probe import PROBE_STEPS, bootstrap, calibrated, interval, mean_interval, metrics, probed
-from reward import accepts, extract_answer
 from vlm import VLM
 
 # ---------------------------------------------------------------------------------------------------------------------

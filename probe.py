@@ -14,8 +14,9 @@ import torch
 from tqdm import tqdm
 
 import data
+from judge import extract_answer, is_correct
 from noise import make_pair
-from reward import extract_answer, fit_platt, is_correct, probability
+from reward import fit_platt, probability
 
 PROBE_STEPS = (0, 300, 500, 700, 850, 999)
 

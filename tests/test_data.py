@@ -11,7 +11,8 @@ from PIL import Image
 
 import data
 from data import InputError
-from reward import format_reward, is_correct
+from judge import is_correct
+from reward import format_reward
 
 
 def test_same_split_seed_and_index_give_the_same_question():

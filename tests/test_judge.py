@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from reward import _same, accepts, equivalent, extract_answer, format_reward, is_correct
+from judge import _same, accepts, equivalent, extract_answer, is_correct
+from reward import format_reward
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "judge_oracle"
 

@@ -281,6 +281,8 @@ def first(tmp_path_factory):
 def test_same_seed_twice_gives_the_same_log_and_weights(first, tmp_path):
     run(tmp_path / "second", *TINY)
     assert log(first) == log(tmp_path / "second") and len(log(first)) == 3
+    lr = train_cdrl.Args.lr
+    assert [row["lr"] for row in log(first)] == pytest.approx([lr / 5, lr * 2 / 5 * 2 / 3, lr * 3 / 5 / 3])     # warm-up, decay
     assert (first / "model.safetensors").read_bytes() == (tmp_path / "second" / "model.safetensors").read_bytes()
     assert (first / "samples.jsonl").read_text() == (tmp_path / "second" / "samples.jsonl").read_text()
 

@@ -1,0 +1,97 @@
+"""G = 8 samples with confidence for a batch of questions: ours against transformers' `generate`.
+
+    python benchmarks/rollout.py                    # the tiny model and a random Qwen2.5-VL with 151,936 words; minutes
+    python benchmarks/rollout.py --rounds 1 --new_tokens 16
+
+Contenders, all on the same prompts and pictures, each completion exactly --new_tokens long:
+(a) generate(num_return_sequences=8, output_scores=True), then confidence from the stored scores, as the authors' release does;
+(b) generate without scores, so without confidence; (c) generate with a logits processor that computes the confidence online.
+First it is checked that greedy decoding gives the same tokens, ours and generate's.
+"""
+import argparse
+import json
+
+import torch
+from common import ROOT, VLM, big_vocabulary, data, endless, extra_memory, memory_of, picture, side_by_side, versions
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from reward import token_confidence
+
+GROUP = 8
+
+
+def contenders(vlm, images, prompts, new_tokens):
+    """{name: function}; each returns confidences (B * G, T), None for (b)."""
+    inputs = vlm.encode(images, prompts)
+    kwargs = dict(max_new_tokens=new_tokens, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, num_return_sequences=GROUP,
+                  return_dict_in_generate=True)
+
+    def ours():
+        groups = vlm.sample(images, prompts, GROUP, max_new_tokens=new_tokens)
+        return torch.stack([r.confidences for group in groups for r in group])
+
+    @torch.no_grad()
+    def stored():
+        out = vlm.model.generate(**inputs, **kwargs, output_scores=True)
+        return token_confidence(torch.stack(out.scores, 1), vlm.top_k)
+
+    @torch.no_grad()
+    def plain():
+        vlm.model.generate(**inputs, **kwargs)
+
+    @torch.no_grad()
+    def online():
+        seen = []
+
+        class Confidence(LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                seen.append(token_confidence(scores, vlm.top_k))
+                return scores
+        vlm.model.generate(**inputs, **kwargs, logits_processor=LogitsProcessorList([Confidence()]))
+        return torch.stack(seen, 1)
+
+    return {"ours": ours, "(a) generate, stored scores": stored, "(b) generate, no confidence": plain,
+            "(c) generate, online processor": online}
+
+
+def same_greedy(vlm, images, prompts, new_tokens):
+    """Greedy tokens, ours and generate's, are the same."""
+    with torch.no_grad():
+        inputs = vlm.encode(images, prompts)
+        theirs = vlm.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+    ours = torch.stack([group[0].tokens for group in vlm.sample(images, prompts, greedy=True, max_new_tokens=new_tokens)])
+    return torch.equal(ours, theirs)
+
+
+def setting(name):
+    """-> vlm, images, prompts."""
+    if name == "tiny":
+        samples = [data.synthetic("val", 0, i) for i in range(8)]
+        return endless(VLM.load(ROOT / "tiny" / "base")), [s.images for s in samples], [data.prompt(s) for s in samples]
+    return endless(big_vocabulary()), [[picture()]], ["How many red circles are there?"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5, help="medians are over so many, after a warm-up")
+    parser.add_argument("--new_tokens", type=int, default=128, help="length of every completion")
+    parser.add_argument("--only", nargs=2, metavar=("SETTING", "CONTENDER"), help="print what one run adds to memory")
+    args = parser.parse_args()
+    if args.only:
+        vlm, images, prompts = setting(args.only[0])
+        run = contenders(vlm, images, prompts, args.new_tokens)[args.only[1]]
+        print(json.dumps(extra_memory(run)))
+        return
+    print(versions())
+    for name in ("tiny", "151,936 words"):
+        vlm, images, prompts = setting(name)
+        runs = contenders(vlm, images, prompts, args.new_tokens)
+        print(f"\n{name}: {len(prompts)} questions x {GROUP} x {args.new_tokens} tokens; greedy tokens equal: "
+              f"{same_greedy(vlm, images, prompts, args.new_tokens)}")
+        seconds = side_by_side(runs, args.rounds)
+        print(data.table({run: {"seconds": value, "ratio to ours": value / seconds["ours"], "extra MiB": float(memory_of(
+            __file__, "--only", name, run, "--new_tokens", str(args.new_tokens)))} for run, value in seconds.items()}))
+
+
+if __name__ == "__main__":
+    main()
