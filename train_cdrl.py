@@ -55,7 +55,7 @@ class Args:
     resume: str = option("auto", "auto: go on where the run folder stopped; no: move an earlier run aside", ("auto", "no"))
     seed: int = option(0, "decides questions, noise and samples")
     # Scale
-    steps: int = option(100, "optimisation steps")
+    steps: int = option(500, "optimisation steps")
     batch_size: int = option(16, "questions a step, over all ranks")
     group_size: int = option(8, "rollouts a question on each view, G (the paper: 4 pairs)")
     micro_batch: int = option(16, "questions a forward pass when learning; less saves memory, the gradient is the same")
@@ -64,14 +64,14 @@ class Args:
     save_every: int = option(20, "steps between checkpoints")
     eval_size: int = option(200, "held-out questions for the table before and after; 0 = no table")
     # Optimisation (paper 3.2; DAPO, Dr. GRPO for the alternatives)
-    lr: float = option(1e-4, "learning rate of AdamW, reached after 5 steps; 1e-6 suits a 7B model")
+    lr: float = option(3e-4, "learning rate of AdamW, reached after 5 steps; 1e-6 suits a 7B model")
     lr_schedule: str = option("linear", "linear: it falls to 0 over --steps; constant", ("linear", "constant"))
     max_grad_norm: float = option(1.0, "gradient norm is clipped here")
     temperature: float = option(1.0, "of sampling; the log-probs of the loss are divided alike")
     mu: int = option(1, "updates on the same rollouts")
     clip_low: float = option(0.2, "the probability ratio is clipped below 1 - clip_low")
     clip_high: float = option(0.28, "and above 1 + clip_high")
-    adv_norm: str = option("std", "divide advantages by the group's std, or not (Dr. GRPO)", ("std", "none"))
+    adv_norm: str = option("none", "divide advantages by the group's std, or not (Dr. GRPO)", ("std", "none"))
     loss_norm: str = option("token", "mean over the batch's tokens (DAPO), or over sequences", ("token", "sequence"))
     truncated: str = option("keep", "completions cut at max_new_tokens: keep them in the loss, or mask", ("keep", "mask"))
     kl_beta: float = option(0.0, "weight of the KL to the starting model (k3); 0 loads no reference")
@@ -79,7 +79,7 @@ class Args:
     noise_t: str = option("999", "diffusion step 0 to 1000, or a range such as 500-999 to draw from")
     region: str = option("key", "where the noise goes", noise.MODES)
     mass: float = option(0.5, "share of CLIP's attention that the key region holds")
-    controls: float = option(0.0, "share of questions whose noise goes on a random region of the same area instead: no "
+    controls: float = option(0.3, "share of questions whose noise goes on a random region of the same area instead: no "
                              "perception term there, so that C learns to fall with the evidence, not with noise")
     text_guidance: bool = option(True, "the question guides CLIP's attention")
     noised: str = option("rollout", "C' from rollouts on the noised picture (paper), or from scoring the same words there",
@@ -87,7 +87,7 @@ class Args:
     # Reward (paper Eq. 4)
     confidence: str = option("topk", "C of the perception term: Eq. 3, or mean log-prob, or minus mean entropy", KINDS)
     judged: str = option("topk", "the confidence that the calibration term judges", KINDS)
-    alpha: float = option(0.2, "weight of the perception term tanh(beta (C - C')); 0 = no term")
+    alpha: float = option(0.06, "weight of the perception term tanh(beta (C - C')); 0 = no term")
     beta: float = option(0.5, "its steepness, per nat")
     cnorm: str = option("range", "scale of C in the linear term: the base's 5th-95th percentile, or the group's min-max",
                         ("range", "group"))
@@ -96,13 +96,16 @@ class Args:
     probability: str = option("sigmoid", "that probability: sigmoid(aC + b), fitted on the base once; exp(C), of logprob "
                               "or entropy", ("sigmoid", "exp"))
     learn_noised: bool = option(True, "rollouts on the noised picture get a reward and a gradient of their own")
-    pathwise: float = option(1.0, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
+    credit: str = option("all", "which terms the policy gradient sees: all, or outcome and format alone; then the confidence "
+                         "terms act through C alone (--pathwise), and no word is chosen for how sure it sounds", ("all", "outcome"))
+    pathwise: float = option(10.0, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
 
 
 RECIPES = {
     "ours": {},
-    "paper": dict(alpha=0.5, beta=1.0, cnorm="group", calibration="linear", learn_noised=False, pathwise=0.0),
-    "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0),
+    "paper": dict(alpha=0.5, beta=1.0, cnorm="group", calibration="linear", learn_noised=False, pathwise=0.0, controls=0.0,
+                  adv_norm="std"),
+    "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0, controls=0.0, adv_norm="std"),
 }
 # A resumed run may change these; every other setting must be the same. (More steps go on with the lr of the longer run.)
 FREE = ("steps", "save_every", "resume")
@@ -590,7 +593,8 @@ def reward_views(views, scale, args, device="cpu"):
         perception, calibration = confidence_reward(c, c_other, view.control, view.judged, view.correct, scale, args)
         formats = torch.tensor([[reward.format_reward(r.text, r.finished) for r in group] for group in view.rollouts])
         view.terms = {"perception": perception, "calibration": calibration, "outcome": view.correct, "format": formats}
-        view.advantages, spread = group_advantages(sum(view.terms.values()), args.adv_norm)
+        credited = sum(view.terms.values()) if args.credit == "all" else view.correct + formats
+        view.advantages, spread = group_advantages(credited, args.adv_norm)
         total, groups = summed([spread.sum(), len(spread)], device)
         view.spread = total / groups
 

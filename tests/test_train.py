@@ -181,7 +181,7 @@ def test_controls_are_noised_elsewhere_and_earn_no_perception_term(fresh, clip):
     """--controls 1: the pictures are those of --region random, and the reward is that of alpha = 0; 0.5: both kinds."""
     _, controls, _, _ = step_views(fresh, clip, controls=1.0)
     _, random, _, _ = step_views(fresh, clip, region="random", alpha=0.0)
-    _, key, _, _ = step_views(fresh, clip)
+    _, key, _, _ = step_views(fresh, clip, controls=0.0)
     assert all(torch.equal(a.advantages, b.advantages) for a, b in zip(controls, random))
     assert controls[1].images == random[1].images != key[1].images
     assert set(train_cdrl.statistics(controls)) - set(train_cdrl.statistics(key)) == {"gap/controls"}
