@@ -129,10 +129,11 @@ def table(rows, intervals=True):
 class Sample:
     """One question.
 
-    id: unique in its source. images: PIL images, paths, or the bytes of a file, opened when `pictures` is called. answer:
+    id: unique in its source. images: PIL images, paths, or the bytes of a file, opened when `pictures` is called; none for a
+    question of words alone, which training refuses. answer:
     the gold answer, a LETTER when `choices` (the option texts, "" where a letter is left out) is given, a list where any of
     several is right, None when unknown. meta: whatever the source knows; the built-in questions carry "skill", "level",
-    "evidence", "rows" and "solution".
+    "evidence", "rows" and "solution". where: its place in a file, for messages.
     """
     id: str
     images: list
@@ -141,6 +142,7 @@ class Sample:
     choices: list[str] | None = None
     source: str = ""
     meta: dict = field(default_factory=dict)
+    where: str = ""
 
     def pictures(self):
         """The images as RGB PIL images. Raises InputError, naming the sample, when a file is missing or unreadable."""
@@ -155,8 +157,8 @@ class Sample:
                         image = file.convert("RGB")
                 except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                     shown = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
-                    raise InputError(f"question {self.id!r}: image {shown} cannot be read ({error}); "
-                                     "repair or remove it") from error
+                    raise InputError(f"{self.where + ': ' if self.where else ''}question {self.id!r}: image {shown} cannot be "
+                                     f"read ({error}); repair or remove it") from error
             opened.append(image.convert("RGB"))
         return opened
 
@@ -500,7 +502,7 @@ class File(Sequence):
             try:
                 if isinstance(row, InputError):
                     raise row
-                sample = to_sample(row, where, path, rows.picture)
+                sample = to_sample(row, where, path, rows)
                 if sample.id in seen:
                     raise InputError(f"{where}: id {sample.id!r} occurs twice; make ids unique")
                 if answered and sample.answer is None:
@@ -523,7 +525,7 @@ class File(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         where, row = self.rows[self.kept[index]]
-        return to_sample(row, where, self.path, self.rows.picture)
+        return to_sample(row, where, self.path, self.rows)
 
 
 class Rows(Sequence):
@@ -538,10 +540,16 @@ class Rows(Sequence):
     def __getitem__(self, place):
         return self.rows[place]
 
+    def resolve(self, cell, where):
+        """An image cell, or what it refers to."""
+        return cell
+
     def picture(self, cell, folder, where):
         """An image cell -> a path, or the bytes of a picture."""
         if isinstance(cell, dict):                      # Hugging Face: {"bytes": ..., "path": ...}
             cell = cell.get("bytes") or cell.get("path")
+        if isinstance(cell, str) and cell.startswith("data:"):
+            return _from_base64(cell, where)
         if isinstance(cell, str) and cell:
             return folder / cell
         if isinstance(cell, bytes) and cell:
@@ -558,7 +566,7 @@ class TsvRows(Rows):
         self.path, self.header = path, None
         for offset, line, cells in self._records(0, 1):
             if self.header is None:
-                self.header = [name.strip().lstrip("\ufeff") for name in cells]
+                self.header = [name.strip() for name in cells]
                 if not {"question"} <= set(self.header) or not {"image", "image_path"} & set(self.header):
                     raise InputError(f"{path} has the columns {', '.join(self.header)[:200]}; {LAYOUT} are expected")
                 continue
@@ -576,8 +584,9 @@ class TsvRows(Rows):
 
         def lines():
             for raw in iter(self.file.readline, b""):
+                raw_text = raw.removeprefix(b"\xef\xbb\xbf" if end[0] == 0 else b"").decode("utf-8", "replace")
                 end[0], end[1] = end[0] + len(raw), end[1] + 1
-                yield raw.decode("utf-8", "replace")
+                yield raw_text.replace("\r\n", "\n").replace("\r", " ")           # csv refuses a bare \r
         start = list(end)
         for cells in csv.reader(lines(), delimiter="\t"):
             yield (*start, cells)
@@ -597,28 +606,41 @@ class TsvRows(Rows):
                                      f"{len(self.header)}; repair or remove the row")
         return where, dict(zip(self.header, cells))
 
+    def resolve(self, cell, where):
+        """The image cell of the row whose index this cell is, where it is one; that row may in turn name another."""
+        passed = []
+        while isinstance(cell, str) and len(cell) <= 64 and cell in self.by_index:
+            passed.append(cell)
+            row = self[self.by_index[cell]][1]
+            if isinstance(row, InputError) or passed.count(cell) > 1:
+                raise InputError(f"{where} has the image of row {cell!r}, which has none of its own; give it a picture")
+            cell = row.get("image", "")
+        return cell
+
     def picture(self, cell, folder, where):
-        for _ in range(2):
-            if not isinstance(cell, str) or len(cell) > 64:
-                break
-            if cell not in self.by_index:               # a path, where the file has no base64 pictures
-                return super().picture(cell, folder, where)
-            cell = self[self.by_index[cell]][1]["image"]        # the same picture as in another row
-        try:
-            return base64.b64decode(cell, validate=True)
-        except ValueError as error:
-            raise InputError(f"{where} has an image that is not base64 ({error}); repair or remove the row") from error
+        # base64 knows no dot and no picture is so short: the rest are paths
+        if not isinstance(cell, str) or cell.startswith("data:") or len(cell) <= 64 or "." in cell[:4096]:
+            return super().picture(cell, folder, where)
+        return _from_base64(cell, where)
+
+
+def _from_base64(cell, where):
+    """base64, perhaps as a data URI or in lines -> bytes. Raises InputError."""
+    try:
+        return base64.b64decode("".join(re.sub(r"^data:[^,]{0,200},", "", cell).split()), validate=True)
+    except ValueError as error:
+        raise InputError(f"{where} has an image that is not base64 ({error}); repair or remove the row") from error
 
 
 def _read_jsonl(path):
     rows = []
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"{path}, line {number}"
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     row = InputError(f"{where}: not JSON ({error}); repair or remove the line")
                 rows.append((where, row))
     return Rows(rows)
@@ -626,8 +648,8 @@ def _read_jsonl(path):
 
 def _read_json(path):
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); repair the file") from error
     if isinstance(found, dict):                 # MathVista: {"pid": row}
         found = [{"pid": key, **row} if isinstance(row, dict) else row for key, row in found.items()]
@@ -642,11 +664,14 @@ def _read_tsv(path):
 
 def _read_parquet(path):
     try:
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise InputError(f"{path} is a parquet file; install pyarrow to read it") from error
-    table = parquet.read_table(path)
-    return Rows([(f"{path}, row {number}", row) for number, row in enumerate(table.to_pylist(), 1)])
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ArrowException) as error:
+        raise InputError(f"{path} is no parquet file that can be read ({str(error)[:100]}); repair it") from error
+    return Rows([(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)])
 
 
 def _listed(value):
@@ -654,62 +679,99 @@ def _listed(value):
     if isinstance(value, str) and value.strip().startswith("["):
         try:
             value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return None
     return list(value) if isinstance(value, (list, tuple)) else None
+
+
+def _absent(value):
+    """Whether a cell holds nothing: "", None, or the NaN that pandas and parquet put there. 0 and "None" are something."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _text(value):
+    """A cell as text; half a character ("\\ud800"), which JSON can hold and no tokenizer takes, becomes "?"."""
+    return str(value).encode("utf-8", "replace").decode()
+
+
+def _letter_of(answer, choices, by_text):
+    """A gold answer -> the option's letter, by letter in any dress ("B", "(B)", "\\boxed{B}") or by text; None if neither."""
+    letters = LETTERS[:len(choices)]
+    if len(answer) == 1 and answer in letters and not by_text:
+        return answer
+    inner = re.sub(r"^\\boxed\{(.*)\}$", r"\1", answer.strip("$ "), flags=re.DOTALL).strip("$ ")
+    for text in (answer, inner):
+        if text in choices:
+            return letters[choices.index(text)]
+    bare = re.sub(r"\\text|[\s{}()\[\].:]", "", inner).upper()
+    return bare if len(bare) == 1 and bare in letters else None
 
 
 _HINT = re.compile(r"^Hint: .*?\nQuestion: ", re.DOTALL)        # VLMEvalKit and MathVista wrap the question in instructions
 _OPTIONS = re.compile(r"\n(?:Options?|Choices): *\n?(?=\(?A)", re.IGNORECASE)
 
 
-def to_sample(row, where, path, picture):
-    """One row of any known layout -> Sample. Raises InputError that names place and id."""
+def _options_in(question):
+    """A question whose last lines list its options -> (question, option texts); else (question, None)."""
+    stem, *tail = _OPTIONS.split(question, maxsplit=1)
+    parts = re.split(r"(?:^|,\s*|\n\s*)\(?([A-H])[:.)]\s*", tail[0]) if tail else []
+    if not parts[1::2] or parts[1::2] != list(LETTERS[:len(parts) // 2]):
+        return question, None
+    return stem.strip(), [text.strip() for text in parts[2::2]]
+
+
+def to_sample(row, where, path, rows):
+    """One row of any known layout -> Sample. rows: its `Rows`, which know pictures. Raises InputError that names place, id."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON object is expected, found {type(row).__name__}")
-    name = next((str(row[key]) for key in ID if row.get(key) not in (None, "")), where.split()[-1])
-    here = f"{where}: question {name!r}"
     if not any(key in row for key in QUESTION):
-        raise InputError(f"{where} has the fields {', '.join(map(str, row))[:200]}; {LAYOUT} are expected")
-    question = next((row[key] for key in QUESTION if row.get(key)), "")
+        raise InputError(f"{where} has the fields {', '.join(map(_text, row))[:200]}; {LAYOUT} are expected")
+    row = {key: value for key, value in row.items() if not _absent(value)}
+    name = next((_text(row[key]) for key in ID if key in row), where.split()[-1])
+    here = f"{where}: question {name!r}"
+    question = next((row[key] for key in QUESTION if key in row), "")
     if not isinstance(question, str) or not question.strip():
         raise InputError(f"{here} is empty or no text; give it one or remove the row")
+    question = _HINT.sub("", _text(question).strip())
     # Options: a list, a list as text, columns A, B, .., or the question's own last lines (MMStar)
-    choices = row.get("choices") if row.get("choices") not in (None, "") else row.get("options")
-    if choices not in (None, "", [], "[]"):
+    choices, (stem, written) = row.get("choices", row.get("options", [])), _options_in(question)
+    if choices not in ([], "[]"):
         listed = _listed(choices)
         if listed is None or not 2 <= len(listed) <= len(LETTERS):
-            raise InputError(f"{here} has choices {str(choices)[:60]!r}; a list of 2 to 26 texts is expected")
-        choices = [str(choice) for choice in listed]
+            raise InputError(f"{here} has choices {_text(choices)[:60]!r}; a list of 2 to 26 texts is expected")
+        choices = ["" if _absent(choice) else _text(choice) for choice in listed]
     else:
-        columns = [str(row.get(letter) or "") for letter in LETTERS]
+        columns = [_text(row.get(letter, "")) for letter in LETTERS]
         used = [place for place, text in enumerate(columns) if text]
-        choices = columns[:used[-1] + 1] if len(used) > 1 else None
-    question = _HINT.sub("", question.strip())
-    tail = _OPTIONS.split(question, maxsplit=1)
-    if len(tail) == 2:
-        if choices is None:
-            parts = re.split(r"(?:^|,\s*|\n\s*)\(?([A-H])[:.)]\s*", tail[1])
-            choices = [text.strip() for text in parts[2::2]] if parts[1::2] == list(LETTERS[:len(parts) // 2]) else None
-        question = tail[0].strip() if choices else question
-    answer = row.get("answer_option") if row.get("answer_option") not in (None, "") else row.get("answer")
-    answer = None if answer is None or not str(answer).strip() else str(answer).strip()
+        choices = columns[:used[-1] + 1] if len(used) > 1 else written
+    if written and written == [choice.strip() for choice in choices]:           # the prompt lists them, once
+        question = stem
+    answer = row.get("answer_option", row.get("answer"))
+    answer = None if answer is None or not _text(answer).strip() else _text(answer).strip()
     if row.get("question_type") == "open" and _listed(answer):         # MMMU: any of several
-        answer = [str(item) for item in _listed(answer)]
-    by_text = "pid" in row and "answer_option" not in row               # MathVista's own files give the option's text
-    if choices and answer is not None and (by_text or answer not in LETTERS[:len(choices)]):
-        if answer.upper() not in LETTERS[:len(choices)] and answer not in choices:
+        answer = [_text(item) for item in _listed(answer)]
+    if choices and answer is not None:
+        # MathVista's own files give the option's text, even where it looks like a letter
+        letter = _letter_of(answer, choices, "pid" in row and "answer_option" not in row)
+        if letter is None:
             raise InputError(f"{here} has the answer {answer[:60]!r}; a letter from A to {LETTERS[len(choices) - 1]} or the "
                              "text of a choice is expected")
-        answer = LETTERS[choices.index(answer)] if answer in choices else answer.upper()
+        answer = letter
     # Pictures: base64 cells, paths, picture data; one, a list, a list as text, or image_1, image_2, ..
-    cells = next((row[key] for key in ("decoded_image", *IMAGE) if row.get(key) not in (None, "", [])), None)
+    cells = next((row[key] for key in ("decoded_image", *IMAGE) if row.get(key, []) != []), None)
     if cells is None:
         numbered = sorted((key for key in row if re.fullmatch(r"image_\d+", str(key))), key=lambda key: int(key[6:]))
-        cells = [row[key] for key in numbered if row[key] not in (None, "")]
+        cells = [row[key] for key in numbered]
+    cells = rows.resolve(cells, here)
     cells = _listed(cells) if _listed(cells) is not None else [cells]
-    images = [picture(cell, path.parent, here) for cell in cells]
+    images = [rows.picture(rows.resolve(cell, here), path.parent, here) for cell in cells]
     meta = dict(row["meta"]) if isinstance(row.get("meta"), dict) else {}
     meta |= {key: row[key] for key in ("answer_type", "precision", "category", "level", "subject", "split", "question_type")
-             if row.get(key) not in (None, "")}
-    return Sample(name, images, question, answer, choices, str(row.get("source") or path.stem), meta)
+             if key in row}
+    try:
+        sound = 0 <= float(meta.get("precision") or 0) <= 15
+    except (TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise InputError(f"{here} has the precision {_text(meta['precision'])[:20]!r}; a number of decimals is expected")
+    return Sample(name, images, question, answer, choices, _text(row.get("source", path.stem)), meta, where)

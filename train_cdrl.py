@@ -96,8 +96,8 @@ class Args:
     probability: str = option("sigmoid", "that probability: sigmoid(aC + b), fitted on the base once; exp(C), of logprob "
                               "or entropy", ("sigmoid", "exp"))
     learn_noised: bool = option(True, "rollouts on the noised picture get a reward and a gradient of their own")
-    credit: str = option("all", "which terms the policy gradient sees: all, or outcome and format alone; then the confidence "
-                         "terms act through C alone (--pathwise), and no word is chosen for how sure it sounds", ("all", "outcome"))
+    credit: str = option("all", "terms that the policy gradient sees: all, or outcome and format alone; then the confidence's "
+                         "act through C alone (--pathwise) and no word is chosen for how sure it sounds", ("all", "outcome"))
     pathwise: float = option(10.0, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
 
 

@@ -7,6 +7,7 @@ import tracemalloc
 from collections import Counter
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import data
@@ -260,3 +261,111 @@ def test_parquet_opens_or_says_what_to_install(tmp_path):
                                        "image_1": [image], "image_2": [None]}), path)
     (s,) = data.load(path)
     assert s.choices == ["x", "y"] and s.answer == "B" and s.pictures()[0].size == (40, 30)
+
+
+# ---- what real files hold
+
+PNG = base64.b64encode((ROOT / "tiny" / "example.png").read_bytes()).decode()
+
+
+def written(tmp_path, header, *lines):
+    path = tmp_path / "q.tsv"
+    path.write_bytes(("\t".join(header) + "\n" + "".join("\t".join(cells) + "\n" for cells in lines)).encode())
+    return path
+
+
+HEAD = "index\tquestion\timage\tanswer"
+WHOLE = '{"id": 1, "question": "b", "answer": "1", "precision": "1.0"}'
+ODD = {
+    "a bare return": ("q.tsv", f"{HEAD}\n0\tbare\rreturn\t{PNG}\t1\n1\tb\t{PNG}\t2\n", ["0", "1"]),
+    "an unhashable literal": ("q.tsv", f"{HEAD}\tchoices\n0\ta\t{PNG}\tA\t[{{[]:1}}]\n1\tb\t{PNG}\t2\t[]\n", ["1"]),
+    "brackets": ("q.tsv", f"{HEAD}\tchoices\n0\ta\t{PNG}\tA\t{'[' * 10**5}\n1\tb\t{PNG}\t2\t[]\n", ["1"]),
+    "brackets in JSON": ("q.jsonl", "[" * 10**5 + f"\n{WHOLE}\n", ["1"]),
+    "no precision": ("q.jsonl", f'{{"id": 0, "question": "a", "answer": "1", "precision": "abc"}}\n{WHOLE}', ["1"]),
+    "a negative precision": ("q.jsonl", f'{{"id": 0, "question": "a", "answer": "1", "precision": -1}}\n{WHOLE}', ["1"]),
+    "a cycle": ("q.tsv", f"{HEAD}\n0\ta\t1\t1\n1\tb\t0\t1\n2\tc\t{PNG}\t1\n", ["2"]),
+    "a chain": ("q.tsv", f"{HEAD}\n0\ta\t2\t1\n1\tb\t0\t1\n2\tc\t{PNG}\t1\n", ["0", "1", "2"]),
+}
+
+
+@pytest.mark.parametrize("name, content, kept", ODD.values(), ids=list(ODD))
+def test_odd_rows_are_left_out_or_load_and_never_end_the_run(tmp_path, name, content, kept, capsys):
+    (tmp_path / name).write_text(content, newline="")
+    found = data.load(tmp_path / name, strict=False)
+    assert [s.id for s in found] == kept and capsys.readouterr().err.count("left out: ") == found.broken
+    assert all(s.pictures() for s in found) or "json" in name
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("q.json", b"[" * 10**5, "is not JSON"), ("q.json", b'[{"question": "\xff"', "is not JSON"),
+    ("q.parquet", b"PAR1 no", "parquet")])
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        data.load(tmp_path / name, strict=False)
+
+
+@pytest.mark.parametrize("answer", ["B", "(B)", "B.", "b", r"\boxed{B}", r"$\boxed{(B)}$", r"\boxed{\text{B}}", "two",
+                                    r"\boxed{two}"])
+def test_a_gold_letter_in_any_dress(tmp_path, answer):
+    assert data.load(rows(tmp_path, {"question": "a", "choices": ["one", "two"], "answer": answer}))[0].answer == "B"
+
+
+@pytest.mark.parametrize("answer", ["AB", "C", r"\boxed{AB}", "(A) (B)", "three"])
+def test_a_gold_answer_that_is_no_option_is_refused(tmp_path, answer):
+    with pytest.raises(InputError, match="a letter from A to B"):
+        data.load(rows(tmp_path, {"question": "a", "choices": ["one", "two"], "answer": answer}))
+
+
+def test_zero_is_an_option_nan_is_none(tmp_path):
+    found = data.load(rows(tmp_path, {"id": 1, "question": "a", "choices": [0, 1, 2], "answer": 0},
+                           {"id": 2, "question": "a", "A": 0, "B": 1, "C": float("nan"), "answer": "A", "level": float("nan")},
+                           {"id": 3, "question": "a", "choices": ["None", "NA", "nan"], "answer": "NA"},
+                           {"id": 4, "question": "half \ud800", "answer": float("nan")}))
+    assert [s.choices for s in found] == [["0", "1", "2"], ["0", "1"], ["None", "NA", "nan"], None]
+    assert [s.answer for s in found] == ["A", "A", "B", None] and found[1].meta == {} and found[3].question == "half ?"
+
+
+def test_an_index_of_a_row_with_several_pictures_gives_them_all(tmp_path):
+    path = written(tmp_path, HEAD.split("\t"), ["0", "a", f"['{PNG}', '{PNG}']", "1"], ["1", "b", "0", "1"])
+    assert [len(s.pictures()) for s in data.load(path)] == [2, 2]
+
+
+def test_pictures_in_lines_as_data_uris_and_by_long_paths(tmp_path):
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    (folder / "a.png").write_bytes((ROOT / "tiny" / "example.png").read_bytes())
+    wrapped = "\n".join(PNG[i:i + 76] for i in range(0, len(PNG), 76))
+    path = written(tmp_path, ["\ufeffindex", "question", "image", "answer"], ["0", "a", f'"{wrapped}"', "1"],
+               ["1", "b", f"data:image/png;base64,{PNG}", "1"], ["2", "c", f"{folder.name}/a.png", "1"])
+    found = data.load(path)
+    assert [s.id for s in found] == ["0", "1", "2"] and len({s.pictures()[0].tobytes() for s in found}) == 1
+    line = json.dumps({"id": 7, "question": "a", "image": f"data:image/png;base64,{PNG}"})
+    for name, text in (("b.jsonl", line), ("b.json", f"[{line}]")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert [s.pictures()[0].size for s in data.load(tmp_path / name)] == [(112, 112)]
+
+
+def test_a_tail_that_is_no_mere_list_of_the_options_stays(tmp_path):
+    def question(text):
+        return data.load(rows(tmp_path, {"question": text, "choices": ["one", "two"], "answer": "A"}))[0].question
+    assert question("Which?\nOptions: A: one, B: two") == question("Which?\nChoices:\n(A) one\n(B) two") == "Which?"
+    kept = "Which?\nOptions: A quick look at the figure is enough."
+    assert question(kept) == kept
+
+
+def test_a_broken_picture_is_named_by_its_line(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (sample,) = data.load(rows(tmp_path, {"id": "x", "image": "bad.png", "question": "a"}))
+    with pytest.raises(InputError, match="line 1: question 'x'"):
+        sample.pictures()
+
+
+def test_a_checksum_follows_the_content(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "metrics.jsonl").write_text("1")
+    before = data.checksum(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("2")
+    assert data.checksum(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"weightz")
+    assert data.checksum(tmp_path) != before
