@@ -126,7 +126,7 @@ def test_gradient_from_the_noised_view(fresh, clip, recipe, flows):
 def test_pathwise_agrees_with_finite_differences(fresh, clip, settings):
     """The pathwise part of the gradient along a random direction = the change of the confidence reward itself, on fixed
     words, through C and through C', whichever confidence the calibration term judges."""
-    args, views, prompts, scale = step_views(fresh, clip, pathwise=1.0, **settings)
+    args, views, prompts, scale = step_views(fresh, clip, pathwise=1.0, adv_norm="std", **settings)
     for view in views:
         spreads = sum(view.terms.values()).std(-1) + 1e-4
         assert view.spread == pytest.approx(spreads.mean().item())          # one for the batch: no group's 0 blows it up
@@ -190,6 +190,16 @@ def test_controls_are_noised_elsewhere_and_earn_no_perception_term(fresh, clip):
     assert torch.equal(mixed[0].terms["perception"].any(-1), ~mixed[0].control)
     noised = [controls if spared else key for spared in mixed[1].control]
     assert all(mixed[1].images[q] == side[1].images[q] for q, side in enumerate(noised))
+
+
+def test_credit_outcome_leaves_the_policy_gradient_of_grpo(fresh, clip):
+    """On the same words the advantages of the original view are those of --recipe grpo, whatever the confidence earned."""
+    for adv_norm in ("std", "none"):
+        _, plain, _, _ = step_views(fresh, clip, **{**train_cdrl.RECIPES["grpo"], "adv_norm": adv_norm})
+        _, views, _, _ = step_views(fresh, clip, credit="outcome", adv_norm=adv_norm)
+        _, every, _, _ = step_views(fresh, clip, credit="all", adv_norm=adv_norm)
+        assert torch.equal(plain[0].advantages, views[0].advantages) and views[0].terms["calibration"].std() > 0
+        assert not torch.equal(views[0].advantages, every[0].advantages)
 
 
 def test_reward_is_the_sum_of_its_terms_as_in_eq_4(fresh, clip):
