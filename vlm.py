@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    PROCESSOR_MAPPING,
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
     DynamicCache,
-    PaddleOCRVLProcessor,
 )
 
 from data import InputError
@@ -80,11 +81,7 @@ class _Prefill:
 
 
 def load_processor(path):
-    """AutoProcessor, or where that fails or finds no image processor, one put together from its parts.
-
-    Qwen's processors insist on a video processor, which needs torchvision. Without it the directory's own tokenizer and
-    image processor are joined by an image-only class of transformers with the same `image_grid_thw` arithmetic.
-    """
+    """AutoProcessor; where it insists on a video processor, which needs torchvision, the same class without one."""
     try:
         processor = AutoProcessor.from_pretrained(path)
         if hasattr(processor, "image_processor"):
@@ -92,19 +89,15 @@ def load_processor(path):
     except (ImportError, OSError, ValueError, TypeError):
         pass        # the parts below say what is missing, in a sentence
     try:
-        images = AutoImageProcessor.from_pretrained(path)
+        AutoImageProcessor.from_pretrained(path)
     except (ImportError, OSError, ValueError) as error:
         raise InputError(f"model {str(path)!r} has no image processor that can be opened; a vision-language model with "
                          "preprocessor_config.json or processor_config.json is needed") from error
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if not hasattr(images, "merge_size"):
-        raise InputError(f"model {str(path)!r} has a processor that needs torchvision; install torchvision")
-    if not hasattr(tokenizer, "image_token"):
-        tokenizer.add_special_tokens({"extra_special_tokens": {"image_token": "<|image_pad|>"}}
-                                     if "<|image_pad|>" in tokenizer.get_vocab() else {})
-        tokenizer.image_token = "<|image_pad|>"
-        tokenizer.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    return PaddleOCRVLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+    whole = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
+    parts = [name for name in whole.get_attributes() if "video" not in name]
+    # Of the same name, because that is what `save_pretrained` writes down.
+    images_only = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts)})
+    return images_only.from_pretrained(path)
 
 
 class VLM:
@@ -142,7 +135,37 @@ class VLM:
         for p in model.parameters():
             # Memory of its own: mapped from a file it may lie at odd addresses, for which kernels sum in another order.
             p.data = p.data.clone()
-        return cls(model.to(device), load_processor(path))
+        vlm = cls(model.to(device), load_processor(path))
+        vlm._check()
+        return vlm
+
+    @torch.no_grad()
+    def _check(self):
+        """InputError for a class that is not what this file takes it for: prefill, repeated cache and head must give the
+        same log-probs to what its own `generate` says about two pictures."""
+        refusal = f"model class {type(self.model).__name__} cannot be used here"
+        other = {type(layer).__name__ for layer in DynamicCache(config=self.text_config).layers
+                 if not hasattr(layer, "batch_repeat_interleave")}
+        if other:
+            raise InputError(f"{refusal}: its cache is not of keys and values alone ({', '.join(other)})")
+        images = [[Image.new("RGB", (64, 64), "gray")], [Image.new("RGB", (120, 40), "red")]]
+        prompts = ["What is this?", "What colour is it?"]
+        try:
+            inputs = self.encode(images, prompts)
+            if any(value.ndim > 2 and value.shape[:2] == inputs["input_ids"].shape for value in inputs.values()):
+                raise InputError("its tokens look at the pictures past the cache, by cross-attention")
+            said = self.model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True,
+                                       output_logits=True)
+            tokens = said.sequences[:, inputs["input_ids"].shape[1]:]                              # (2, T)
+            theirs = torch.stack(said.logits, 1).float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+            ours = self.score(images, prompts, tokens.repeat_interleave(2, 0)).logprobs[::2]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise InputError(f"{refusal}: {(str(error) or repr(error)).splitlines()[0]}") from error
+        off = (theirs - ours).abs().max().item()
+        if not off < (1e-3 if self.model.dtype == torch.float32 else 0.5):         # not: nan is refused as well
+            raise InputError(f"{refusal}: its log-probs from a repeated cache are off from its own `generate` by {off:.2g}")
 
     def save(self, path):
         """Write the model and its processor in Hugging Face form."""
@@ -190,10 +213,12 @@ class VLM:
             for part in content:
                 if part["type"] == "text":
                     part["text"] = self._special.sub(" ", part["text"])
-            ordered += [pictures[i] for i in order]
+            ordered.append([pictures[i] for i in order])
             texts.append(self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                                             add_generation_prompt=True))
-        inputs = self.processor(text=texts, images=ordered or None, padding=True, return_tensors="pt")
+        bos = self.tokenizer.bos_token              # where the template has written it, the tokenizer must not once more
+        inputs = self.processor(text=texts, images=ordered if any(ordered) else None, padding=True, return_tensors="pt",
+                                add_special_tokens=not (bos and texts[0].startswith(bos)))
         return {key: value.to(self.device) for key, value in inputs.items()}
 
     def prompt_length(self, images, prompt):
@@ -278,7 +303,7 @@ class VLM:
         ended = torch.zeros(total, dtype=torch.bool, device=self.device)
 
         for t in range(max_new_tokens):
-            views = [self.head(state.hidden).float() for state in states]       # (R, V) each, raw
+            views = [self._logits(state.hidden) for state in states]            # (R, V) each, raw
             token, logits = choose(*views, uniform[rows, t]), views[0]
             tokens[rows, t] = torch.where(ended, -1, token)
             logprobs[rows, t] = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
@@ -344,9 +369,14 @@ class VLM:
                   for part in zip(*parts)]
         return Scores(*fields, mask)
 
+    def _logits(self, hidden):
+        """(N, D) -> (N, V) in fp32, capped where the model caps them (Gemma)."""
+        logits, cap = self.head(hidden).float(), getattr(self.text_config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
     def _head_scores(self, hidden, targets, temperature):
         """(N, D), (N,) -> log-prob of the target, confidence, entropy, (N,) each."""
-        logits = self.head(hidden).float()                                                         # (N, V)
+        logits = self._logits(hidden)                                                              # (N, V)
         picked = (logits / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         return picked, token_confidence(logits, self.top_k), token_entropy(logits)
 
