@@ -96,8 +96,6 @@ class Args:
     probability: str = option("sigmoid", "that probability: sigmoid(aC + b), fitted on the base once; exp(C), of logprob "
                               "or entropy", ("sigmoid", "exp"))
     learn_noised: bool = option(True, "rollouts on the noised picture get a reward and a gradient of their own")
-    credit: str = option("all", "terms that the policy gradient sees: all, or outcome and format alone; then the confidence's "
-                         "act through C alone (--pathwise) and no word is chosen for how sure it sounds", ("all", "outcome"))
     pathwise: float = option(10.0, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
 
 
@@ -593,8 +591,7 @@ def reward_views(views, scale, args, device="cpu"):
         perception, calibration = confidence_reward(c, c_other, view.control, view.judged, view.correct, scale, args)
         formats = torch.tensor([[reward.format_reward(r.text, r.finished) for r in group] for group in view.rollouts])
         view.terms = {"perception": perception, "calibration": calibration, "outcome": view.correct, "format": formats}
-        credited = sum(view.terms.values()) if args.credit == "all" else view.correct + formats
-        view.advantages, spread = group_advantages(credited, args.adv_norm)
+        view.advantages, spread = group_advantages(sum(view.terms.values()), args.adv_norm)
         total, groups = summed([spread.sum(), len(spread)], device)
         view.spread = total / groups
 
