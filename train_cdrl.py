@@ -55,7 +55,7 @@ class Args:
     resume: str = option("auto", "auto: go on where the run folder stopped; no: move an earlier run aside", ("auto", "no"))
     seed: int = option(0, "decides questions, noise and samples")
     # Scale
-    steps: int = option(500, "optimisation steps")
+    steps: int = option(350, "optimisation steps")
     batch_size: int = option(16, "questions a step, over all ranks")
     group_size: int = option(8, "rollouts a question on each view, G (the paper: 4 pairs)")
     micro_batch: int = option(16, "questions a forward pass when learning; less saves memory, the gradient is the same")
