@@ -93,11 +93,14 @@ def load_processor(path):
     except (ImportError, OSError, ValueError) as error:
         raise InputError(f"model {str(path)!r} has no image processor that can be opened; a vision-language model with "
                          "preprocessor_config.json or processor_config.json is needed") from error
-    whole = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
-    parts = [name for name in whole.get_attributes() if "video" not in name]
-    # Of the same name, because that is what `save_pretrained` writes down.
-    images_only = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts)})
-    return images_only.from_pretrained(path)
+    try:
+        whole = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
+        parts = [name for name in whole.get_attributes() if "video" not in name]
+        # Of the same name, because that is what `save_pretrained` writes down.
+        images_only = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts)})
+        return images_only.from_pretrained(path)
+    except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
+        raise InputError(f"model {str(path)!r} has a processor that needs torchvision; install torchvision") from error
 
 
 class VLM:
@@ -107,7 +110,9 @@ class VLM:
         self.model, self.processor = model.eval(), processor       # eval: dropout would make score differ from sample
         self.tokenizer = processor.tokenizer
         self.tokenizer.padding_side = "left"
-        self.backbone, self.head = model.model, model.get_output_embeddings()
+        self.backbone, self.head = getattr(model, "model", None), model.get_output_embeddings()
+        if self.backbone is None or self.head is None:
+            raise InputError(f"model class {type(model).__name__} cannot be used here: it is not a backbone with a head")
         self.text_config = model.config.get_text_config()
         self.vocabulary = self.head.weight.shape[0]
         self.top_k = top_k_for(self.vocabulary)
@@ -144,18 +149,17 @@ class VLM:
         """InputError for a class that is not what this file takes it for: prefill, repeated cache and head must give the
         same log-probs to what its own `generate` says about two pictures."""
         refusal = f"model class {type(self.model).__name__} cannot be used here"
-        other = {type(layer).__name__ for layer in DynamicCache(config=self.text_config).layers
-                 if not hasattr(layer, "batch_repeat_interleave")}
-        if other:
-            raise InputError(f"{refusal}: its cache is not of keys and values alone ({', '.join(other)})")
         images = [[Image.new("RGB", (64, 64), "gray")], [Image.new("RGB", (120, 40), "red")]]
         prompts = ["What is this?", "What colour is it?"]
         try:
+            for layer in DynamicCache(config=self.text_config).layers:
+                if not hasattr(layer, "batch_repeat_interleave"):
+                    raise InputError(f"its cache holds more than keys and values ({type(layer).__name__})")
             inputs = self.encode(images, prompts)
             if any(value.ndim > 2 and value.shape[:2] == inputs["input_ids"].shape for value in inputs.values()):
                 raise InputError("its tokens look at the pictures past the cache, by cross-attention")
-            said = self.model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True,
-                                       output_logits=True)
+            said = self.model.generate(**inputs, max_new_tokens=3, do_sample=False, cache_implementation="dynamic",
+                                       return_dict_in_generate=True, output_logits=True)
             tokens = said.sequences[:, inputs["input_ids"].shape[1]:]                              # (2, T)
             theirs = torch.stack(said.logits, 1).float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
             ours = self.score(images, prompts, tokens.repeat_interleave(2, 0)).logprobs[::2]
@@ -171,6 +175,8 @@ class VLM:
         """Write the model and its processor in Hugging Face form."""
         self.model.save_pretrained(path)
         self.processor.save_pretrained(path)
+        # Where there is torchvision, a class that we have opened without its video processor finds the settings of one here.
+        self.processor.image_processor.save_pretrained(path)
 
     @property
     def device(self):
@@ -217,8 +223,11 @@ class VLM:
             texts.append(self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                                             add_generation_prompt=True))
         bos = self.tokenizer.bos_token              # where the template has written it, the tokenizer must not once more
-        inputs = self.processor(text=texts, images=ordered if any(ordered) else None, padding=True, return_tensors="pt",
-                                add_special_tokens=not (bos and texts[0].startswith(bos)))
+        try:
+            inputs = self.processor(text=texts, images=ordered if any(ordered) else None, padding=True, return_tensors="pt",
+                                    add_special_tokens=not (bos and texts[0].startswith(bos)))
+        except ValueError as error:     # some classes know no prompt without a picture, or not beside others with one
+            raise InputError(f"{type(self.processor).__name__} does not take these prompts: {error}") from error
         return {key: value.to(self.device) for key, value in inputs.items()}
 
     def prompt_length(self, images, prompt):

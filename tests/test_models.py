@@ -105,6 +105,17 @@ def idefics3():
     return config, images, words, "Idefics3Processor", dict(image_seq_len=4)
 
 
+def paligemma2():
+    """Caps its logits and takes no prompt without a picture."""
+    words = tokenizer("<image>", bos="<bos>")
+    config = tf.PaliGemmaConfig(
+        text_config=dict(TEXT, model_type="gemma2", vocab_size=len(words), final_logit_softcapping=2.0, sliding_window=24,
+                         query_pre_attn_scalar=16),
+        vision_config=dict(SIGLIP, projection_dim=32), projection_dim=32, image_token_index=words.image_token_id)
+    images = tf.SiglipImageProcessor(size=SQUARE, image_seq_length=16)
+    return config, images, words, "PaliGemmaProcessor", {}
+
+
 def mllama():
     words = tokenizer("<|image|>", bos="<bos>")
     config = tf.MllamaConfig(
@@ -281,6 +292,26 @@ def test_gradient_equals_that_of_plain_forwards_and_a_step_along_it_lowers_the_l
     assert (found - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 0
     torch.optim.AdamW(vlm.model.parameters(), lr=1e-3).step()
     assert loss() < before
+
+
+def test_capped_logits_and_a_class_that_needs_a_picture(tmp_path):
+    """`VLM.load` has compared log-probs with those of `generate`, which caps."""
+    vlm = VLM.load(write(paligemma2, tmp_path))
+    images, prompts = IMAGES[:2], PROMPTS[:2]
+    capped = flat(vlm.sample(images, prompts, n=2, max_new_tokens=6))
+    scores = vlm.score(images, prompts, [r.tokens for r in capped]).logprobs
+    assert all(torch.allclose(row[:len(r.tokens)], r.logprobs, atol=1e-5, rtol=0) for row, r in zip(scores, capped))
+    vlm.text_config.final_logit_softcapping = None
+    assert (vlm.score(images, prompts, [r.tokens for r in capped]).logprobs - scores).abs().max() > 0.1
+    with pytest.raises(InputError, match="PaliGemmaProcessor does not take these prompts"):
+        vlm.sample([[]], ["Say something."])
+
+
+def test_no_second_bos_where_the_template_has_written_one(tmp_path):
+    vlm = VLM.load(write(gemma3, tmp_path))
+    vlm.tokenizer.add_bos_token = True
+    ids = vlm.encode(IMAGES, PROMPTS)["input_ids"]
+    assert ((ids == vlm.tokenizer.bos_token_id).sum(1) == 1).all()
 
 
 @pytest.mark.parametrize("family", REFUSED, ids=lambda family: family.__name__)
