@@ -82,6 +82,10 @@ class _Prefill:
 
 def load_processor(path):
     """AutoProcessor; where it insists on a video processor, which needs torchvision, the same class without one."""
+    blind = InputError(f"model {str(path)!r} has no image processor that can be opened; a vision-language model with "
+                       "preprocessor_config.json or processor_config.json is needed")
+    if Path(path).is_dir() and not list(Path(path).glob("*processor_config.json")):
+        raise blind                 # transformers would take its class's defaults, which are not this model's
     try:
         processor = AutoProcessor.from_pretrained(path)
         if hasattr(processor, "image_processor"):
@@ -91,8 +95,7 @@ def load_processor(path):
     try:
         AutoImageProcessor.from_pretrained(path)
     except (ImportError, OSError, ValueError) as error:
-        raise InputError(f"model {str(path)!r} has no image processor that can be opened; a vision-language model with "
-                         "preprocessor_config.json or processor_config.json is needed") from error
+        raise blind from error
     try:
         whole = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
         parts = [name for name in whole.get_attributes() if "video" not in name]

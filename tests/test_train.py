@@ -234,7 +234,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, base, capsys):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
     base.save(tmp_path / "blind")
-    (tmp_path / "blind" / "processor_config.json").unlink()
+    for settings in (tmp_path / "blind").glob("*processor_config.json"):
+        settings.unlink()
     for path, name in ((ROOT / "tiny" / "base", "torn"), (ROOT / "tiny" / "clip", "torn_clip")):
         shutil.copytree(path, tmp_path / name)
         weights = (tmp_path / name / "model.safetensors").read_bytes()
