@@ -131,7 +131,8 @@ class VLM:
     @classmethod
     def load(cls, path, device=None, dtype=None):
         """Open a directory or hub id. device: default CUDA where there is one; dtype: default bf16 there, fp32 on a
-        CPU. Raises InputError, in a sentence, when there is no such model or it has no image processor."""
+        CPU. Raises InputError, in a sentence, when there is no such model, it has no image processor, or its class cannot
+        work here."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if str(device) == "cpu" else torch.bfloat16)
         if not Path(path).is_dir() and (str(path).startswith((".", "/")) or str(path).count("/") != 1):
@@ -169,7 +170,7 @@ class VLM:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise InputError(f"{refusal}: {(str(error) or repr(error)).splitlines()[0]}") from error
+            raise InputError(f"{refusal}: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
         off = (theirs - ours).abs().max().item()
         if not off < (1e-3 if self.model.dtype == torch.float32 else 0.5):         # not: nan is refused as well
             raise InputError(f"{refusal}: its log-probs from a repeated cache are off from its own `generate` by {off:.2g}")

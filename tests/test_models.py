@@ -174,7 +174,7 @@ def path(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vlm(path):
-    return VLM.load(path)
+    return VLM.load(path, "cpu")
 
 
 def picture(seed, width, height):
@@ -261,7 +261,7 @@ def test_saved_and_loaded_says_the_same(vlm, rollouts, tmp_path):
     vlm.save(tmp_path)
     weights = tf.AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(weights[key], value) for key, value in vlm.model.state_dict().items())
-    again = flat(VLM.load(tmp_path).sample(IMAGES, PROMPTS, n=2, max_new_tokens=6, seed=1))
+    again = flat(VLM.load(tmp_path, "cpu").sample(IMAGES, PROMPTS, n=2, max_new_tokens=6, seed=1))
     assert all(torch.equal(a.tokens, b.tokens) and torch.equal(a.logprobs, b.logprobs) for a, b in zip(again, rollouts))
 
 
@@ -276,7 +276,7 @@ def test_contrast(vlm):
 
 
 def test_gradient_equals_that_of_plain_forwards_and_a_step_along_it_lowers_the_loss(path, rollouts):
-    vlm, completions = VLM.load(path), [r.tokens for r in rollouts]
+    vlm, completions = VLM.load(path, "cpu"), [r.tokens for r in rollouts]
 
     def loss():
         scores = vlm.score(IMAGES, PROMPTS, completions)
@@ -296,7 +296,7 @@ def test_gradient_equals_that_of_plain_forwards_and_a_step_along_it_lowers_the_l
 
 def test_capped_logits_and_a_class_that_needs_a_picture(tmp_path):
     """`VLM.load` has compared log-probs with those of `generate`, which caps."""
-    vlm = VLM.load(write(paligemma2, tmp_path))
+    vlm = VLM.load(write(paligemma2, tmp_path), "cpu")
     images, prompts = IMAGES[:2], PROMPTS[:2]
     capped = flat(vlm.sample(images, prompts, n=2, max_new_tokens=6))
     scores = vlm.score(images, prompts, [r.tokens for r in capped]).logprobs
@@ -308,7 +308,7 @@ def test_capped_logits_and_a_class_that_needs_a_picture(tmp_path):
 
 
 def test_no_second_bos_where_the_template_has_written_one(tmp_path):
-    vlm = VLM.load(write(gemma3, tmp_path))
+    vlm = VLM.load(write(gemma3, tmp_path), "cpu")
     vlm.tokenizer.add_bos_token = True
     ids = vlm.encode(IMAGES, PROMPTS)["input_ids"]
     assert ((ids == vlm.tokenizer.bos_token_id).sum(1) == 1).all()
@@ -317,4 +317,4 @@ def test_no_second_bos_where_the_template_has_written_one(tmp_path):
 @pytest.mark.parametrize("family", REFUSED, ids=lambda family: family.__name__)
 def test_a_class_that_cannot_work_is_refused_by_name_when_loaded(family, tmp_path):
     with pytest.raises(InputError, match=f"ForConditionalGeneration cannot be used here: .*{REFUSED[family]}"):
-        VLM.load(write(family, tmp_path))
+        VLM.load(write(family, tmp_path), "cpu")
