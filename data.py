@@ -456,7 +456,6 @@ class Synthetic(Sequence):
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading: one converter for every layout, since the columns say what they are
 
-READERS = {".jsonl": "_read_jsonl", ".json": "_read_json", ".tsv": "_read_tsv", ".parquet": "_read_parquet"}
 # The names under which the known formats keep a thing, in the order in which they are looked for.
 ID, QUESTION, IMAGE = ("id", "qid", "pid", "index"), ("question", "problem"), ("image", "images", "decoded_image", "image_path")
 LAYOUT = ("a question (question or problem), image, image_path, images or image_1.., answer, and for multiple choice choices, "
@@ -467,8 +466,9 @@ def load(source, split="train", limit=None, seed=0, strict=True, answered=False)
     """Open a set of questions -> Sequence[Sample].
 
     source: "synthetic", or a file: .jsonl (plain, MathVision, ViRL39K or Geometry3K rows), .json (MathVista, or a list of
-    rows), .tsv (VLMEvalKit: MathVista, MathVision, MMStar, MMMU, ..), .parquet (needs pyarrow). Image paths are relative
-    to the file. split and seed choose among the built-in questions and are ignored for files. limit: at most so many.
+    rows), .tsv (VLMEvalKit: MathVista, MathVision, MMStar, MMMU, ..), .parquet (needs pyarrow). An image is a path relative
+    to the file, base64 or a data URI; a row may have none. Bytes that are no UTF-8 become U+FFFD. split and seed choose
+    among the built-in questions and are ignored for files. limit: at most so many.
     strict: a broken row raises InputError, which names line and id; else it is named on stderr, left out and counted in
     the result's `broken`. answered: a row without a gold answer is a broken one. A .tsv stays on the disk and is read row by
     row; some 200 bytes a row are held.
@@ -480,11 +480,15 @@ def load(source, split="train", limit=None, seed=0, strict=True, answered=False)
             raise InputError(f"split {split!r} is unknown; the built-in questions have {', '.join(SPLITS)}")
         return Synthetic(split, seed, SIZES[split] if limit is None else limit)
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):            # False, not an error, where the name is too long for a file
         raise InputError(f"data file {str(source)!r} does not exist; give 'synthetic' or the path of a file")
     if path.suffix.lower() not in READERS:
         raise InputError(f"data file {str(source)!r} ends in {path.suffix!r}; one of {', '.join(READERS)} is expected")
-    samples = File(path, globals()[READERS[path.suffix.lower()]](path), limit, strict, answered)
+    try:
+        rows = READERS[path.suffix.lower()](path)
+    except OSError as error:
+        raise InputError(f"data file {str(source)!r} cannot be read ({error}); repair it or its permissions") from error
+    samples = File(path, rows, limit, strict, answered)
     if not len(samples):
         raise InputError(f"data file {str(source)!r} holds no question")
     return samples
@@ -496,17 +500,15 @@ class File(Sequence):
     def __init__(self, path, rows, limit, strict, answered):
         self.path, self.rows, self.kept, self.broken = path, rows, array("q"), 0
         seen = set()
-        for place, (where, row) in enumerate(rows):
+        for place in range(len(rows)):
             if limit is not None and len(self.kept) == limit:
                 break
             try:
-                if isinstance(row, InputError):
-                    raise row
-                sample = to_sample(row, where, path, rows)
+                sample = self._sample(place)
                 if sample.id in seen:
-                    raise InputError(f"{where}: id {sample.id!r} occurs twice; make ids unique")
+                    raise InputError(f"{sample.where}: id {sample.id!r} occurs twice; make ids unique")
                 if answered and sample.answer is None:
-                    raise InputError(f"{where}: question {sample.id!r} has no answer; give it one or remove the row")
+                    raise InputError(f"{sample.where}: question {sample.id!r} has no answer; give it one or remove the row")
             except InputError as error:
                 if strict:
                     raise
@@ -524,133 +526,112 @@ class File(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        where, row = self.rows[self.kept[index]]
-        return to_sample(row, where, self.path, self.rows)
+        return self._sample(self.kept[index])
+
+    def _sample(self, place):
+        where, row = self.rows[place]
+        if isinstance(row, InputError):
+            raise row
+        return to_sample(row, where, self.path, self.rows.cells)
 
 
-class Rows(Sequence):
+class Rows(list):
     """Rows of a file that fits in memory: (where in the file, dict or InputError) each."""
 
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, place):
-        return self.rows[place]
-
-    def resolve(self, cell, where):
-        """An image cell, or what it refers to."""
-        return cell
-
-    def picture(self, cell, folder, where):
-        """An image cell -> a path, or the bytes of a picture."""
-        if isinstance(cell, dict):                      # Hugging Face: {"bytes": ..., "path": ...}
-            cell = cell.get("bytes") or cell.get("path")
-        if isinstance(cell, str) and cell.startswith("data:"):
-            return _from_base64(cell, where)
-        if isinstance(cell, str) and cell:
-            return folder / cell
-        if isinstance(cell, bytes) and cell:
-            return cell
-        raise InputError(f"{where} has the image {str(cell)[:40]!r}; a path, a list of paths, or picture data is expected")
+    def cells(self, row, where):
+        """The image cells of a row (list)."""
+        return _image_cells(row)
 
 
-class TsvRows(Rows):
+class TsvRows:
     """Rows of a VLMEvalKit TSV: only their places in the file are held; base64 pictures are decoded on demand."""
 
     def __init__(self, path):
         csv.field_size_limit(2**31 - 1)
         self.file, self.offsets, self.lines, self.by_index = open(path, "rb"), array("q"), array("q"), {}
         self.path, self.header = path, None
-        for offset, line, cells in self._records(0, 1):
+        for offset, line, cells, _ in self._records(0, 1):
             if self.header is None:
                 self.header = [name.strip() for name in cells]
-                if not {"question"} <= set(self.header) or not {"image", "image_path"} & set(self.header):
+                if not {*QUESTION} & {*self.header} or not {*IMAGE, "image_1"} & {*self.header}:
                     raise InputError(f"{path} has the columns {', '.join(self.header)[:200]}; {LAYOUT} are expected")
                 continue
             if cells:
                 if "index" in self.header and len(cells) == len(self.header):
-                    self.by_index[cells[self.header.index("index")]] = len(self.offsets)
+                    self.by_index.setdefault(cells[self.header.index("index")], len(self.offsets))
                 self.offsets.append(offset)
                 self.lines.append(line)
 
     def _records(self, offset, line):
-        """(offset, line, cells) of the records from a place on; a cell may span lines, so csv decides where one ends. Only
-        one such walk at a time: they share the file's position."""
+        """(offset, line, cells, whole) of the records from a place on; a cell may span lines, so csv decides where one ends.
+        whole: false where the file ends inside a quoted cell. Only one such walk at a time: they share the file's position."""
         self.file.seek(offset)
-        end = [offset, line]
+        end, whole = [offset, line], True
 
         def lines():
+            nonlocal whole
             for raw in iter(self.file.readline, b""):
-                raw_text = raw.removeprefix(b"\xef\xbb\xbf" if end[0] == 0 else b"").decode("utf-8", "replace")
                 end[0], end[1] = end[0] + len(raw), end[1] + 1
-                yield raw_text.replace("\r\n", "\n").replace("\r", " ")           # csv refuses a bare \r
+                # csv takes a lone \r for the end of a record and refuses what follows; before Python 3.11, NUL as well
+                text = raw.decode("utf-8", "replace").removeprefix("\ufeff")
+                yield text.replace("\r\n", "\n").replace("\r", " ").replace("\0", "\ufffd")
+            whole = False
         start = list(end)
         for cells in csv.reader(lines(), delimiter="\t"):
-            yield (*start, cells)
+            yield (*start, cells, whole)
             start = list(end)
 
     def __len__(self):
         return len(self.offsets)
 
     def __getitem__(self, place):
-        if not 0 <= place < len(self.offsets):
-            raise IndexError(place)
         line = self.lines[place]
-        _, _, cells = next(self._records(self.offsets[place], line))
+        _, _, cells, whole = next(self._records(self.offsets[place], line))
         where = f"{self.path}, line {line}"
+        if not whole:
+            return where, InputError(f"{where}: row {cells[0][:40]!r} opens a quote that never closes, so that it holds the "
+                                     "rest of the file; double the quote or remove it")
         if len(cells) != len(self.header):
             return where, InputError(f"{where}: row {(cells or [''])[0][:40]!r} has {len(cells)} cells where the header has "
                                      f"{len(self.header)}; repair or remove the row")
         return where, dict(zip(self.header, cells))
 
-    def resolve(self, cell, where):
-        """The image cell of the row whose index this cell is, where it is one; that row may in turn name another."""
-        passed = []
-        while isinstance(cell, str) and len(cell) <= 64 and cell in self.by_index:
-            passed.append(cell)
-            row = self[self.by_index[cell]][1]
-            if isinstance(row, InputError) or passed.count(cell) > 1:
-                raise InputError(f"{where} has the image of row {cell!r}, which has none of its own; give it a picture")
-            cell = row.get("image", "")
-        return cell
+    def cells(self, row, where):
+        """As above; a cell that is the index of another row stands for all the cells of that row."""
+        found, todo, seen = [], _image_cells(row)[::-1], set()
+        while todo:
+            cell = todo.pop()
+            if not isinstance(cell, str) or len(cell) > 64 or cell not in self.by_index:
+                found.append(cell)
+                continue
+            other = self[self.by_index[cell]][1]
+            more = _image_cells(other) if isinstance(other, dict) and cell not in seen and len(seen) < 64 else []
+            if not more:                                # real files refer once
+                raise InputError(f"{where} has an image that is the index of row {cell!r}, which leads in a circle, over more "
+                                 "than 64 rows or to no picture; repair or remove the row")
+            seen.add(cell)
+            todo += more[::-1]
+        return found
 
-    def picture(self, cell, folder, where):
-        # base64 knows no dot and no picture is so short: the rest are paths
-        if not isinstance(cell, str) or cell.startswith("data:") or len(cell) <= 64 or "." in cell[:4096]:
-            return super().picture(cell, folder, where)
-        return _from_base64(cell, where)
 
-
-def _from_base64(cell, where):
-    """base64, perhaps as a data URI or in lines -> bytes. Raises InputError."""
+def _parsed(text, where):
+    """A row of JSON, or the InputError that says why it is none."""
     try:
-        return base64.b64decode("".join(re.sub(r"^data:[^,]{0,200},", "", cell).split()), validate=True)
-    except ValueError as error:
-        raise InputError(f"{where} has an image that is not base64 ({error}); repair or remove the row") from error
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return InputError(f"{where}: not JSON ({error}); repair or remove it")
 
 
 def _read_jsonl(path):
-    rows = []
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    row = InputError(f"{where}: not JSON ({error}); repair or remove the line")
-                rows.append((where, row))
-    return Rows(rows)
+        lines = ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+        return Rows([(where, _parsed(line, where)) for where, line in lines])
 
 
 def _read_json(path):
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); repair the file") from error
+    found = _parsed(path.read_text(encoding="utf-8-sig", errors="replace"), path)
+    if isinstance(found, InputError):
+        raise found
     if isinstance(found, dict):                 # MathVista: {"pid": row}
         found = [{"pid": key, **row} if isinstance(row, dict) else row for key, row in found.items()]
     if not isinstance(found, list):
@@ -658,20 +639,20 @@ def _read_json(path):
     return Rows([(f"{path}, row {number}", row) for number, row in enumerate(found, 1)])
 
 
-def _read_tsv(path):
-    return TsvRows(path)
-
-
 def _read_parquet(path):
     try:
-        from pyarrow import ArrowException, parquet
+        import pyarrow
+        from pyarrow import parquet
     except ImportError as error:
         raise InputError(f"{path} is a parquet file; install pyarrow to read it") from error
     try:
         rows = parquet.read_table(path).to_pylist()
-    except (OSError, ArrowException) as error:
-        raise InputError(f"{path} is no parquet file that can be read ({str(error)[:100]}); repair it") from error
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise InputError(f"{path} is no sound parquet file ({str(error).splitlines()[0]}); fetch or write it again") from error
     return Rows([(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)])
+
+
+READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".tsv": TsvRows, ".parquet": _read_parquet}
 
 
 def _listed(value):
@@ -685,8 +666,9 @@ def _listed(value):
 
 
 def _absent(value):
-    """Whether a cell holds nothing: "", None, or the NaN that pandas and parquet put there. 0 and "None" are something."""
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    """Whether a cell holds nothing: blank text, None, [], or the NaN that pandas and parquet put there. 0 and "None" are
+    something."""
+    return value is None or value == [] or value != value or isinstance(value, str) and not value.strip()
 
 
 def _text(value):
@@ -707,6 +689,34 @@ def _letter_of(answer, choices, by_text):
     return bare if len(bare) == 1 and bare in letters else None
 
 
+def _image_cells(row):
+    """Where a row keeps its pictures: one cell, a list, a list as text, or image_1, image_2, .. -> list of cells."""
+    cells = next((row[key] for key in ("decoded_image", *IMAGE) if not _absent(row.get(key))), None)
+    if cells is None:
+        numbered = sorted((key for key in row if re.fullmatch(r"image_\d+", str(key))), key=lambda key: int(key[6:]))
+        cells = [row[key] for key in numbered]
+    listed = _listed(cells)
+    return [cell for cell in ([cells] if listed is None else listed) if not _absent(cell)]
+
+
+def _picture(cell, folder, where):
+    """An image cell -> a path, or the bytes of a picture. Raises InputError."""
+    if isinstance(cell, dict):                      # Hugging Face: {"bytes": ..., "path": ...}
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, bytes) and cell:
+        return cell
+    if not isinstance(cell, str) or _absent(cell):
+        raise InputError(f"{where} has the image {str(cell)[:40]!r}; a path, a list of paths, or picture data is expected")
+    # base64 has no dot, which every path with a suffix has, and 64 characters of it hold no picture
+    if not cell.startswith("data:") and ("." in cell or len(cell) <= 64):
+        return folder / cell
+    try:
+        text = cell.partition(",")[2] if cell.startswith("data:") else cell
+        return base64.b64decode("".join(text.split()), validate=True)          # mail wraps it in lines
+    except ValueError as error:
+        raise InputError(f"{where} has an image that is not base64 ({error}); repair or remove the row") from error
+
+
 _HINT = re.compile(r"^Hint: .*?\nQuestion: ", re.DOTALL)        # VLMEvalKit and MathVista wrap the question in instructions
 _OPTIONS = re.compile(r"\n(?:Options?|Choices): *\n?(?=\(?A)", re.IGNORECASE)
 
@@ -720,8 +730,8 @@ def _options_in(question):
     return stem.strip(), [text.strip() for text in parts[2::2]]
 
 
-def to_sample(row, where, path, rows):
-    """One row of any known layout -> Sample. rows: its `Rows`, which know pictures. Raises InputError that names place, id."""
+def to_sample(row, where, path, cells):
+    """One row of any known layout -> Sample. cells: see `Rows.cells`. Raises InputError that names place and id."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON object is expected, found {type(row).__name__}")
     if not any(key in row for key in QUESTION):
@@ -747,7 +757,7 @@ def to_sample(row, where, path, rows):
     if written and written == [choice.strip() for choice in choices]:           # the prompt lists them, once
         question = stem
     answer = row.get("answer_option", row.get("answer"))
-    answer = None if answer is None or not _text(answer).strip() else _text(answer).strip()
+    answer = None if answer is None else _text(answer).strip()
     if row.get("question_type") == "open" and _listed(answer):         # MMMU: any of several
         answer = [_text(item) for item in _listed(answer)]
     if choices and answer is not None:
@@ -757,14 +767,7 @@ def to_sample(row, where, path, rows):
             raise InputError(f"{here} has the answer {answer[:60]!r}; a letter from A to {LETTERS[len(choices) - 1]} or the "
                              "text of a choice is expected")
         answer = letter
-    # Pictures: base64 cells, paths, picture data; one, a list, a list as text, or image_1, image_2, ..
-    cells = next((row[key] for key in ("decoded_image", *IMAGE) if row.get(key, []) != []), None)
-    if cells is None:
-        numbered = sorted((key for key in row if re.fullmatch(r"image_\d+", str(key))), key=lambda key: int(key[6:]))
-        cells = [row[key] for key in numbered]
-    cells = rows.resolve(cells, here)
-    cells = _listed(cells) if _listed(cells) is not None else [cells]
-    images = [rows.picture(rows.resolve(cell, here), path.parent, here) for cell in cells]
+    images = [_picture(cell, path.parent, here) for cell in cells(row, here)]
     meta = dict(row["meta"]) if isinstance(row.get("meta"), dict) else {}
     meta |= {key: row[key] for key in ("answer_type", "precision", "category", "level", "subject", "split", "question_type")
              if key in row}

@@ -297,7 +297,7 @@ def test_odd_rows_are_left_out_or_load_and_never_end_the_run(tmp_path, name, con
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("q.json", b"[" * 10**5, "is not JSON"), ("q.json", b'[{"question": "\xff"', "is not JSON"),
+    ("q.json", b"[" * 10**5, "not JSON"), ("q.json", b'[{"question": "\xff"', "not JSON"),
     ("q.parquet", b"PAR1 no", "parquet")])
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
@@ -326,26 +326,6 @@ def test_zero_is_an_option_nan_is_none(tmp_path):
     assert [s.answer for s in found] == ["A", "A", "B", None] and found[1].meta == {} and found[3].question == "half ?"
 
 
-def test_an_index_of_a_row_with_several_pictures_gives_them_all(tmp_path):
-    path = written(tmp_path, HEAD.split("\t"), ["0", "a", f"['{PNG}', '{PNG}']", "1"], ["1", "b", "0", "1"])
-    assert [len(s.pictures()) for s in data.load(path)] == [2, 2]
-
-
-def test_pictures_in_lines_as_data_uris_and_by_long_paths(tmp_path):
-    folder = tmp_path / ("long" * 20)
-    folder.mkdir()
-    (folder / "a.png").write_bytes((ROOT / "tiny" / "example.png").read_bytes())
-    wrapped = "\n".join(PNG[i:i + 76] for i in range(0, len(PNG), 76))
-    path = written(tmp_path, ["\ufeffindex", "question", "image", "answer"], ["0", "a", f'"{wrapped}"', "1"],
-               ["1", "b", f"data:image/png;base64,{PNG}", "1"], ["2", "c", f"{folder.name}/a.png", "1"])
-    found = data.load(path)
-    assert [s.id for s in found] == ["0", "1", "2"] and len({s.pictures()[0].tobytes() for s in found}) == 1
-    line = json.dumps({"id": 7, "question": "a", "image": f"data:image/png;base64,{PNG}"})
-    for name, text in (("b.jsonl", line), ("b.json", f"[{line}]")):
-        (tmp_path / name).write_text(text, encoding="utf-8-sig")
-        assert [s.pictures()[0].size for s in data.load(tmp_path / name)] == [(112, 112)]
-
-
 def test_a_tail_that_is_no_mere_list_of_the_options_stays(tmp_path):
     def question(text):
         return data.load(rows(tmp_path, {"question": text, "choices": ["one", "two"], "answer": "A"}))[0].question
@@ -369,3 +349,65 @@ def test_a_checksum_follows_the_content(tmp_path):
     assert data.checksum(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"weightz")
     assert data.checksum(tmp_path) != before
+
+
+def test_a_file_that_may_not_be_read_and_a_name_too_long(tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setitem(data.READERS, ".jsonl", refused)
+    for source, words in ((rows(tmp_path), "cannot be read"), ("a" * 5000 + ".jsonl", "does not exist")):
+        with pytest.raises(InputError, match=words):
+            data.load(source)
+
+
+def test_an_image_cell_that_names_a_row_means_all_pictures_of_that_row(tmp_path, capsys):
+    red, blue = picture("red"), picture("blue", (20, 20))
+    cells = [str([red, blue]), "0", "1", "3", "5", "4", "['0', '1']", "8", "", "0"]
+    path = write_tsv(tmp_path / "a.tsv", ["index", "image", "question"], [[i, cell, "Q"] for i, cell in enumerate(cells)] + [
+        [f"c{i}", f"c{i + 1}", "Q"] for i in range(70)] + [["c70", red, "Q"]])
+    samples = {s.id: s for s in data.load(path, strict=False)}
+    for name in ("0", "1", "2", "9"):
+        assert [p.size for p in samples[name].pictures()] == [(40, 30), (20, 20)]
+    said = capsys.readouterr().err
+    for name in ("3", "4", "5", "6", "7", "c0"):         # itself, a circle, a row twice, a row without picture, 70 rows on
+        assert name not in samples and re.search(f"question '{name}' has an image that is the index of row", said)
+    assert samples["8"].images == [] and len(samples["c10"].pictures()) == 1
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "tsv"])
+def test_pictures_as_base64_data_uri_and_long_path(tmp_path, layout):
+    deep = "/".join(["a-rather-long-name-of-a-folder"] * 3)
+    (tmp_path / deep).mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(tmp_path / deep / "p.png")
+    cells = [picture(), re.sub("(.{76})", r"\1\n", picture()), re.sub("(.{76})", "\\1\r\n", picture()) + "\r\n",
+             f"data:image/png;base64,{picture()}", f"{deep}/p.png"]
+    if layout == "tsv":
+        path = write_tsv(tmp_path / "a.tsv", ["index", "image_path", "question"], [[i, c, "Q"] for i, c in enumerate(cells)])
+    else:
+        path = rows(tmp_path, *({"id": i, "image": c, "question": "Q"} for i, c in enumerate(cells)))
+    assert [[p.size for p in s.pictures()] for s in data.load(path)] == [[(40, 30)]] * 5
+
+
+def test_tsv_text_that_csv_trips_over(tmp_path, capsys):
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b'\xef\xbb\xbf"index"\timage\tproblem\tanswer\r\n1\tp.png\tone\rtwo\t1\r\n2\tp.png\ta\0b\t2\r\n'
+                     b'3\tp.png\t"quoted\r\nlines"\t3\r\n4\tp.png\tQ\t"opened\r\n5\tp.png\tQ\t5\r\n')
+    samples = data.load(path, strict=False)
+    assert [(s.id, s.question, s.answer) for s in samples] == [("1", "one two", "1"), ("2", "a\ufffdb", "2"),
+                                                               ("3", "quoted\nlines", "3")]
+    assert samples.broken == 1 and "line 6: row '4' opens a quote that never closes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.json", '[{"id": "x", "question": "caf\\u00e9 %s"}]'),
+                                            ("a.jsonl", '{"id": "x", "question": "caf\\u00e9 %s"}\n')])
+def test_json_with_a_byte_order_mark_and_bytes_that_are_no_utf8(tmp_path, name, text):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode().replace(b"%s", b"\xff"))
+    (s,) = data.load(tmp_path / name)
+    assert s.id == "x" and s.question == "caf\u00e9 \ufffd"
+
+
+@pytest.mark.parametrize("cell", [{}, *({"image": cell} for cell in (None, "", " ", float("nan"), [], "[]", [None])),
+                                  {"images": [float("nan")]}, {"image_1": None, "image_2": ""}])
+def test_a_question_without_a_picture_has_no_images(tmp_path, cell):
+    (s,) = data.load(rows(tmp_path, {"question": "Q", **cell}))
+    assert s.images == [] and s.pictures() == []
