@@ -3,7 +3,8 @@ import csv
 import io
 import json
 import re
-import tracemalloc
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -238,12 +239,12 @@ def test_of_a_tsv_only_the_places_of_its_rows_are_held(tmp_path, size, picture_b
     with open(path, "w") as file:
         file.write("index\timage\tquestion\tanswer\n")
         file.writelines(f"{i}\t{cell}\tHow many?\t1\n" for i in range(size))
-    tracemalloc.start()
-    samples = data.load(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(samples) == size and samples[size - 1].id == str(size - 1)
-    assert peak < 400 * size, peak / size                # bytes a row, whatever its picture weighs
+    script = ("import resource, sys, data; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+              "before = peak(); samples = data.load(sys.argv[1]); print(len(samples), samples[-1].id, peak() - before)")
+    done = subprocess.run([sys.executable, "-c", script, path], cwd=ROOT, capture_output=True, text=True, check=True)
+    count, last, kib = map(int, done.stdout.split())            # ru_maxrss: of a process of its own, in KiB
+    assert (count, last) == (size, size - 1)
+    assert kib * 1024 < 400 * size, kib * 1024 / size           # bytes a row, whatever its picture weighs
 
 
 def test_parquet_opens_or_says_what_to_install(tmp_path):
