@@ -11,15 +11,13 @@ confidence itself beside it (`--pathwise`). The run folder holds args.json, metr
 before.json and after.json, report.png, and the final model. The same command resumes a run that was stopped.
 
 Left out of GRPO on purpose: a reference model unless --kl_beta is set (the paper's T = 1 on-policy setting does not need
-it), stored old log-probs unless --mu is above 1. Gradients are summed over ranks by one
-all-reduce; sharding (FSDP2) is not here yet, so every rank holds the whole model and its optimiser state.
+it), stored old log-probs unless --mu is above 1. On GPUs: bf16 with fp32 weights beside it; --shard fsdp, --offload and
+--activation_checkpointing for models that do not fit, --dry_run to know before (`parallel.py`, `plan.py`).
 """
 import argparse
 import json
 import math
-import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -33,9 +31,13 @@ from tqdm import tqdm
 
 import data
 import noise
+import parallel
+import plan
 import probe
 import reward
 from data import InputError, add_options, command, option
+from parallel import gathered, summed
+from run_folder import draw_report, load_checkpoint, open_run, save_checkpoint, trim_log, write_json
 from vlm import VLM
 
 HERE = Path(__file__).resolve().parent
@@ -59,10 +61,22 @@ class Args:
     batch_size: int = option(16, "questions a step, over all ranks")
     group_size: int = option(8, "rollouts a question on each view, G (the paper: 4 pairs)")
     micro_batch: int = option(16, "questions a forward pass when learning; less saves memory, the gradient is the same")
+    micro_tokens: int = option(0, "and at most so many tokens, prompts and all completions, padding included; 0 = no limit")
     max_new_tokens: int = option(64, "longest completion")
-    dtype: str = option("auto", "auto: bfloat16 on a GPU, else float32", ("auto", "float32", "bfloat16"))
     save_every: int = option(20, "steps between checkpoints")
+    keep: int = option(2, "newest checkpoints that stay")
     eval_size: int = option(200, "held-out questions for the table before and after; 0 = no table")
+    # Memory and ranks
+    dtype: str = option("auto", "of the computation, auto: bfloat16 on a GPU, else float32; weights stay float32 beside it",
+                        ("auto", "float32", "bfloat16"))
+    shard: str = option("auto", "fsdp: each rank holds a share of weights, gradients and optimiser state; none: all of it; "
+                        "auto: fsdp where all of it is over half of a GPU's memory", ("auto", "none", "fsdp"))
+    offload: bool = option(False, "weights, gradients and optimiser state wait in the CPU's memory")
+    activation_checkpointing: str = option("auto", "run each block again in the backward pass instead of holding what it "
+                                           "computed; auto: above 1e9 parameters", ("auto", "on", "off"))
+    freeze_vision: bool = option(False, "train the language model and its head only")
+    dry_run: bool = option(False, "print parameters, tokens and memory, and stop; refuses what cannot fit")
+    memory: float = option(0.0, "GiB of a device for --dry_run and --shard auto; 0 = what the GPU says")
     # Optimisation (paper 3.2; DAPO, Dr. GRPO for the alternatives)
     lr: float = option(3e-4, "learning rate of AdamW, reached after 5 steps; 1e-6 suits a 7B model")
     lr_schedule: str = option("linear", "linear: it falls to 0 over --steps; constant", ("linear", "constant"))
@@ -105,8 +119,6 @@ RECIPES = {
                   adv_norm="std"),
     "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0, controls=0.0, adv_norm="std"),
 }
-# A resumed run may change these; every other setting must be the same. (More steps go on with the lr of the longer run.)
-FREE = ("steps", "save_every", "resume")
 
 
 def parse(argv=None):
@@ -129,13 +141,13 @@ def check(args, world):
         raise InputError(f"--seed is {args.seed}; it must fit into 64 bits")
     if args.clip_low > 1:
         raise InputError(f"--clip_low is {args.clip_low}; the ratio's lower bound 1 - clip_low must not be negative")
-    for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "save_every", "mu"):
+    for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "save_every", "keep", "mu"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     for name in ("lr", "temperature", "beta", "max_grad_norm"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be above 0")
-    for name in ("alpha", "kl_beta", "pathwise", "eval_size", "clip_low", "clip_high"):
+    for name in ("alpha", "kl_beta", "pathwise", "eval_size", "clip_low", "clip_high", "micro_tokens", "memory"):
         if not getattr(args, name) >= 0:
             raise InputError(f"--{name} is {getattr(args, name)}; it must not be negative")
     if args.group_size < 2:
@@ -151,38 +163,6 @@ def check(args, world):
     if args.learn_noised and args.noised == "rescore":
         raise InputError("--noised rescore has no rollouts on the noised picture to learn from; add --no-learn_noised")
     noise.parse_t(args.noise_t)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranks
-
-def start_ranks():
-    """(rank, world, device) from torchrun's environment; one process without it."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return rank, world, device
-
-
-def summed(values, device):
-    """Sum a list of floats over ranks (a list)."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor.tolist()
-
-
-def gathered(items):
-    """Concatenate a list over ranks, in the order of ranks."""
-    if not dist.is_initialized():
-        return items
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,135 +343,79 @@ def batch_weight(views, args, device):
     return max(1.0, summed([total], device)[0])
 
 
-def learn(vlm, reference, views, prompts, scale, divisor, args):
-    """Accumulate the gradient of one update over micro-batches of questions -> sums of statistics (dict of floats).
+def micro_batches(vlm, views, prompts, args):
+    """Questions that are learned from in one forward and backward pass -> list of slices: at most --micro_batch of them,
+    and as many as --micro_tokens allows, at least one."""
+    if not args.micro_tokens:
+        return [slice(i, i + args.micro_batch) for i in range(0, len(prompts), args.micro_batch)]
+    sizes = []                      # the longest prompt and the longest completion of each question
+    for q, prompt in enumerate(prompts):
+        sizes.append((max(vlm.prompt_length(view.images[q], prompt) for view in views),
+                      max(len(r.tokens) for view in views for r in view.rollouts[q])))
+    found, first = [], 0
+    for last in range(1, len(sizes) + 1):
+        longest = [max(column) for column in zip(*sizes[first:last + 1])]
+        tokens = (last + 1 - first) * (longest[0] + args.group_size * longest[1])
+        if last == len(sizes) or last - first == args.micro_batch or tokens > args.micro_tokens:
+            found.append(slice(first, last))
+            first = last
+    return found
+
+
+def learn(policy, reference, views, prompts, parts, scale, divisor, args, device="cpu"):
+    """Accumulate the gradient of one update over micro-batches `parts` of questions -> sums of statistics (dict of floats).
+    Every rank makes as many passes as the one with the most, because a pass of a sharded model needs all ranks: what a rank
+    does beyond its own parts weighs nothing.
 
     Policy gradient of every view that learns, and w times d R_conf / d theta through C and C' (--pathwise). With
     --adv_norm none w = 1 is the exact gradient of the expected reward. With std, advantages are divided by their own
     group's std, which vanishes where all rewards are equal; the pathwise term, which does not, is divided by the batch's mean.
     """
     stats = dict.fromkeys(("loss", "pathwise", "kl", "clipped", "tokens"), 0.0)
-    for first in range(0, len(prompts), args.micro_batch):
-        part = slice(first, first + args.micro_batch)
-        loss, confidences, judged, weights = 0.0, {}, {}, {}
+    passes = int(summed([len(parts)], device, largest=True)[0])
+    for number in range(passes):
+        part = parts[min(number, len(parts) - 1)]
+        policy.sum_gradients(number == passes - 1)
+        loss, confidences, judged, weights, counts = 0.0, {}, {}, {}, dict.fromkeys(stats, 0.0)
         for view in views:
             flat = [r for group in view.rollouts[part] for r in group]
             completions = [r.tokens for r in flat]
-            scores = vlm.score(view.images[part], prompts[part], completions, temperature=args.temperature)
-            used = used_mask(flat, args).to(vlm.device)
+            scores = policy.score(view.images[part], prompts[part], completions, temperature=args.temperature)
+            used = used_mask(flat, args).to(device)
             token_weights, weights[view.name] = weights_of(scores.mask & used[:, None], args)
             weights[view.name] = weights[view.name] * used
             confidences[view.name], judged[view.name] = scored_confidence(scores, args, args.group_size)
             if not view.learns:
                 continue
-            old = view.old_logprobs.setdefault(first, scores.logprobs.detach())     # mu = 1: ratio 1, with gradient
-            advantages = view.advantages[part].reshape(-1, 1).to(vlm.device)
+            old = view.old_logprobs.setdefault(part.start, scores.logprobs.detach())    # mu = 1: ratio 1, with gradient
+            advantages = view.advantages[part].reshape(-1, 1).to(device)
             per_token, clipped = policy_loss(scores.logprobs, old, advantages, args.clip_low, args.clip_high)
             if reference is not None:
                 with torch.no_grad():
                     anchor = reference.score(view.images[part], prompts[part], completions, temperature=args.temperature)
                 kl = kl_k3(scores.logprobs, anchor.logprobs)
                 per_token = per_token + args.kl_beta * kl
-                stats["kl"] += (kl.detach() * scores.mask).sum().item()
+                counts["kl"] += (kl.detach() * scores.mask).sum()
             loss = loss + (per_token * token_weights).sum() / divisor
-            stats["clipped"] += (clipped * scores.mask).sum().item()
-            stats["tokens"] += scores.mask.sum().item()
+            counts["clipped"] += (clipped * scores.mask).sum()
+            counts["tokens"] += scores.mask.sum()
         if args.pathwise:
             for view in (view for view in views if view.learns):
                 terms = confidence_reward(confidences["original"], confidences.get("noised"), view.control[part],
-                                          judged[view.name], view.correct[part].to(vlm.device), scale, args)
+                                          judged[view.name], view.correct[part].to(device), scale, args)
                 value = sum(terms) / view.spread
                 pathwise = -args.pathwise * (value * weights[view.name].view_as(value)).sum() / divisor
-                loss = loss + pathwise
-                stats["pathwise"] += pathwise.item()
-        loss.backward()
-        stats["loss"] += loss.item()
+                loss, counts["pathwise"] = loss + pathwise, counts["pathwise"] + pathwise.detach()
+        counts["loss"] = loss.detach()
+        real = float(number < len(parts))
+        (loss * real).backward()
+        for name, count in counts.items():
+            stats[name] += float(count) * real
     return stats
 
 
-def reduce_gradients(parameters):
-    """Sum gradients over ranks in one all-reduce (the loss is already divided by the global count)."""
-    if not dist.is_initialized():
-        return
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat)
-    for p, piece in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(piece.view_as(p))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Run folder
-
-def write_json(path, value):
-    data.write_atomically(path, json.dumps(value, indent=1))
-
-
-def save_checkpoint(output, vlm, optimiser, step, scale, keep=2):
-    """checkpoint-STEP with model, optimiser, RNG, step (= data position) and confidence scale, made by one rename."""
-    final, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    vlm.save(temporary)
-    torch.save({"optimiser": optimiser.state_dict(), "rng": torch.get_rng_state(), "step": step, "scale": scale},
-               temporary / "training.pt")
-    for path in temporary.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(temporary, final)
-    for old in checkpoints(output)[:-keep]:
-        shutil.rmtree(old)
-
-
-def checkpoints(output):
-    """Complete checkpoints, oldest first."""
-    found = [path for path in output.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
-
-
-def trim_log(path, step):
-    """Drop the lines of steps that a resumed run will do again, and a torn last line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] < step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            break
-    path.write_text("".join(kept))
-
-
-def open_run(args):
-    """Prepare the run folder -> (path, newest checkpoint or None). A run with other settings is moved aside."""
-    output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {args.output!r} is a file; give a directory")
-    if output.is_dir() and any(output.iterdir()):
-        try:
-            old = json.loads((output / "args.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise InputError(f"--output {args.output!r} holds something that is not a run; choose another folder") from error
-        other = [key for key, value in asdict(args).items() if key not in FREE and old.get(key) != value]
-        done = checkpoints(output)
-        longer = bool(done) and int(done[-1].name.split("-")[-1]) > args.steps
-        if args.resume == "no" or other or longer:
-            aside = next(p for i in range(1, 10**6) if not (p := output.with_name(f"{output.name}-{i}")).exists())
-            output.rename(aside)
-            why = f"other settings ({', '.join(other)})" if other else "more steps" if longer else "an earlier run"
-            print(f"{args.output} held {why}: moved to {aside}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "args.json", asdict(args))
-    except OSError as error:
-        raise InputError(f"--output {args.output!r} cannot be written ({error.strerror}); choose another folder") from error
-    done = checkpoints(output)
-    if not (done and done[-1].name == f"checkpoint-{args.steps}"):
-        (output / "after.json").unlink(missing_ok=True)         # of an earlier, shorter run in this folder
-    return output, done[-1] if done else None
-
+# The probe before and after
 
 def run_probe(vlm, held_out, clip, args, rank, world, name):
     """The held-out probe before or after training, questions split over ranks -> {t: list of Answer}."""
@@ -511,33 +435,6 @@ def load_or(path, make, rank):
     if rank == 0:
         write_json(path, {t: [asdict(a) for a in answers] for t, answers in found.items()})
     return found
-
-
-def draw_report(output, before, after, args):
-    """report.png: reward and gap over steps; reliability; accuracy and confidence against noise, before and after."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    steps = [row["step"] for row in log]
-    figure, axes = pyplot.subplots(2, 3, figsize=(14, 8))
-    for key in ("original/reward", "original/outcome", "noised/reward"):
-        if key in log[0]:
-            axes[0, 0].plot(steps, [row[key] for row in log], label=key)
-    axes[0, 0].set(xlabel="step", title="Reward")
-    axes[0, 0].legend(fontsize=8)
-    if "gap" in log[0]:
-        axes[0, 1].plot(steps, [row["gap"] for row in log], color="tab:green")
-    axes[0, 1].set(xlabel="step", title="Gap C - C' while training")
-    probe.plot_reliability(axes[0, 2], {"before": before[0], "after": after[0]})
-    named = {"before": before, "after": after}
-    for axis, name, label in ((axes[1, 0], "correct", "accuracy"), (axes[1, 1], "token_probability", "mean token probability"),
-                              (axes[1, 2], "confidence", "confidence C")):
-        probe.plot_probe(axis, named, name, label)
-    figure.suptitle(f"{args.recipe}, {len(steps)} steps; below: noise on the {args.region} region of held-out questions")
-    figure.tight_layout()
-    figure.savefig(output / "report.png", dpi=110)
-    pyplot.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -621,18 +518,25 @@ def statistics(views, device="cpu"):
     return stats
 
 
+def load_model(path, device, compute):
+    """A model that trains keeps its weights in the dtype of its file until they become fp32, which loses nothing."""
+    return VLM.load(path, device, torch.float32 if compute == torch.float32 else "auto")
+
+
 def train(args):
     """The whole run -> the table's rows (rank 0) or None."""
-    rank, world, device = start_ranks()
+    rank, world, device = parallel.start_ranks()
     check(args, world)
+    if args.dry_run:
+        return plan.dry_run(args, open_data(args)[0], 1 + needs_noised(args), device, world)
     main_rank = rank == 0
     torch.manual_seed(args.seed)
     train_set, held_out = open_data(args)
     order = Order(len(train_set), args.batch_size, args.seed)
     output, checkpoint = None, None
     clip = noise.ClipAttention.from_pretrained(args.clip, device)
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    vlm = VLM.load(args.model, device, dtype)
+    compute, spread, again = plan.choices(args, device, world)
+    vlm = load_model(args.model, device, compute)
     wanted = (range(len(train_set)) if isinstance(train_set, list)
               else sorted({i for s in range(args.steps) for i in order(s)}))
     check_prompts(vlm, [train_set[i] for i in list(wanted)[rank::world]], args.max_new_tokens, main_rank)
@@ -640,28 +544,33 @@ def train(args):
     if main_rank:
         output, checkpoint = open_run(args)
     output, checkpoint = gathered([(output, checkpoint)])[0]
-    reference = VLM.load(args.model, device, dtype) if args.kl_beta else None
-
-    before = load_or(output / "before.json", lambda: run_probe(vlm, held_out, clip, args, rank, world, "before"), rank) \
-        if held_out else None
-    start, state = 0, None
     if checkpoint is not None:
-        vlm = VLM.load(checkpoint, device, dtype)
-        state = torch.load(checkpoint / "training.pt", weights_only=True, map_location=device)
-        start, scale = state["step"], state["scale"]
-        torch.set_rng_state(state["rng"].cpu())
-    else:
-        scale = base_scale(vlm, clip, train_set, order, args)
-    parameters = [p for p in vlm.model.parameters() if p.requires_grad]
+        vlm = load_model(checkpoint, device, compute)
+        if held_out and not (output / "before.json").exists():
+            raise InputError(f"{output} has lost before.json, the answers of the model before training; restore it, or start "
+                             "again with --resume no")
+    if args.freeze_vision:
+        for p in vlm.vision_parameters():
+            p.requires_grad_(False)
+    if again:
+        vlm.checkpoint_activations(parallel.blocks(vlm.model))
+    policy = parallel.shard(vlm, device, compute, spread, args.offload)
+    reference = parallel.shard(load_model(args.model, device, compute), device, compute, spread, args.offload,
+                               trains=False) if args.kl_beta else None
+    parameters = [p for p in policy.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-    if state is not None:
-        optimiser.load_state_dict(state["optimiser"])
+    with policy.whole():
+        before = load_or(output / "before.json", lambda: run_probe(vlm, held_out, clip, args, rank, world, "before"), rank) \
+            if held_out else None
+        start, scale = (0, base_scale(vlm, clip, train_set, order, args)) if checkpoint is None else (None, None)
+    if checkpoint is not None:
+        start, scale = load_checkpoint(checkpoint, policy, optimiser)
     if main_rank:
         for log in ("metrics.jsonl", "samples.jsonl"):
             trim_log(output / log, start)
         count = sum(p.numel() for p in parameters)
-        print(f"{args.recipe}: {data.shown(args.model)}, {count:,} parameters on {device} x {world}, "
-              f"steps {start} to {args.steps}")
+        print(f"{args.recipe}: {data.shown(args.model)}, {count:,} parameters on {device}, "
+              f"{plan.describe(compute, spread, again, world)}, steps {start} to {args.steps}")
 
     stop = []
     previous = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -673,17 +582,17 @@ def train(args):
                 group["lr"] *= 1 - step / args.steps if args.lr_schedule == "linear" else 1.0
             samples = [train_set[i] for i in order(step)[rank::world]]
             clock = time.perf_counter()
-            views, prompts = roll_out(vlm, clip, samples, step, args)                  # I - III
+            with policy.whole():
+                views, prompts = roll_out(vlm, clip, samples, step, args)              # I - III
             reward_views(views, scale, args, device)                                        # IV, V: rewards, advantages
             sampled = time.perf_counter()
             used, updates = learners(views, args), []
+            parts = micro_batches(vlm, used, prompts, args)
             divisor = batch_weight(used, args, device)
             for _ in range(args.mu):                                                   # VI. loss and update
                 optimiser.zero_grad()
-                updates.append(learn(vlm, reference, used, prompts, scale, divisor, args))
-                reduce_gradients(parameters)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                updates[-1]["grad_norm"] = float(norm)
+                updates.append(learn(policy, reference, used, prompts, parts, scale, divisor, args, device))
+                updates[-1]["grad_norm"] = parallel.clip_gradients(parameters, args.max_grad_norm)
                 if not math.isfinite(updates[-1]["grad_norm"]):
                     raise InputError(f"the gradient of step {step} is not finite; lower --lr ({args.lr:g}) or the reward's "
                                      f"weights, the checkpoints in {output} are from before it")
@@ -696,8 +605,8 @@ def train(args):
                 progress.set_postfix(reward=f"{row['original/reward']:.2f}", right=f"{row['original/outcome']:.2f}",
                                      gap=f"{row.get('gap', float('nan')):.2f}")
             halted = summed([float(bool(stop))], device)[0] > 0
-            if main_rank and ((step + 1) % args.save_every == 0 or step + 1 == args.steps or halted):
-                save_checkpoint(output, vlm, optimiser, step + 1, scale)
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps or halted:
+                save_checkpoint(output, vlm, policy, optimiser, step + 1, scale, args.keep)
             if halted and step + 1 < args.steps:
                 progress.close()
                 if main_rank:
@@ -706,7 +615,7 @@ def train(args):
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return finish(vlm, clip, held_out, before, output, scale, args, rank, world)
+    return finish(vlm, policy, compute, clip, held_out, before, output, scale, args, rank, world)
 
 
 def base_scale(vlm, clip, train_set, order, args):
@@ -747,13 +656,15 @@ def write_step(output, row, samples, views):
                 file.write(json.dumps(record) + "\n")
 
 
-def finish(vlm, clip, held_out, before, output, scale, args, rank, world):
+def finish(vlm, policy, compute, clip, held_out, before, output, scale, args, rank, world):
     """Save the final model, run the probe again, write report.png and the table."""
-    after = load_or(output / "after.json", lambda: run_probe(vlm, held_out, clip, args, rank, world, "after"), rank) \
-        if held_out else None
+    with policy.whole():
+        after = load_or(output / "after.json", lambda: run_probe(vlm, held_out, clip, args, rank, world, "after"), rank) \
+            if held_out else None
+    state = {name: value.to(compute) for name, value in parallel.whole_state(policy).items()}
     if rank:
         return None
-    vlm.save(output)
+    vlm.save(output, state)
     write_json(output / "confidence.json", scale | {"judged": args.judged})
     rows = None
     if held_out:

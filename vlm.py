@@ -7,8 +7,8 @@ clone, completion), so that sampled and re-scored log-probs agree by constructio
 Everything is read from the raw logits in fp32: before temperature, top-k, top-p and banned ids (paper Eq. 3). No
 (B, T, V) tensor is ever kept.
 
-Left out on purpose: activation checkpointing, which a shared prefill does not allow.
 """
+import copy
 import inspect
 import math
 import random
@@ -130,9 +130,9 @@ class VLM:
 
     @classmethod
     def load(cls, path, device=None, dtype=None):
-        """Open a directory or hub id. device: default CUDA where there is one; dtype: default bf16 there, fp32 on a
-        CPU. Raises InputError, in a sentence, when there is no such model, it has no image processor, or its class cannot
-        work here."""
+        """Open a directory or hub id. device: default CUDA where there is one; dtype: default bf16 there, fp32 on a CPU;
+        "auto" is that of the file. Raises InputError, in a sentence, when there is no such model, it has no image processor,
+        or its class cannot work here."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if str(device) == "cpu" else torch.bfloat16)
         if not Path(path).is_dir() and (str(path).startswith((".", "/")) or str(path).count("/") != 1):
@@ -175,9 +175,14 @@ class VLM:
         if not off < (1e-3 if self.model.dtype == torch.float32 else 0.5):         # not: nan is refused as well
             raise InputError(f"{refusal}: its log-probs from a repeated cache are off from its own `generate` by {off:.2g}")
 
-    def save(self, path):
-        """Write the model and its processor in Hugging Face form."""
-        self.model.save_pretrained(path)
+    def save(self, path, state=None):
+        """Write the model and its processor in Hugging Face form. state: its weights by name, where the model itself holds
+        only a share of them; of any dtype."""
+        self.model.save_pretrained(path, state_dict=state)
+        if state is not None:               # transformers has written down the dtype of the model's own weights
+            dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+            config = Path(path) / "config.json"
+            config.write_text(re.sub(r'("(?:torch_)?dtype": )"\w+"', rf'\1"{dtype}"', config.read_text()))
         self.processor.save_pretrained(path)
         # Where there is torchvision, a class that we have opened without its video processor finds the settings of one here.
         self.processor.image_processor.save_pretrained(path)
@@ -190,6 +195,16 @@ class VLM:
     def context(self):
         """The longest sequence, in tokens, that the model's positions allow (int)."""
         return self.text_config.max_position_embeddings
+
+    def vision_parameters(self):
+        """All that is neither the language model nor its head: the vision tower and what joins the two (list)."""
+        language = {id(p) for part in (self.model.get_decoder(), self.head) for p in part.parameters()}
+        return [p for p in self.model.parameters() if id(p) not in language]
+
+    def checkpoint_activations(self, blocks):
+        """From now on these blocks (modules) keep their inputs only and run again in the backward pass of `score`."""
+        for block in blocks:
+            block.forward = _run_again(block, self._cache_name)
 
     def _eos_ids(self):
         ids = self.model.generation_config.eos_token_id
@@ -392,6 +407,36 @@ class VLM:
         logits = self._logits(hidden)                                                              # (N, V)
         picked = (logits / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         return picked, token_confidence(logits, self.top_k), token_entropy(logits)
+
+
+def _run_again(block, cache_name):
+    """A forward for `block` that holds its inputs and runs the block's own once more in the backward pass.
+
+    A decoder layer reads and extends its entry of the cache. Run again, it must find that entry as it was, and must not
+    append to it twice: each run works on an entry of its own, and its keys and values leave as outputs, with gradient.
+    """
+    forward = block.forward
+    index = next((module.layer_idx for module in block.modules() if hasattr(module, "layer_idx")), None)
+
+    def checkpointed(*args, **kwargs):
+        cache = kwargs.get(cache_name)
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if cache is None:
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        before, seen = copy.copy(cache.layers[index]), []
+
+        def once(keys, values, *args):
+            own, whole = copy.copy(before), copy.copy(cache)
+            own.keys, own.values, whole.layers = keys, values, list(cache.layers)
+            whole.layers[index] = own
+            out = forward(*args, **{**kwargs, cache_name: whole})
+            seen.append({name: value for name, value in vars(own).items() if name not in ("keys", "values")})
+            return out, own.keys, own.values
+        out, keys, values = checkpoint(once, before.keys, before.values, *args, use_reentrant=False, preserve_rng_state=False)
+        vars(cache.layers[index]).update(seen[0], keys=keys, values=values)
+        return out
+    return checkpointed
 
 
 def in_place(prompt, count):

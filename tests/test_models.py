@@ -12,6 +12,7 @@ import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import parallel
 from data import InputError
 from vlm import VLM
 
@@ -290,6 +291,13 @@ def test_gradient_equals_that_of_plain_forwards_and_a_step_along_it_lowers_the_l
     expected, before = gradient(-logp.mean()), loss()
     found = gradient(before)
     assert (found - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 0
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
+        loss()
+        vlm.checkpoint_activations(parallel.blocks(vlm.model))
+        kept, _ = sum(held), held.clear()
+        torch.testing.assert_close(gradient(loss()), found, atol=1e-6, rtol=1e-5)
+    assert sum(held) < kept / 2                     # what the blocks need is made again
     torch.optim.AdamW(vlm.model.parameters(), lr=1e-3).step()
     assert loss() < before
 

@@ -1,0 +1,162 @@
+"""Does it fit? Parameters, tokens and memory of a training run from a model's settings; no weight is read.
+
+    torchrun --nproc-per-node 8 train_cdrl.py --model Qwen/Qwen2.5-VL-7B-Instruct --data train.jsonl --dry_run
+    python train_cdrl.py --dry_run --memory 80                 # on a machine without that GPU
+
+Exact: weights, gradients, optimiser state, keys and values of the rollouts. Estimated: activations, from the sizes of the
+blocks with fused attention and a gated MLP. Fragmentation and the CUDA context are a flat tenth on top.
+"""
+import random
+from collections import defaultdict
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+import data
+import parallel
+from data import InputError
+from vlm import CHUNK_LOGITS, VLM, load_processor
+
+GIB = 2**30
+ASKED = 32              # questions whose tokens are counted
+COMFORTABLE = 0.5       # of a device's memory: above it `--shard auto` shards the state of training
+LARGE = 1e9             # parameters: above it `--activation_checkpointing auto` is on
+
+
+class Paper(VLM):
+    """A VLM without weights, which encodes prompts."""
+    device = torch.device("cpu")
+
+    @classmethod
+    def load(cls, path):
+        try:
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+        except (OSError, ValueError) as error:
+            raise InputError(f"model {str(path)!r} has no settings that can be read: {str(error).splitlines()[0]}") from error
+        return cls(model, load_processor(path))
+
+    def parameters(self, frozen_vision=False):
+        """(all, those that train)."""
+        total = sum(p.numel() for p in self.model.parameters())
+        return total, total - (sum(p.numel() for p in self.vision_parameters()) if frozen_vision else 0)
+
+
+def device_memory(args, device):
+    """GiB of a device; 0 where it is not known."""
+    if args.memory:
+        return args.memory
+    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else 0.0
+
+
+def state_bytes(total, trained, ranks, offload=False):
+    """What a rank holds between steps: weights, gradients and Adam's two moments in fp32 -> bytes by part."""
+    where = "CPU" if offload else "device"
+    return {(where, "weights, fp32"): 4 * total / ranks, (where, "gradients, fp32"): 4 * trained / ranks,
+            (where, "optimiser state, fp32"): 8 * trained / ranks}
+
+
+def choices(args, device, world, vlm=None):
+    """What the `auto` settings come to -> (dtype of the computation, sharded?, activation checkpointing?)."""
+    compute = {"float32": torch.float32, "bfloat16": torch.bfloat16,
+               "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[args.dtype]
+    spread, again, memory = args.shard == "fsdp", args.activation_checkpointing == "on", device_memory(args, device)
+    if args.activation_checkpointing == "auto" or args.shard == "auto" and world > 1 and memory:
+        total, trained = (vlm or Paper.load(args.model)).parameters(args.freeze_vision)
+        again = again or args.activation_checkpointing == "auto" and total > LARGE
+        if args.shard == "auto" and world > 1 and memory and not args.offload:
+            spread = sum(state_bytes(total, trained, 1).values()) > COMFORTABLE * memory * GIB
+    return compute, spread, again
+
+
+def describe(compute, spread, again, world):
+    return (f"{str(compute).removeprefix('torch.')}, {world} rank{'s' * (world > 1)}, "
+            f"{'each with a share (fsdp)' if spread else 'each with the whole state'}{', activation checkpointing' * again}")
+
+
+def activations(config, tokens, size, again, read):
+    """Bytes that the backward pass needs of `tokens` passing the blocks of a text or vision config.
+
+    A block holds about 12 vectors of the hidden size and 4 of the MLP's for each token; with checkpointing its input alone
+    (and, in a decoder, the keys and values it read: `read` tokens of them), beside one block that is run again.
+    """
+    def of(*names, default=0):
+        return next((getattr(config, name) for name in names if getattr(config, name, None)), default)
+    layers, hidden = of("num_hidden_layers", "depth", default=1), of("embed_dim", "hidden_size", default=1)
+    mlp = of("intermediate_size", default=4 * hidden)
+    block = size * tokens * (12 * hidden + 4 * mlp)
+    return layers * (size * tokens * hidden + size * read * key_values(config)) + block if again else layers * block
+
+
+def key_values(config):
+    """Numbers that one layer's cache holds for a token."""
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // (getattr(config, "num_attention_heads", None) or 1)
+    return 2 * heads * width
+
+
+def dry_run(args, samples, views, device, world):
+    """Print what a run is made of and what it needs; InputError where that is more than a device has. views: 1 or 2."""
+    vlm = Paper.load(args.model)
+    compute, spread, again = choices(args, device, world, vlm)
+    total, trained = vlm.parameters(args.freeze_vision)
+    vision = sum(p.numel() for p in vlm.vision_parameters())
+    ranks, size = (world if spread else 1), compute.itemsize
+    sharded = spread or world > 1 or args.offload or compute != torch.float32         # see parallel.shard
+
+    image_id = next((getattr(vlm.model.config, name) for name in ("image_token_id", "image_token_index")
+                     if isinstance(getattr(vlm.model.config, name, None), int)), -1)
+    chosen = [samples[i] for i in random.Random(0).sample(range(len(samples)), min(ASKED, len(samples)))]
+    counts = []
+    for s in chosen:
+        ids = vlm.encode([s.pictures()], [data.prompt(s)])["input_ids"]
+        counts.append((ids.shape[1], int((ids == image_id).sum())))
+    prompt, picture = (max(column) for column in zip(*counts))
+
+    questions = args.batch_size // world
+    rollouts, length = questions * args.group_size * views, prompt + args.max_new_tokens
+    part = min(questions, args.micro_batch)
+    if args.micro_tokens:
+        part = max(1, min(part, args.micro_tokens // (prompt + args.group_size * args.max_new_tokens)))
+    text, sight = vlm.text_config, vlm.model.config.vision_config
+    block = max(sum(p.numel() for p in b.parameters()) for b in parallel.blocks(vlm.model)) if sharded else 0
+    left = total - sum(p.numel() for b in parallel.blocks(vlm.model) for p in b.parameters()) if sharded else 0
+    merged = getattr(sight, "spatial_merge_size", 1) ** 2
+    state = state_bytes(total, trained, ranks, args.offload)
+    if args.kl_beta:
+        state["CPU" if args.offload else "device", "reference model"] = 4 * total / ranks
+    rolling = {"all weights, gathered": size * total if sharded else 0,
+               "keys and values of the rollouts": size * rollouts * length * text.num_hidden_layers * key_values(text),
+               "probabilities of a word": 32 * rollouts * vlm.vocabulary}
+    tokens = part * views * (prompt + args.group_size * args.max_new_tokens)
+    learning = {"weights of two blocks and the rest, gathered": size * (2 * block + left),
+                "activations, language": activations(text, tokens, size, again, part * views * args.group_size * length),
+                "activations, vision": 0 if args.freeze_vision else activations(
+                    sight, part * views * picture * merged, size, again, 0),
+                "vocabulary head, one chunk": 16 * min(CHUNK_LOGITS, tokens * vlm.vocabulary)}
+    rows = defaultdict(dict)
+    for (where, name), value in state.items():
+        rows[name][where] = value / GIB
+    for phase, parts in (("rolling out", rolling), ("learning", learning)):
+        for name, value in parts.items():
+            rows[name][phase] = value / GIB
+    held = sum(value for (where, _), value in state.items() if where == "device")
+    peak = {phase: 1.1 * (held + sum(parts.values())) / GIB
+            for phase, parts in (("rolling out", rolling), ("learning", learning))}
+    print(f"{data.shown(args.model)}: {total:,} parameters ({vision:,} of them vision), {trained:,} train")
+    print(f"{describe(compute, spread, again, world)}{', offload' if args.offload else ''}")
+    print(f"tokens: longest of {len(chosen)} prompts {prompt}, {picture} of them pictures; completion {args.max_new_tokens}")
+    print(f"rollouts a step: {rollouts * world} ({args.batch_size} questions x {args.group_size} x {views} views), a rank "
+          f"{rollouts}; questions a forward pass when learning: {part}")
+    columns = [c for c in ("device", "CPU", "rolling out", "learning") if any(c in cells for cells in rows.values())]
+    print("\nGiB a rank")
+    print(data.table({name: {c: cells.get(c, "") for c in columns} for name, cells in rows.items()}))
+    memory = device_memory(args, device)
+    print(f"\npeak: {peak['rolling out']:.2f} GiB while rolling out, {peak['learning']:.2f} while learning"
+          + (f", of {memory:g}" if memory else "; --memory N says what a device has"))
+    if memory and max(peak.values()) > memory:
+        more = [flag for flag, used in (("--shard fsdp over more ranks", False), ("--offload", args.offload),
+                                        ("--activation_checkpointing on", again), ("--freeze_vision", args.freeze_vision),
+                                        ("--micro_batch 1", part == 1)) if not used]
+        raise InputError(f"{max(peak.values()):.2f} GiB a rank do not fit into {memory:g}; try {', '.join(more)}, or a smaller "
+                         "--batch_size, --group_size or --max_new_tokens")

@@ -1,0 +1,144 @@
+"""The folder of a training run: what is in it, how it is written so that a kill at any moment leaves it usable, its report.
+
+    args.json  metrics.jsonl  samples.jsonl  before.json  after.json  confidence.json  report.png  the final model
+    checkpoint-STEP/    the model in Hugging Face form, optimiser/ (each rank's share), training.pt (step, which is also the
+                        position in the data; the scale of C; each rank's random state)
+"""
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import data
+import parallel
+import probe
+from data import InputError
+
+# A resumed run may change these; every other setting must be the same. (More steps go on with the lr of the longer run.)
+FREE = ("output", "steps", "save_every", "keep", "resume", "shard", "offload", "micro_batch", "micro_tokens", "memory",
+        "activation_checkpointing")
+
+
+def write_json(path, value):
+    data.write_atomically(path, json.dumps(value, indent=1))
+
+
+def open_run(args):
+    """Prepare the run folder -> (path, newest checkpoint or None). A run with other settings is moved aside."""
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {args.output!r} is a file; give a directory")
+    if output.is_dir() and any(output.iterdir()):
+        try:
+            old = json.loads((output / "args.json").read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise InputError(f"--output {args.output!r} holds something that is not a run; choose another folder") from error
+        other = [key for key, value in asdict(args).items() if key not in FREE and old.get(key) != value]
+        done = checkpoints(output)
+        longer = bool(done) and step_of(done[-1]) > args.steps
+        if args.resume == "no" or other or longer:
+            aside = next(p for i in range(1, 10**6) if not (p := output.with_name(f"{output.name}-{i}")).exists())
+            output.rename(aside)
+            why = f"other settings ({', '.join(other)})" if other else "more steps" if longer else "an earlier run"
+            print(f"{args.output} held {why}: moved to {aside}")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "args.json", asdict(args))
+    except OSError as error:
+        raise InputError(f"--output {args.output!r} cannot be written ({error.strerror}); choose another folder") from error
+    done = checkpoints(output)
+    if not (done and done[-1].name == f"checkpoint-{args.steps}"):
+        (output / "after.json").unlink(missing_ok=True)         # of an earlier, shorter run in this folder
+    return output, done[-1] if done else None
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name.split("-")[-1])
+
+
+def checkpoints(output):
+    """Complete checkpoints, oldest first."""
+    return sorted((path for path in output.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()), key=step_of)
+
+
+def save_checkpoint(output, vlm, policy, optimiser, step, scale, keep):
+    """checkpoint-STEP: everything goes into a hidden folder, to the disk, and then one rename makes it the newest. All ranks
+    call it; they share the file system."""
+    final, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.tmp"
+    main_rank = not dist.is_initialized() or dist.get_rank() == 0
+    if main_rank:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    state, random_states = parallel.whole_state(policy), parallel.gathered([torch.get_rng_state()])
+    parallel.save_optimiser(policy, optimiser, temporary / "optimiser")
+    if main_rank:
+        vlm.save(temporary, state)
+        torch.save({"step": step, "scale": scale, "rng": random_states}, temporary / "training.pt")
+        for path in (*temporary.rglob("*"), temporary):
+            _to_disk(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+        _to_disk(output)
+        for old in checkpoints(output)[:-keep]:
+            shutil.rmtree(old)
+
+
+def _to_disk(path):
+    """fsync a file or a folder."""
+    number = os.open(path, os.O_RDONLY)
+    os.fsync(number)
+    os.close(number)
+
+
+def load_checkpoint(checkpoint, policy, optimiser):
+    """-> (step, scale): the optimiser's state on any number of ranks, and this rank's random state where it had one."""
+    parallel.load_optimiser(policy, optimiser, checkpoint / "optimiser")
+    found = torch.load(checkpoint / "training.pt", weights_only=True)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    torch.set_rng_state(found["rng"][rank % len(found["rng"])])
+    return found["step"], found["scale"]
+
+
+def trim_log(path, step):
+    """Drop the lines of steps that a resumed run will do again, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            break
+    path.write_text("".join(kept))
+
+
+def draw_report(output, before, after, args):
+    """report.png: reward and gap over steps; reliability; accuracy and confidence against noise, before and after."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in log]
+    figure, axes = pyplot.subplots(2, 3, figsize=(14, 8))
+    for key in ("original/reward", "original/outcome", "noised/reward"):
+        if key in log[0]:
+            axes[0, 0].plot(steps, [row[key] for row in log], label=key)
+    axes[0, 0].set(xlabel="step", title="Reward")
+    axes[0, 0].legend(fontsize=8)
+    if "gap" in log[0]:
+        axes[0, 1].plot(steps, [row["gap"] for row in log], color="tab:green")
+    axes[0, 1].set(xlabel="step", title="Gap C - C' while training")
+    probe.plot_reliability(axes[0, 2], {"before": before[0], "after": after[0]})
+    named = {"before": before, "after": after}
+    for axis, name, label in ((axes[1, 0], "correct", "accuracy"), (axes[1, 1], "token_probability", "mean token probability"),
+                              (axes[1, 2], "confidence", "confidence C")):
+        probe.plot_probe(axis, named, name, label)
+    figure.suptitle(f"{args.recipe}, {len(steps)} steps; below: noise on the {args.region} region of held-out questions")
+    figure.tight_layout()
+    figure.savefig(output / "report.png", dpi=110)
+    pyplot.close(figure)
