@@ -24,7 +24,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -33,6 +32,7 @@ from tqdm import tqdm
 
 import data
 import noise
+import parallel
 from data import LETTERS, MODULES, InputError, Sample, add_options, command, option
 from experts import LocalExpert, Server, ServerExpert, ServerVLM
 from judge import accepts, equivalent, extract_answer
@@ -661,10 +661,8 @@ def answer_file(answer_batch, samples, output, settings, batch_size=16, name="qu
     merges in the end, or the next run does. strict: a picture that cannot be read raises InputError; else its question is
     named on stderr and left out.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, _ = parallel.start_ranks()
     output, kept = Path(output), Path(f"{output}.args.json")
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=30))         # ranks wait for the slowest
     done = [None]
     if rank == 0:
         try:
@@ -821,6 +819,7 @@ def build(args, settings, model=None):
     def server(url, name, key):
         return Server(url, name, os.environ.get(key) or None, args.timeout, args.retries, args.cache)
 
+    parallel.start_ranks()                      # before a model is loaded: each rank to a GPU of its own
     clip = noise.ClipAttention.from_pretrained(args.clip)
     remote = re.match("https?:", model)
     vlm = ServerVLM(server(model, args.model_name, "MODEL_API_KEY")) if remote else VLM.load(model)

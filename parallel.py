@@ -33,8 +33,8 @@ from torch.distributed.tensor import DTensor
 
 from vlm import Scores
 
-# A rank that is done with its rollouts waits for the slowest one as long as this.
-PATIENCE = timedelta(hours=6)
+# A rank that is done with its share waits for the slowest one as long as this.
+PATIENCE = timedelta(days=30)
 
 
 def start_ranks():

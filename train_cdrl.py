@@ -60,7 +60,7 @@ class Args:
     steps: int = option(350, "optimisation steps")
     batch_size: int = option(16, "questions a step, over all ranks")
     group_size: int = option(8, "rollouts a question on each view, G (the paper: 4 pairs)")
-    micro_batch: int = option(16, "questions a forward pass when learning; less saves memory, the gradient is the same")
+    micro_batch: int = option(8, "questions a forward pass when learning; less saves memory, the gradient is the same")
     micro_tokens: int = option(0, "and at most so many tokens, prompts and all completions, padding included; 0 = no limit")
     max_new_tokens: int = option(64, "longest completion")
     save_every: int = option(20, "steps between checkpoints")
@@ -344,21 +344,20 @@ def batch_weight(views, args, device):
 
 
 def micro_batches(vlm, views, prompts, args):
-    """Questions that are learned from in one forward and backward pass -> list of slices: at most --micro_batch of them,
-    and as many as --micro_tokens allows, at least one."""
-    if not args.micro_tokens:
-        return [slice(i, i + args.micro_batch) for i in range(0, len(prompts), args.micro_batch)]
-    sizes = []                      # the longest prompt and the longest completion of each question
-    for q, prompt in enumerate(prompts):
-        sizes.append((max(vlm.prompt_length(view.images[q], prompt) for view in views),
-                      max(len(r.tokens) for view in views for r in view.rollouts[q])))
-    found, first = [], 0
-    for last in range(1, len(sizes) + 1):
-        longest = [max(column) for column in zip(*sizes[first:last + 1])]
-        tokens = (last + 1 - first) * (longest[0] + args.group_size * longest[1])
-        if last == len(sizes) or last - first == args.micro_batch or tokens > args.micro_tokens:
-            found.append(slice(first, last))
-            first = last
+    """Which questions are learned from in one forward and backward pass -> lists of their indices: at most --micro_batch, and
+    as many as --micro_tokens allows, at least one. Questions with completions of like length go together: a pass is as wide
+    as its longest."""
+    longest = [max(len(r.tokens) for view in views for r in view.rollouts[q]) for q in range(len(prompts))]
+    lengths = [max(vlm.prompt_length(view.images[q], prompt) for view in views) if args.micro_tokens else 0
+               for q, prompt in enumerate(prompts)]
+    found = [[]]
+    for q in sorted(range(len(prompts)), key=longest.__getitem__):
+        part = [*found[-1], q]
+        tokens = len(part) * (max(lengths[i] for i in part) + args.group_size * longest[q])
+        if found[-1] and (len(part) > args.micro_batch or args.micro_tokens and tokens > args.micro_tokens):
+            found.append([q])
+        else:
+            found[-1] = part
     return found
 
 
@@ -378,21 +377,21 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
         policy.sum_gradients(number == passes - 1)
         loss, confidences, judged, weights, counts = 0.0, {}, {}, {}, dict.fromkeys(stats, 0.0)
         for view in views:
-            flat = [r for group in view.rollouts[part] for r in group]
-            completions = [r.tokens for r in flat]
-            scores = policy.score(view.images[part], prompts[part], completions, temperature=args.temperature)
+            flat = [r for q in part for r in view.rollouts[q]]
+            completions, asked = [r.tokens for r in flat], ([view.images[q] for q in part], [prompts[q] for q in part])
+            scores = policy.score(*asked, completions, temperature=args.temperature)
             used = used_mask(flat, args).to(device)
             token_weights, weights[view.name] = weights_of(scores.mask & used[:, None], args)
             weights[view.name] = weights[view.name] * used
             confidences[view.name], judged[view.name] = scored_confidence(scores, args, args.group_size)
             if not view.learns:
                 continue
-            old = view.old_logprobs.setdefault(part.start, scores.logprobs.detach())    # mu = 1: ratio 1, with gradient
+            old = view.old_logprobs.setdefault(part[0], scores.logprobs.detach())    # mu = 1: ratio 1, with gradient
             advantages = view.advantages[part].reshape(-1, 1).to(device)
             per_token, clipped = policy_loss(scores.logprobs, old, advantages, args.clip_low, args.clip_high)
             if reference is not None:
                 with torch.no_grad():
-                    anchor = reference.score(view.images[part], prompts[part], completions, temperature=args.temperature)
+                    anchor = reference.score(*asked, completions, temperature=args.temperature)
                 kl = kl_k3(scores.logprobs, anchor.logprobs)
                 per_token = per_token + args.kl_beta * kl
                 counts["kl"] += (kl.detach() * scores.mask).sum()
