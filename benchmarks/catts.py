@@ -1,0 +1,72 @@
+"""CA-TTS for each question: ours against a straightforward pipeline that runs every call from scratch.
+
+    python benchmarks/catts.py                        # 40 built-in questions, minutes
+    python benchmarks/catts.py --questions 8 --rounds 1
+
+from scratch: one question after the other; each of the 8 samples, each role of the Expert and each side of the contrast
+encodes picture and prompt for itself. ours, off: all modules, questions in batches, samples share a prefill. ours, exact:
+lossless early exit beside it. The answers must be the same; those that are not are counted.
+"""
+import argparse
+import sys
+
+from common import ROOT, VLM, data, side_by_side, versions
+
+import noise
+from catts import Controller, Settings
+from experts import LocalExpert
+
+BATCH = 16
+
+
+class Scratch(VLM):
+    """Every completion from a prefill of its own, one at a time; the same words, since each has random numbers of its own."""
+
+    def sample(self, images, prompts, n=1, *, seed=0, first=0, **how):
+        seeds = seed if isinstance(seed, list | tuple) else [f"{seed} {b}" for b in range(len(prompts))]
+        return [[super(Scratch, self).sample([pictures], [prompt], 1, seed=[own], first=first + i, **how)[0][0]
+                 for i in range(n)]
+                for pictures, prompt, own in zip(images, prompts, seeds, strict=True)]
+
+
+def build(kind, **settings):
+    vlm, expert = ((Scratch if kind == "from scratch" else VLM).load(ROOT / "tiny" / name) for name in ("base", "expert"))
+    return Controller(vlm, LocalExpert(expert, Settings.expert_tokens), noise.ClipAttention.from_pretrained(),
+                      Settings(**settings))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--questions", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=5, help="medians are over so many, after a warm-up")
+    args = parser.parse_args()
+    samples = list(data.load("synthetic", "val", args.questions))
+    controllers = {"ours, exact": build("ours", early_exit="exact"), "ours, off": build("ours"),
+                   "from scratch": build("from scratch")}
+    results = {}
+
+    def run(name):
+        size = 1 if name == "from scratch" else BATCH
+        results[name] = [r for i in range(0, len(samples), size) for r in controllers[name].answer_all(samples[i:i + size])]
+    encoded = dict.fromkeys(controllers, 0)
+    for name, controller in controllers.items():
+        for vlm in (controller.vlm, controller.expert.vlm):
+            def counted(images, prompts, name=name, prefill=vlm._prefill):
+                encoded[name] += sum(map(len, images))
+                return prefill(images, prompts)
+            vlm._prefill = counted
+    seconds = side_by_side({name: lambda name=name: run(name) for name in controllers}, args.rounds)
+    print(versions())
+    print(f"{len(samples)} questions, N = 8; a question, median of {args.rounds} rounds")
+    answers = [r.answer for r in results["from scratch"]]
+    print(data.table({name: {
+        "seconds": value / len(samples), "ratio to exact": value / seconds["ours, exact"],
+        "tokens": sum(r.ledger.tokens + r.ledger.expert_tokens for r in results[name]) / len(samples),
+        "pictures encoded": encoded[name] / len(samples) / (args.rounds + 1),
+        "expert calls": sum(r.ledger.expert_calls for r in results[name]) / len(samples),
+        "other answers": sum(r.answer != answer for r, answer in zip(results[name], answers))}
+        for name, value in seconds.items()}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
