@@ -1,0 +1,190 @@
+"""On one GPU: decoding against the memory's bandwidth, and a whole training step, at the sizes of Qwen2.5-VL 3B and 7B.
+
+    python benchmarks/gpu.py --sizes 3B 7B                            # random weights, real shapes; some ten minutes
+    python benchmarks/gpu.py --sizes tiny --device cpu --dtype float32 --new_tokens 8 --rows 4 --pixels 112     # a dry run
+    python benchmarks/gpu.py --write 7B runs/7B && python train_cdrl.py --model runs/7B --dry_run --memory 80
+
+Decoding: --rows samples of one question with a picture of --pixels x --pixels (896: 1,024 tokens), tokens a second with
+confidence, beside transformers' own `generate` without, in a dynamic and in a compiled static cache (CUDA graphs), as a share
+of the bound: each token must read all weights and the keys and values of its row once, at --bandwidth.
+Training: one question, 8 rollouts on each of two views, --completion tokens; seconds and peak memory by phase; MFU counts 6
+FLOP a trained parameter and token, the vision tower's at its patches, without what activation checkpointing runs again.
+"""
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+
+import torch
+from common import ROOT, VLM, data, load_processor, picture, versions
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
+
+import noise
+import parallel
+import train_cdrl
+from plan import key_values
+
+# The published settings of Qwen2.5-VL.
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, window_size=112,
+              fullatt_block_indexes=[7, 15, 23, 31], spatial_merge_size=2, temporal_patch_size=2)
+SIZES = {
+    "3B": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+               vocab_size=151936, tie=True),
+    "7B": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+               vocab_size=152064, tie=False)}
+
+
+def settings(size, pixels):
+    """-> (config, processor) of a size, spoken to with the built-in tokenizer; pictures keep their pixels."""
+    processor = load_processor(ROOT / "tiny" / "base")
+    processor.image_processor.size = {"shortest_edge": pixels * pixels, "longest_edge": pixels * pixels}
+    if size == "tiny":
+        return AutoConfig.from_pretrained(ROOT / "tiny" / "base"), processor
+    processor.image_processor.patch_size = 14
+    text, tie = dict(SIZES[size]), SIZES[size]["tie"]
+    del text["tie"]
+    ids = {name: processor.tokenizer.convert_tokens_to_ids(token) for name, token in (
+        ("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>"), ("vision_start_token_id", "<|vision_start|>"),
+        ("vision_end_token_id", "<|vision_end|>"))}
+    config = Qwen2_5_VLConfig(
+        text_config=dict(text, max_position_embeddings=128000, rms_norm_eps=1e-6, tie_word_embeddings=tie, rope_parameters={
+            "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}),
+        vision_config=dict(VISION, out_hidden_size=text["hidden_size"]), tie_word_embeddings=tie, **ids)
+    return config, processor
+
+
+def build(size, pixels, device, dtype):
+    """A VLM with random weights, made on the device; no completion ends early."""
+    config, processor = settings(size, pixels)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    vlm = VLM(model, processor)
+    vlm.banned[len(vlm.tokenizer):] = False                     # words that the built-in tokenizer does not know
+    vlm.banned[vlm.eos] = True
+    vlm.eos = torch.tensor([-1], device=device)
+    vlm.model.generation_config.eos_token_id = None
+    return vlm
+
+
+def clock(device, function, *arguments):
+    """-> (seconds, peak GiB, result)."""
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    result = function(*arguments)
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan"), result
+
+
+def decoding(vlm, rows, args):
+    """Tokens a second, of the steps after the prefill: a long run minus a short one."""
+    images, prompts = [[picture(args.pixels)]], ["How many red circles are there?"]
+    inputs = vlm.encode(images, prompts)
+    length = inputs["input_ids"].shape[1]
+
+    @torch.no_grad()
+    def generate(new, static):
+        vlm.model.generate(**inputs, max_new_tokens=new, do_sample=True, top_k=0, num_return_sequences=rows,
+                           **({"cache_implementation": "static"} if static else {}))
+    runs = {"ours, with confidence": lambda new: vlm.sample(images, prompts, rows, max_new_tokens=new),
+            "generate, dynamic cache": lambda new: generate(new, False)}
+    if args.device != "cpu":
+        runs["generate, static cache, compiled"] = lambda new: generate(new, True)
+    table, short = {}, max(2, args.new_tokens // 8)
+    weights = sum(p.numel() * p.element_size() for p in vlm.model.parameters()) - sum(
+        p.numel() * p.element_size() for p in vlm.vision_parameters())
+    read = weights + rows * (length + args.new_tokens / 2) * vlm.text_config.num_hidden_layers * key_values(
+        vlm.text_config) * vlm.head.weight.element_size()
+    bound = rows / (read / (args.bandwidth * 1e12))
+    for name, run in runs.items():
+        run(short)                                              # a warm-up
+        (few, _, _), (many, peak, _) = (clock(args.device, run, count) for count in (short, args.new_tokens))
+        speed = rows * (args.new_tokens - short) / max(many - few, 1e-9)
+        table[f"{name}, {rows} rows"] = {"tokens/s": speed, "share of the bound": speed / bound, "peak GiB": peak}
+    return table
+
+
+def training(vlm, size, args):
+    """One step of `ours` on one question with two views -> a row for each phase."""
+    device = torch.device(args.device)
+    settings = replace(train_cdrl.parse([]), batch_size=1, max_new_tokens=args.completion, micro_batch=1, eval_size=0)
+    clip = noise.ClipAttention.from_pretrained(settings.clip, device)
+    vlm.checkpoint_activations(parallel.blocks(vlm.model))
+    policy = parallel.shard(vlm, device, getattr(torch, args.dtype), False, offload=args.offload)
+    optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
+    sample = data.synthetic("train", 0, 0)
+    sample.images = [picture(args.pixels)]
+    scale, rows = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}, {}
+    for step in range(2):                                       # the first warms up
+        def rollouts(step=step):
+            with policy.whole():
+                return train_cdrl.roll_out(vlm, clip, [sample], step, settings)
+        sampled, peak_sampled, (views, prompts) = clock(device, rollouts)
+        train_cdrl.reward_views(views, scale, settings)
+        parts = train_cdrl.micro_batches(vlm, views, prompts, settings)
+        divisor = train_cdrl.batch_weight(views, settings, device)
+        optimiser.zero_grad()
+        learned, peak_learned, _ = clock(device, train_cdrl.learn, policy, None, views, prompts, parts, scale, divisor,
+                                         settings, device)
+        parallel.clip_gradients(list(policy.parameters()), 1.0)
+        updated, peak_updated, _ = clock(device, optimiser.step)
+    inputs = vlm.encode([sample.images], prompts)
+    prompt, patches = inputs["input_ids"].shape[1], len(inputs["pixel_values"])
+    vision = sum(p.numel() for p in vlm.vision_parameters())
+    text = sum(p.numel() for p in vlm.model.parameters()) - vision
+    completions = len(views) * settings.group_size * args.completion
+    flop = 6 * (text * (len(views) * prompt + completions) + vision * len(views) * patches)
+    mfu = flop / learned / (args.flops * 1e12)
+    for phase, seconds, share, peak in (("rolling out", sampled, "", peak_sampled), ("learning", learned, mfu, peak_learned),
+                                        ("update", updated, "", peak_updated)):
+        rows[f"{size}, {phase}"] = {"seconds": seconds, "tokens/s": completions / seconds if phase != "update" else "",
+                                    "MFU": share, "peak GiB": peak}
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=["3B", "7B"], choices=["tiny", *SIZES])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[64, 256], help="samples decoded together")
+    parser.add_argument("--new_tokens", type=int, default=256, help="tokens decoded a row")
+    parser.add_argument("--pixels", type=int, default=896, help="width and height of the picture")
+    parser.add_argument("--completion", type=int, default=512, help="tokens of a completion in the training step")
+    parser.add_argument("--offload", action="store_true", help="the state of training in the CPU's memory")
+    parser.add_argument("--only", choices=["decode", "train"])
+    parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s of the GPU's memory, measured by copying")
+    parser.add_argument("--flops", type=float, default=790.0, help="bf16 TFLOP/s of the GPU, measured by matrix products")
+    parser.add_argument("--json", help="write the tables to this file")
+    parser.add_argument("--write", nargs=2, metavar=("SIZE", "DIR"), help="write settings without weights, for --dry_run")
+    args = parser.parse_args()
+    if args.write:
+        for part in settings(args.write[0], args.pixels):
+            part.save_pretrained(args.write[1])
+        return
+    name = torch.cuda.get_device_name() if args.device != "cpu" else "CPU"
+    print(f"{versions()}, {name}, {args.dtype}, pictures of {args.pixels} x {args.pixels}")
+    tables = {"machine": name}
+    for size in args.sizes:
+        vlm = build(size, args.pixels, args.device, getattr(torch, args.dtype))
+        print(f"\n{size}: {sum(p.numel() for p in vlm.model.parameters()):,} parameters")
+        if args.only != "train":
+            tables[f"{size}, decoding"] = {k: v for rows in args.rows for k, v in decoding(vlm, rows, args).items()}
+            print(data.table(tables[f"{size}, decoding"]))
+        if args.only != "decode":
+            tables[f"{size}, training"] = training(vlm, size, args)
+            print(data.table(tables[f"{size}, training"]))
+        del vlm
+        if args.device != "cpu":
+            torch.cuda.empty_cache()
+        if args.json:
+            data.write_atomically(ROOT / args.json, json.dumps(tables, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
