@@ -57,7 +57,7 @@ class Args:
     resume: str = option("auto", "auto: go on where the run folder stopped; no: move an earlier run aside", ("auto", "no"))
     seed: int = option(0, "decides questions, noise and samples")
     # Scale
-    steps: int = option(350, "optimisation steps")
+    steps: int = option(400, "optimisation steps")
     batch_size: int = option(16, "questions a step, over all ranks")
     group_size: int = option(8, "rollouts a question on each view, G (the paper: 4 pairs)")
     micro_batch: int = option(8, "questions a forward pass when learning; less saves memory, the gradient is the same")
@@ -105,18 +105,20 @@ class Args:
     beta: float = option(0.5, "its steepness, per nat")
     cnorm: str = option("range", "scale of C in the linear term: the base's 5th-95th percentile, or the group's min-max",
                         ("range", "group"))
-    calibration: str = option("brier", "calibration term: the paper's linear one, a proper score of a probability, none",
+    calibration: str = option("log", "calibration term: the paper's linear one, a proper score of a probability, none",
                               ("linear", "brier", "log", "none"))
     probability: str = option("sigmoid", "that probability: sigmoid(aC + b), fitted on the base once; exp(C), of logprob "
                               "or entropy", ("sigmoid", "exp"))
     learn_noised: bool = option(True, "rollouts on the noised picture get a reward and a gradient of their own")
-    pathwise: float = option(10.0, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
+    noised_policy: float = option(0.0, "weight of their policy gradient beside the original's; 0: they teach through their "
+                                  "confidence alone, since a policy gradient there teaches to guess")
+    pathwise: float = option(12.0, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
 
 
 RECIPES = {
     "ours": {},
-    "paper": dict(alpha=0.5, beta=1.0, cnorm="group", calibration="linear", learn_noised=False, pathwise=0.0, controls=0.0,
-                  adv_norm="std"),
+    "paper": dict(alpha=0.5, beta=1.0, cnorm="group", calibration="linear", learn_noised=False, noised_policy=1.0,
+                  pathwise=0.0, controls=0.0, adv_norm="std"),
     "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0, controls=0.0, adv_norm="std"),
 }
 
@@ -147,7 +149,8 @@ def check(args, world):
     for name in ("lr", "temperature", "beta", "max_grad_norm"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be above 0")
-    for name in ("alpha", "kl_beta", "pathwise", "eval_size", "clip_low", "clip_high", "micro_tokens", "memory"):
+    for name in ("alpha", "kl_beta", "pathwise", "noised_policy", "eval_size", "clip_low", "clip_high", "micro_tokens",
+                 "memory"):
         if not getattr(args, name) >= 0:
             raise InputError(f"--{name} is {getattr(args, name)}; it must not be negative")
     if args.group_size < 2:
@@ -366,9 +369,10 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
     Every rank makes as many passes as the one with the most, because a pass of a sharded model needs all ranks: what a rank
     does beyond its own parts weighs nothing.
 
-    Policy gradient of every view that learns, and w times d R_conf / d theta through C and C' (--pathwise). With
-    --adv_norm none w = 1 is the exact gradient of the expected reward. With std, advantages are divided by their own
-    group's std, which vanishes where all rewards are equal; the pathwise term, which does not, is divided by the batch's mean.
+    Policy gradient of the views that learn (the noised one's weighs --noised_policy), and w times d R_conf / d theta through
+    C and C' (--pathwise). With --adv_norm none, w = 1 and --noised_policy 1 that is the exact gradient of the expected reward.
+    With std, advantages are divided by their own group's std, which vanishes where all rewards are equal; the pathwise term,
+    which does not, is divided by the batch's mean.
     """
     stats = dict.fromkeys(("loss", "pathwise", "kl", "clipped", "tokens"), 0.0)
     passes = int(summed([len(parts)], device, largest=True)[0])
@@ -395,7 +399,8 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
                 kl = kl_k3(scores.logprobs, anchor.logprobs)
                 per_token = per_token + args.kl_beta * kl
                 counts["kl"] += (kl.detach() * scores.mask).sum()
-            loss = loss + (per_token * token_weights).sum() / divisor
+            share = 1.0 if view.name == "original" else args.noised_policy
+            loss = loss + share * (per_token * token_weights).sum() / divisor
             counts["clipped"] += (clipped * scores.mask).sum()
             counts["tokens"] += scores.mask.sum()
         if args.pathwise:
