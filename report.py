@@ -144,11 +144,35 @@ def charts_of(tables):
     return found
 
 
+def headline(tables):
+    """The page in a few numbers: accuracy by method, how well one answer's confidence ranks and is calibrated, the gap."""
+    rows = {}
+    for name, found in tables["methods"].items():
+        one = found.get("pass@1, c", found["pass@1"])
+        rows[name] = {"pass@1": found["pass@1"]["accuracy"],
+                      **{method: row["accuracy"] for method, row in found.items() if method.startswith(("majority", "CA-TTS"))},
+                      "AUROC, one answer": one["auroc"], "ECE, one answer": one["ece"]}
+        for region in ("key", "random"):
+            if row := tables["probe"].get(f"{name}, {region}, all"):
+                rows[name][f"C - C', {region}"] = row["gap"]
+    return rows
+
+
+def smoothed(points, most=60):
+    """[(x, y), ...] -> at most so many means of neighbours."""
+    size = math.ceil(len(points) / most)
+    parts = [points[i:i + size] for i in range(0, len(points), size)]
+    return [tuple(sum(column) / len(part) for column in zip(*part)) for part in parts]
+
+
 def build(tables, cases, logs, lead):
     """report.html (str). tables: what eval.py's `make_tables` returns; cases: list of arguments of `case`; logs: {model
     name: lines of its run's metrics.jsonl}; lead: the sentence under the title."""
     charts, sections = charts_of(tables), []
     main = ("accuracy", "auroc", "ece", "brier", "aurc", "accuracy@80", "tokens", "calls")
+    sections.append(("In short", "Accuracy; the confidence of one answer, c where the model has a map to it, else the sequence "
+                     "probability; how far confidence falls when the evidence, or as large a part elsewhere, is noised.",
+                     [table(headline(tables))]))
     for name, found in tables["methods"].items():
         further = {method: {key: value for key, value in row.items() if key not in main} for method, row in found.items()}
         sections.append((f"Methods: {name}", "Value and 95% interval, clustered by question. Tokens: generated, a contrasted "
@@ -176,7 +200,7 @@ def build(tables, cases, logs, lead):
     sections.append(("Within skill, level and type", "Pooled numbers lie.", [table(tables["within"])]))
     for name, steps in logs.items():
         terms = ("reward", "perception", "calibration", "outcome", "format")
-        drawn = [chart({term: [(row["step"], row[f"{view}/{term}"]) for row in steps] for term in terms},
+        drawn = [chart({term: smoothed([(row["step"], row[f"{view}/{term}"]) for row in steps]) for term in terms},
                        f"{name}: {view} view", "step", "mean reward")
                  for view in ("original", "noised") if steps and f"{view}/reward" in steps[0]]
         if drawn:
