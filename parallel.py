@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
@@ -161,21 +162,27 @@ def clip_gradients(parameters, largest):
 # ---------------------------------------------------------------------------------------------------------------------
 # State
 
-def whole_state(policy):
+def whole_state(policy, dtype):
     """Every weight in full, by its name in the model, in the CPU's memory of rank 0 -> dict ({} on other ranks). All ranks
     call it."""
-    return get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    found = get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: weight.to(dtype) for name, weight in found.items()}
 
 
-def save_optimiser(policy, optimiser, path):
-    """Write the optimiser's state, each rank its share, by the names of parameters. All ranks call it."""
+def _state(policy, optimiser):
+    return {"model": get_model_state_dict(policy), "optimiser": get_optimizer_state_dict(policy, optimiser)}
+
+
+def save_state(policy, optimiser, path):
+    """Write the fp32 weights and the optimiser's state, each rank its share, by the names of parameters. All ranks call it."""
     with warnings.catch_warnings(action="ignore"):         # that one process is one process
-        checkpoint.save({"optimiser": get_optimizer_state_dict(policy, optimiser)}, checkpoint_id=path)
+        checkpoint.save(_state(policy, optimiser), checkpoint_id=path)
 
 
-def load_optimiser(policy, optimiser, path):
-    """The reverse, on any number of ranks, sharded or not. All ranks call it."""
-    state = {"optimiser": get_optimizer_state_dict(policy, optimiser)}
+def load_state(policy, optimiser, path):
+    """The reverse, on any number of ranks, sharded or not: each reads its share. All ranks call it."""
+    state = _state(policy, optimiser)
     with warnings.catch_warnings(action="ignore"):
         checkpoint.load(state, checkpoint_id=path)
+    set_model_state_dict(policy, state["model"])
     set_optimizer_state_dict(policy, optimiser, state["optimiser"])

@@ -1,7 +1,7 @@
 """Does it fit? Parameters, tokens and memory of a training run from a model's settings; no weight is read.
 
     torchrun --nproc-per-node 8 train_cdrl.py --model Qwen/Qwen2.5-VL-7B-Instruct --data train.jsonl --dry_run
-    python train_cdrl.py --dry_run --memory 80                 # on a machine without that GPU
+    WORLD_SIZE=8 python train_cdrl.py --model ... --dtype bfloat16 --memory 80 --dry_run       # the same without the GPUs
 
 Exact: weights, gradients, optimiser state, keys and values of the rollouts. Estimated: activations, from the sizes of the
 blocks with fused attention and a gated MLP. Fragmentation and the CUDA context are a flat tenth on top.
@@ -95,9 +95,9 @@ def key_values(config):
     return 2 * heads * width
 
 
-def dry_run(args, samples, views, device, world):
+def dry_run(args, samples, views, world):
     """Print what a run is made of and what it needs; InputError where that is more than a device has. views: 1 or 2."""
-    vlm = Paper.load(args.model)
+    vlm, device = Paper.load(args.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute, spread, again = choices(args, device, world, vlm)
     total, trained = vlm.parameters(args.freeze_vision)
     vision = sum(p.numel() for p in vlm.vision_parameters())

@@ -1,8 +1,8 @@
 """The folder of a training run: what is in it, how it is written so that a kill at any moment leaves it usable, its report.
 
     args.json  metrics.jsonl  samples.jsonl  before.json  after.json  confidence.json  report.png  the final model
-    checkpoint-STEP/    the model in Hugging Face form, optimiser/ (each rank's share), training.pt (step, which is also the
-                        position in the data; the scale of C; each rank's random state)
+    checkpoint-STEP/    the model in Hugging Face form; state/: fp32 weights and optimiser, each rank's share; training.pt: the
+                        step, which is also the position in the data, the scale of C, each rank's random state
 """
 import json
 import os
@@ -65,7 +65,7 @@ def checkpoints(output):
     return sorted((path for path in output.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()), key=step_of)
 
 
-def save_checkpoint(output, vlm, policy, optimiser, step, scale, keep):
+def save_checkpoint(output, vlm, policy, optimiser, step, scale, keep, dtype):
     """checkpoint-STEP: everything goes into a hidden folder, to the disk, and then one rename makes it the newest. All ranks
     call it; they share the file system."""
     final, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.tmp"
@@ -73,8 +73,8 @@ def save_checkpoint(output, vlm, policy, optimiser, step, scale, keep):
     if main_rank:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-    state, random_states = parallel.whole_state(policy), parallel.gathered([torch.get_rng_state()])
-    parallel.save_optimiser(policy, optimiser, temporary / "optimiser")
+    state, random_states = parallel.whole_state(policy, dtype), parallel.gathered([torch.get_rng_state()])
+    parallel.save_state(policy, optimiser, temporary / "state")
     if main_rank:
         vlm.save(temporary, state)
         torch.save({"step": step, "scale": scale, "rng": random_states}, temporary / "training.pt")
@@ -95,8 +95,8 @@ def _to_disk(path):
 
 
 def load_checkpoint(checkpoint, policy, optimiser):
-    """-> (step, scale): the optimiser's state on any number of ranks, and this rank's random state where it had one."""
-    parallel.load_optimiser(policy, optimiser, checkpoint / "optimiser")
+    """-> (step, scale). Fills in weights and optimiser, on any number of ranks, and this rank's random state."""
+    parallel.load_state(policy, optimiser, checkpoint / "state")
     found = torch.load(checkpoint / "training.pt", weights_only=True)
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.set_rng_state(found["rng"][rank % len(found["rng"])])

@@ -17,6 +17,7 @@ it), stored old log-probs unless --mu is above 1. On GPUs: bf16 with fp32 weight
 import argparse
 import json
 import math
+import os
 import random
 import signal
 import sys
@@ -523,16 +524,18 @@ def statistics(views, device="cpu"):
 
 
 def load_model(path, device, compute):
-    """A model that trains keeps its weights in the dtype of its file until they become fp32, which loses nothing."""
+    """A model keeps the dtype of its file until its weights become fp32, share by share."""
     return VLM.load(path, device, torch.float32 if compute == torch.float32 else "auto")
 
 
 def train(args):
     """The whole run -> the table's rows (rank 0) or None."""
+    if args.dry_run:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        check(args, world)
+        return None if int(os.environ.get("RANK", 0)) else plan.dry_run(args, open_data(args)[0], 1 + needs_noised(args), world)
     rank, world, device = parallel.start_ranks()
     check(args, world)
-    if args.dry_run:
-        return plan.dry_run(args, open_data(args)[0], 1 + needs_noised(args), device, world)
     main_rank = rank == 0
     torch.manual_seed(args.seed)
     train_set, held_out = open_data(args)
@@ -549,7 +552,6 @@ def train(args):
         output, checkpoint = open_run(args)
     output, checkpoint = gathered([(output, checkpoint)])[0]
     if checkpoint is not None:
-        vlm = load_model(checkpoint, device, compute)
         if held_out and not (output / "before.json").exists():
             raise InputError(f"{output} has lost before.json, the answers of the model before training; restore it, or start "
                              "again with --resume no")
@@ -610,7 +612,7 @@ def train(args):
                                      gap=f"{row.get('gap', float('nan')):.2f}")
             halted = summed([float(bool(stop))], device)[0] > 0
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps or halted:
-                save_checkpoint(output, vlm, policy, optimiser, step + 1, scale, args.keep)
+                save_checkpoint(output, vlm, policy, optimiser, step + 1, scale, args.keep, compute)
             if halted and step + 1 < args.steps:
                 progress.close()
                 if main_rank:
@@ -665,7 +667,7 @@ def finish(vlm, policy, compute, clip, held_out, before, output, scale, args, ra
     with policy.whole():
         after = load_or(output / "after.json", lambda: run_probe(vlm, held_out, clip, args, rank, world, "after"), rank) \
             if held_out else None
-    state = {name: value.to(compute) for name, value in parallel.whole_state(policy).items()}
+    state = parallel.whole_state(policy, compute)
     if rank:
         return None
     vlm.save(output, state)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -21,6 +22,7 @@ import run_folder
 import train_cdrl
 from data import InputError
 from train_cdrl import Order, group_advantages, kl_k3, learn, parse, policy_loss
+from vlm import VLM
 
 TINY = ["--steps", "3", "--batch_size", "4", "--group_size", "3", "--eval_size", "0", "--max_new_tokens", "24"]
 
@@ -426,10 +428,24 @@ def test_bf16_with_fp32_weights_offloaded_frozen_vision_blocks_run_again(first, 
     moved = {name: (full[name] - base[name]).abs().max().item() for name in base}
     assert all((value == 0) == ("visual" in name) for name, value in moved.items())
     assert all((half[name].float() == base[name]).all() for name in base if "visual" in name)
-    master = weights(tmp_path / "bf16" / "checkpoint-3")
-    assert all(value.dtype == torch.float32 for value in master.values())
     a, b = (log(tmp_path / name) for name in ("bf16", "fp32"))
     assert abs(a[0]["loss"] - b[0]["loss"]) < 0.05 and abs(a[0]["original/confidence"] - b[0]["original/confidence"]) < 0.2
+
+
+def test_the_state_of_a_bf16_run_comes_back_in_fp32(tmp_path):
+    flags = ["--output", str(tmp_path / "run"), *TINY, "--steps", "1", "--dtype", "bfloat16"]
+    train_cdrl.main(flags)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    vlm = VLM.load(tmp_path / "run" / "checkpoint-1", dtype=torch.bfloat16)
+    policy = parallel.shard(vlm, torch.device("cpu"), torch.bfloat16, False)
+    optimiser = torch.optim.AdamW(policy.parameters())
+    rough = {name: weight.clone() for name, weight in parallel.whole_state(policy, torch.float32).items()}
+    assert run_folder.load_checkpoint(tmp_path / "run" / "checkpoint-1", policy, optimiser)[0] == 1
+    exact = parallel.whole_state(policy, torch.float32)
+    dist.destroy_process_group()
+    assert all(torch.equal(exact[name].bfloat16(), rough[name].bfloat16()) for name in exact)       # the model beside it
+    assert any(not torch.equal(exact[name], rough[name]) for name in exact)
+    assert all(state["exp_avg"].dtype == torch.float32 and state["step"] == 1 for state in optimiser.state.values())
 
 
 def test_a_dry_run_prints_what_is_needed_and_refuses_what_cannot_fit(tmp_path, capsys):
