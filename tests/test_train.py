@@ -432,6 +432,19 @@ def test_bf16_with_fp32_weights_offloaded_frozen_vision_blocks_run_again(first, 
     assert abs(a[0]["loss"] - b[0]["loss"]) < 0.05 and abs(a[0]["original/confidence"] - b[0]["original/confidence"]) < 0.2
 
 
+@pytest.mark.parametrize("script", sorted((ROOT / "runs").glob("*.sh")), ids=lambda path: path.stem)
+def test_the_recipes_for_gpus_are_what_train_cdrl_takes(script, tmp_path):
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(["bash", script, "train.jsonl", "--steps", "7"], capture_output=True, text=True, check=True,
+                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": "2", "HEAD": "a:1"})
+    words = done.stdout.splitlines()
+    args = parse(words[words.index("train_cdrl.py") + 1:])
+    train_cdrl.check(args, 16 if "node" in script.stem else 8 if "gpus" in script.stem else 1)
+    assert (args.data, args.steps) == ("train.jsonl", 7)
+
+
 def test_the_state_of_a_bf16_run_comes_back_in_fp32(tmp_path):
     flags = ["--output", str(tmp_path / "run"), *TINY, "--steps", "1", "--dtype", "bfloat16"]
     train_cdrl.main(flags)
