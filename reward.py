@@ -25,24 +25,25 @@ def top_k_for(vocab, k=20):
     return min(k, max(1, vocab // 8))
 
 
-def token_confidence(logits, k=20):
+def token_confidence(logits, k=20, normaliser=None):
     """Eq. 3: conf_t = -(1/k) * sum of log p over the k most probable tokens.
 
-    logits: (..., V), raw: before temperature, top-k, top-p, penalties and bans. Returns (...) fp32, nats, >= log k.
-    Differentiable. The normaliser is taken out of the sum, so that no (..., V) log-softmax is stored.
+    logits: (..., V), raw: before temperature, top-k, top-p, penalties and bans. normaliser: their logsumexp (...), where it is
+    known already. Returns (...) fp32, nats, >= log k. Differentiable. The normaliser is taken out of the sum, so that no
+    (..., V) log-softmax is stored.
     """
     logits = logits.float()
     top = logits.topk(top_k_for(logits.shape[-1], k), dim=-1).values
-    return logits.logsumexp(-1) - top.mean(-1)
+    return (logits.logsumexp(-1) if normaliser is None else normaliser) - top.mean(-1)
 
 
-def token_entropy(logits):
-    """Shannon entropy of the next token: (..., V) raw logits -> (...) fp32, nats, in [0, log V].
+def token_entropy(logits, normaliser=None):
+    """Shannon entropy of the next token: (..., V) raw logits -> (...) fp32, nats, in [0, log V]. normaliser: as above.
 
     Its negative is the `entropy` confidence. As log Z - E[logit] the gradient stays finite where a probability is 0.
     """
     logits = logits.float()
-    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+    return (logits.logsumexp(-1) if normaliser is None else normaliser) - (logits.softmax(-1) * logits).sum(-1)
 
 
 def sequence_confidence(token_conf, mask, reading="mean", window=32):

@@ -334,8 +334,9 @@ class VLM:
             views = [self._logits(state.hidden) for state in states]            # (R, V) each, raw
             token, logits = choose(*views, uniform[rows, t]), views[0]
             tokens[rows, t] = torch.where(ended, -1, token)
-            logprobs[rows, t] = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
-            confidences[rows, t] = token_confidence(logits, self.top_k)
+            normaliser = logits.logsumexp(-1)                                   # (R,), one walk over the words for both
+            logprobs[rows, t] = logits.gather(-1, token[:, None])[:, 0] - normaliser
+            confidences[rows, t] = token_confidence(logits, self.top_k, normaliser)
             if entropy:
                 entropies[rows, t] = token_entropy(logits)
             ended = ended | torch.isin(token, self.eos)
@@ -405,8 +406,10 @@ class VLM:
     def _head_scores(self, hidden, targets, temperature):
         """(N, D), (N,) -> log-prob of the target, confidence, entropy, (N,) each."""
         logits = self._logits(hidden)                                                              # (N, V)
-        picked = (logits / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-        return picked, token_confidence(logits, self.top_k), token_entropy(logits)
+        normaliser = logits.logsumexp(-1)                                                          # (N,)
+        picked = logits.gather(-1, targets[:, None])[:, 0] / temperature
+        picked = picked - (normaliser if temperature == 1 else (logits / temperature).logsumexp(-1))
+        return picked, token_confidence(logits, self.top_k, normaliser), token_entropy(logits, normaliser)
 
 
 def _run_again(block, cache_name):
