@@ -197,6 +197,17 @@ def reflect_prompt(sample, answer, critique):
     return f"{ask(sample)}\nEarlier answer: {answer}\nCritique: {critique}\n" + prompt(sample).rsplit("\n", 1)[1]
 
 
+def golds(sample):
+    """The gold answers of a sample, of which any is right (list of str)."""
+    return sample.answer if isinstance(sample.answer, list) else [sample.answer]
+
+
+def critique(sample, answer):
+    """What a Critic who knows the solution says about an answer, in one line (str)."""
+    shown = sample.meta.get("solution", f"The answer is {golds(sample)[0]}").split(". \\boxed")[0]
+    return f"{shown}. {answer} {'correct' if answer in golds(sample) else 'wrong'}"
+
+
 MODULES = ("self_consistency", "self_reflection", "self_check")
 
 

@@ -96,6 +96,8 @@ class Args:
     mass: float = option(0.5, "share of CLIP's attention that the key region holds")
     controls: float = option(0.3, "share of questions whose noise goes on a random region of the same area instead: no "
                              "perception term there, so that C learns to fall with the evidence, not with noise")
+    reflect: float = option(0.15, "share of questions asked with an earlier answer and a critique of it, right or wrong, no "
+                            "perception term there, so that Self-Reflection is not unlearned")
     text_guidance: bool = option(True, "the question guides CLIP's attention")
     noised: str = option("rollout", "C' from rollouts on the noised picture (paper), or from scoring the same words there",
                          ("rollout", "rescore"))
@@ -119,8 +121,8 @@ class Args:
 RECIPES = {
     "ours": {},
     "paper": dict(alpha=0.5, beta=1.0, cnorm="group", calibration="linear", learn_noised=False, noised_policy=1.0,
-                  pathwise=0.0, controls=0.0, adv_norm="std"),
-    "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0, controls=0.0, adv_norm="std"),
+                  pathwise=0.0, controls=0.0, reflect=0.0, adv_norm="std"),
+    "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0, controls=0.0, reflect=0.0, adv_norm="std"),
 }
 
 
@@ -160,8 +162,9 @@ def check(args, world):
         raise InputError(f"--batch_size {args.batch_size} does not divide over {world} ranks; use a multiple of {world}")
     if not 0 < args.mass <= 1:
         raise InputError(f"--mass is {args.mass}; a number above 0 and at most 1 is expected")
-    if not 0 <= args.controls <= 1:
-        raise InputError(f"--controls is {args.controls}; a share from 0 to 1 is expected")
+    for name in ("controls", "reflect"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise InputError(f"--{name} is {getattr(args, name)}; a share from 0 to 1 is expected")
     if args.probability == "exp" and args.judged == "topk" and args.calibration in ("brier", "log"):
         raise InputError("--probability exp of --judged topk is no probability; judge logprob or entropy, or use sigmoid")
     if args.learn_noised and args.noised == "rescore":
@@ -203,13 +206,14 @@ class Order:
         return indices
 
 
-def check_prompts(vlm, samples, max_new_tokens, progress):
+def check_prompts(vlm, samples, max_new_tokens, progress, reflect=False):
     """Before training: every question has pictures that open, every prompt and its completion fit the model's context.
     Else InputError that names the question: a truncated prompt would cut image tokens."""
     for sample in tqdm(samples, desc="checking questions", unit="question", leave=False, disable=not progress or not samples):
         if not sample.images:
             raise InputError(f"question {sample.id!r} has no picture; training noises one, give it or remove the row")
-        length = vlm.prompt_length(sample.pictures(), data.prompt(sample))
+        text = with_critique(sample, data.golds(sample)[0]) if reflect else data.prompt(sample)
+        length = vlm.prompt_length(sample.pictures(), text)
         if length + max_new_tokens > vlm.context:
             raise InputError(f"question {sample.id!r} takes {length} tokens and --max_new_tokens {max_new_tokens} more, but "
                              f"the model's context is {vlm.context}; shorten it, shrink its images, or remove it")
@@ -291,7 +295,7 @@ class View:
     judged: torch.Tensor            # (Q, G), of --judged
     correct: torch.Tensor           # (Q, G)
     learns: bool                    # it has a policy gradient
-    control: torch.Tensor           # (Q,) bool, the noise spares the evidence (--controls); the same for both views
+    control: torch.Tensor           # (Q,) bool, no perception term (--controls, --reflect); the same for both views
     terms: dict = field(default_factory=dict)        # reward terms by name, (Q, G) each
     advantages: torch.Tensor | None = None           # (Q, G)
     spread: float = 1.0             # the mean, over the batch's groups, of what advantages were divided by
@@ -450,12 +454,33 @@ def needs_noised(args):
     return bool(args.alpha) or args.learn_noised
 
 
+def with_critique(sample, answer):
+    """The prompt of Self-Reflection, with the words of a Critic who knows the solution."""
+    return data.reflect_prompt(sample, answer, data.critique(sample, answer))
+
+
+def asked(samples, step, args):
+    """The prompts of a step, and which of them show a critique (Q,) bool. Half of the earlier answers are right, the others
+    those of another question."""
+    prompts, reflects = [], []
+    for s in samples:
+        rng = random.Random(f"reflect {args.seed} {step} {s.id}")
+        reflects.append(rng.random() < args.reflect)
+        if reflects[-1]:
+            answer = data.golds(s if rng.random() < 0.5 else rng.choice(samples))[0]
+            prompts.append(with_critique(s, answer))
+        else:
+            prompts.append(data.prompt(s))
+    return prompts, torch.tensor(reflects)
+
+
 def roll_out(vlm, clip, samples, step, args):
     """Image pairs, rollouts on each view, confidences -> views (original first), prompts."""
-    prompts = [data.prompt(s) for s in samples]
+    prompts, reflects = asked(samples, step, args)
     images = [s.pictures() for s in samples]
     # ---- I. image pairs (paper 3.2.1)
     control = torch.tensor([random.Random(f"control {args.seed} {step} {s.id}").random() < args.controls for s in samples])
+    control |= reflects                     # with a critique the answer is known without the picture
     noised = [noise.make_pair(pictures, s.question, clip, noise.parse_t(args.noise_t), "random" if spared else args.region,
                               args.mass, f"{args.seed} {step} {s.id}", args.text_guidance)
               for pictures, s, spared in zip(images, samples, control)] if needs_noised(args) else None
@@ -546,7 +571,7 @@ def train(args):
     vlm = load_model(args.model, device, compute)
     wanted = (range(len(train_set)) if isinstance(train_set, list)
               else sorted({i for s in range(args.steps) for i in order(s)}))
-    check_prompts(vlm, [train_set[i] for i in list(wanted)[rank::world]], args.max_new_tokens, main_rank)
+    check_prompts(vlm, [train_set[i] for i in list(wanted)[rank::world]], args.max_new_tokens, main_rank, args.reflect > 0)
     check_prompts(vlm, [held_out[i] for i in range(rank, len(held_out), world)], args.max_new_tokens, main_rank)
     if main_rank:
         output, checkpoint = open_run(args)
@@ -627,7 +652,7 @@ def train(args):
 def base_scale(vlm, clip, train_set, order, args):
     """Roll out the base model on the questions of the first steps to measure its confidence (`measure_scale`); every
     rank does the same, so that all hold the same numbers."""
-    pair = Args(**{**asdict(args), "alpha": 1.0, "noised": "rollout", "controls": 0.0})
+    pair = Args(**{**asdict(args), "alpha": 1.0, "noised": "rollout", "controls": 0.0, "reflect": 0.0})
     views, questions = [], []
     for step in range(max(1, 64 // args.batch_size)):
         samples = [train_set[i] for i in order(step)]

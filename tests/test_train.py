@@ -99,7 +99,8 @@ def test_order_visits_every_question_once_an_epoch_from_any_step():
 # ---- one step on the real model
 
 def step_views(vlm, clip, **settings):
-    args = replace(parse([]), **{"group_size": 3, "max_new_tokens": 24, "batch_size": 4, "mass": 0.7, **settings})
+    args = replace(parse([]), **{"group_size": 3, "max_new_tokens": 24, "batch_size": 4, "mass": 0.7, "reflect": 0.0,
+                                   **settings})
     samples = [data.synthetic("train", 5, i) for i in range(4)]
     views, prompts = train_cdrl.roll_out(vlm, clip, samples, 0, args)
     scale = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}
@@ -132,7 +133,7 @@ def test_gradient_from_the_noised_view(fresh, clip, recipe, flows):
 def test_pathwise_agrees_with_finite_differences(fresh, clip, settings):
     """The pathwise part of the gradient along a random direction = the change of the confidence reward itself, on fixed
     words, through C and through C', whichever confidence the calibration term judges."""
-    args, views, prompts, scale = step_views(fresh, clip, pathwise=1.0, adv_norm="std", **settings)
+    args, views, prompts, scale = step_views(fresh, clip, pathwise=1.0, adv_norm="std", calibration="brier", **settings)
     for view in views:
         spreads = sum(view.terms.values()).std(-1) + 1e-4
         assert view.spread == pytest.approx(spreads.mean().item())          # one for the batch: no group's 0 blows it up
@@ -198,6 +199,20 @@ def test_controls_are_noised_elsewhere_and_earn_no_perception_term(fresh, clip):
     assert torch.equal(mixed[0].terms["perception"].any(-1), ~mixed[0].control)
     noised = [controls if spared else key for spared in mixed[1].control]
     assert all(mixed[1].images[q] == side[1].images[q] for q, side in enumerate(noised))
+
+
+def test_some_questions_are_asked_with_a_critique_and_earn_no_perception_term(fresh, clip):
+    _, views, prompts, _ = step_views(fresh, clip, reflect=0.5, controls=0.0)
+    shown = torch.tensor(["Critique: " in prompt for prompt in prompts])
+    assert shown.any() and not shown.all() and torch.equal(views[0].control, shown)
+    assert torch.equal(views[0].terms["perception"].any(-1), ~shown)
+    samples = [data.synthetic("train", 5, i) for i in range(40)]
+    prompts, _ = train_cdrl.asked(samples, 0, replace(parse([]), reflect=1.0))
+    verdicts = [prompt.split("Critique: ")[1].split("\n")[0].split()[-1] for prompt in prompts]
+    assert 10 < verdicts.count("correct") < 35 and verdicts.count("wrong") == 40 - verdicts.count("correct")
+    for sample, prompt, verdict in zip(samples, prompts, verdicts):
+        assert (f"Earlier answer: {sample.answer}\n" in prompt) == (verdict == "correct")
+    assert train_cdrl.asked(samples, 0, replace(parse([]), reflect=0.0))[0] == [data.prompt(s) for s in samples]
 
 
 def test_reward_is_the_sum_of_its_terms_as_in_eq_4(fresh, clip):

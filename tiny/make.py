@@ -85,7 +85,7 @@ def lesson(sample, rng, share, describe=0.0, roles=ROLES, late=False):
     current = sample.answer if rng.random() < 0.5 else wrong_answer(sample, rng)
     shown = solution.split(". \\boxed")[0]
     verdict = "correct" if current == sample.answer else "wrong"
-    critique = f"{shown}. {current} {verdict}" if late else f"{shown}. {verdict}"
+    critique = data.critique(sample, current) if late else f"{shown}. {verdict}"
     if role == "voter":
         others = (wrong_answer(sample, rng) for _ in range(rng.randint(0, 4) if late else rng.randint(1, 3)))
         candidates = list(dict.fromkeys([sample.answer, *others]))
