@@ -610,9 +610,10 @@ def deciding(settings):
     return found | ({"early_exit": "gate"} if settings.early_exit == "gate" else {})
 
 
-def read_threshold(settings):
+def read_threshold(settings, sources=None):
     """--abstain -> a number, or None when it is empty; inf = always abstain, for a file whose threshold is null: no
-    confidence reaches its target risk. Raises InputError, also for a file that was fitted under other settings."""
+    confidence reaches its target risk. Raises InputError, also for a file that was fitted under other settings, or with
+    another model or Expert than `sources` (see `sources_of`)."""
     text = settings.abstain
     if not text:
         return None
@@ -623,6 +624,8 @@ def read_threshold(settings):
             stored = json.loads(Path(text).read_text())
             value = math.inf if stored["threshold"] is None else float(stored["threshold"])
             fitted, own = dict(stored.get("settings") or deciding(settings)), deciding(settings)
+            if sources and stored.get("sources"):
+                fitted, own = fitted | stored["sources"], own | sources
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"--abstain {text!r} is neither a number nor a file with a \"threshold\" "
                              f"({type(error).__name__}); eval.py writes one") from error
@@ -779,7 +782,8 @@ def add_sources(parser):
     parser.add_argument("--limit", type=int, help="at most so many of them")
     parser.add_argument("--strict", action="store_true", help="a broken row of --data ends the run")
     parser.add_argument("--data_seed", type=int, default=0, help="which built-in questions")
-    parser.add_argument("--batch_size", type=int, default=16, help="questions answered together")
+    parser.add_argument("--batch_size", type=int, default=16, help="questions answered together; another number may "
+                        "change the last digits")
     parser.add_argument("--model", default=str(TINY / "base"), help="base: model directory, hub id, or URL of a server")
     parser.add_argument("--model_name", default="", help="the base model's name on its server (key: MODEL_API_KEY)")
     parser.add_argument("--check_model", help="local model for Visual Self-Check when --model is a server")
@@ -807,13 +811,19 @@ def frame_of(args, **changed):
     return frame
 
 
+def sources_of(args):
+    """What answers, by name and content (dict): model, Expert, and who looks for the region."""
+    return {key: value for key, value in frame_of(args).items()
+            if key in ("model", "model_name", "expert", "expert_model", "check_model", "clip")}
+
+
 def build(args, settings, model=None):
     """The Controller that the flags of `add_sources` describe; model: instead of --model. Raises InputError."""
     if args.batch_size < 1 or not 0 < args.timeout <= 1e6 or args.retries < 0:
         raise InputError(f"--batch_size {args.batch_size} and --timeout {args.timeout:g} must be above 0 (a time-out at most "
                          f"1e6), --retries {args.retries} not negative")
     settings.check()
-    read_threshold(settings)
+    read_threshold(settings, sources_of(args))
     model = model or args.model
 
     def server(url, name, key):

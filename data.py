@@ -155,10 +155,11 @@ class Sample:
                         if max(file.size) > 200 * min(file.size):           # what the models' processors take
                             raise ValueError(f"{file.width} x {file.height} pixels, longer than 200 times its breadth")
                         image = file.convert("RGB")
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
                     shown = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
+                    why = re.sub(r" <_io\.BytesIO[^>]*>", "", str(error))             # its address differs from time to time
                     raise InputError(f"{self.where + ': ' if self.where else ''}question {self.id!r}: image {shown} cannot be "
-                                     f"read ({error}); repair or remove it") from error
+                                     f"read ({why}); repair or remove it") from error
             opened.append(image.convert("RGB"))
         return opened
 
@@ -510,7 +511,7 @@ class File(Sequence):
 
     def __init__(self, path, rows, limit, strict, answered):
         self.path, self.rows, self.kept, self.broken = path, rows, array("q"), 0
-        seen = set()
+        seen, first = set(), None
         for place in range(len(rows)):
             if limit is not None and len(self.kept) == limit:
                 break
@@ -524,10 +525,14 @@ class File(Sequence):
                 if strict:
                     raise
                 self.broken += 1
-                print(f"left out: {error}", file=sys.stderr)
+                first = first or error
+                if self.broken <= 20:
+                    print(f"left out: {error}", file=sys.stderr)
                 continue
             seen.add(sample.id)
             self.kept.append(place)
+        if self.broken and not self.kept:
+            raise InputError(f"{path} has no row that can be used; the first: {first}")
         if self.broken:
             print(f"{path}: {self.broken} broken rows left out, {len(self.kept)} questions kept", file=sys.stderr)
 
@@ -754,6 +759,8 @@ def to_sample(row, where, path, cells):
     if not isinstance(question, str) or not question.strip():
         raise InputError(f"{here} is empty or no text; give it one or remove the row")
     question = _HINT.sub("", _text(question).strip())
+    if "unit" in row and "(Unit:" not in question:          # MathVista's own files keep it beside the question
+        question += f" (Unit: {_text(row['unit'])})"
     # Options: a list, a list as text, columns A, B, .., or the question's own last lines (MMStar)
     choices, (stem, written) = row.get("choices", row.get("options", [])), _options_in(question)
     if choices not in ([], "[]"):
@@ -780,8 +787,9 @@ def to_sample(row, where, path, cells):
         answer = letter
     images = [_picture(cell, path.parent, here) for cell in cells(row, here)]
     meta = dict(row["meta"]) if isinstance(row.get("meta"), dict) else {}
-    meta |= {key: row[key] for key in ("answer_type", "precision", "category", "level", "subject", "split", "question_type")
-             if key in row}
+    known = row | row["metadata"] if isinstance(row.get("metadata"), dict) else row             # MathVista
+    meta |= {key: known[key] for key in ("answer_type", "precision", "category", "level", "subject", "split", "question_type")
+             if key in known}
     try:
         sound = 0 <= float(meta.get("precision") or 0) <= 15
     except (TypeError, ValueError):

@@ -6,7 +6,7 @@
 Two files are stored for each model, a line a question, resumable and split over torchrun's ranks: votes.jsonl (samples,
 and every module's votes) and probe.jsonl (answers under noise). Every table is recomputed from them: a row is measured,
 never inferred. Unanswered counts as wrong. Intervals are bootstrapped by question, differences are paired. A file gets
-twice --samples answers a question, so that majority voting can be held against CA-TTS at the same number of tokens.
+at least twice --samples answers a question, so that majority voting can be held against CA-TTS at the same number of tokens.
 
 Left out on purpose: an LLM as the judge; the rules of judge.py decide.
 """
@@ -114,13 +114,14 @@ def modules_of(row, n):
     return tuple(source for source in LETTER if source in row["by_n"][str(n)]["ran"])
 
 
-def check_rows(rows, sizes, drawn):
-    """Every stored row holds what the tables need, and all rows the same. Raises InputError that names the question."""
+def check_rows(rows, sizes, drawn, modules):
+    """Every stored row holds what the tables need, and votes of all `modules` (sources). Raises InputError that names the
+    question."""
     for row in rows:
         try:
             wrong = _missing(row, sizes, drawn)
-            if not wrong and any(modules_of(row, n) != modules_of(rows[0], n) for n in sizes):
-                wrong = f"other modules than question {rows[0]['id']!r}"
+            if not wrong and any(set(modules_of(row, n)) != set(modules) for n in sizes):
+                wrong = f"other modules than {', '.join(modules) or 'none'}"
         except (KeyError, TypeError, AttributeError) as error:
             wrong = f"no {error}"
         if wrong:
@@ -136,7 +137,7 @@ def _missing(row, sizes, drawn):
     for n in sizes:
         run = row["by_n"][str(n)]
         for source in run["ran"]:
-            if source not in run["votes"]:
+            if source not in run["votes"] or not run["votes"][source] and not run["notes"]:     # who abstains says why
                 return f"no votes of {source} for {n} samples"
             if run["votes"][source] and not run["parts"].keys() >= {*WORKERS.get(source, ())}:
                 return f"no cost of {source} for {n} samples"
@@ -187,7 +188,9 @@ def outcomes(row, n, settings):
                 if source not in run["votes"]:
                     raise InputError(f"question {row['id']!r}: the votes of {source} for {n} samples are gone; collect again")
             votes = samples() + [Vote(source, *vote) for source in subset for vote in run["votes"][source]]
-            more, calls = map(sum, zip(*(cost[source] for source in subset)))
+            # one module needs no Planner; of several it orders the calls, and is paid for it
+            planned = [(part["planner"]["expert_tokens"], part["planner"]["expert_calls"])] * (size > 1)
+            more, calls = map(sum, zip(*(cost[source] for source in subset), *planned))
             found[f"{method_of(subset)}@{n}"] = voted(votes, tokens + more, calls)
             if subset == ("self_check",):
                 check = run["votes"]["self_check"]
@@ -359,8 +362,15 @@ def abstention(some, risk):
         return {"threshold": math.inf, "target risk": risk, "coverage": nothing, "risk": nothing}
     threshold, _, _ = probe.threshold_for(confidence[half], correct[half], risk)
     ids, kept, wrong = [i for i, inside in zip(ids, half) if not inside], confidence[~half] >= threshold, 1 - correct[~half]
-    return {"threshold": threshold, "target risk": risk, "coverage": mean_interval(ids, kept.astype(float), ROUNDS),
-            "risk": mean_interval([i for i, k in zip(ids, kept) if k], wrong[kept], ROUNDS) if kept.any() else nothing}
+    return {"threshold": threshold, "target risk": risk, "coverage": share_of_questions(ids, kept.astype(float)),
+            "risk": share_of_questions([i for i, k in zip(ids, kept) if k], wrong[kept]) if kept.any() else nothing}
+
+
+def share_of_questions(ids, values):
+    """A mean with its interval; where it is 0 or 1, which no bootstrap leaves, the exact binomial one (Clopper, Pearson)."""
+    mean, low, high = mean_interval(ids, values, ROUNDS)
+    bound = 1 - 0.025 ** (1 / len(set(ids)))
+    return (mean, 0.0, bound) if mean == 0 else (mean, 1 - bound, 1.0) if mean == 1 else (mean, low, high)
 
 
 def make_tables(votes, probes, settings, sizes, drawn, regions, ts, risk, scale=None):
@@ -476,7 +486,7 @@ def main(argv=None):
     args.sizes = sorted({*(args.sizes or ([1, 2, 4, 8, 16, 32] if built_in else [])), settings.samples})
     if args.sizes[0] < 1:
         raise InputError(f"--sizes {args.sizes[0]} must be at least 1")
-    drawn = max(args.sizes[-1], 2 * settings.samples)
+    drawn = max(args.sizes[-1], 2 * settings.samples, settings.samples + 8)        # what CA-TTS costs, in samples
     args.t = ts = sorted({0, *(parse_t(t)[0] for t in args.t)})
     args.regions = [region for region in MODES if region in args.regions]
     output, samples = Path(args.output), data.load(args.data or "synthetic", "test", args.limit, args.data_seed, args.strict,
@@ -501,8 +511,9 @@ def main(argv=None):
     votes, probes = ({name: [rows[i] for i in ids if i in rows] for name, rows in found.items()} for found in (votes, probes))
     if not all(votes.values()):
         raise InputError(f"no question of {args.data!r} could be answered; every picture is broken")
+    expected = [catts.SOURCE[m] for m in controller.modules if m != "self_check" or controller.checker is not None]
     for rows in votes.values():
-        check_rows(rows, args.sizes, drawn)
+        check_rows(rows, args.sizes, drawn, expected)
     scale = stored_scale(paths[::-1])
     tables = make_tables(votes, probes, settings, args.sizes, drawn, args.regions, ts, args.target_risk, scale)
     kept, left_out = len(votes[names[-1]]), len(ids) - len(votes[names[-1]]) + getattr(samples, "broken", 0)
@@ -512,7 +523,7 @@ def main(argv=None):
     if scale:
         about += f" c = sigmoid({scale['slope']:.3g} C {scale['intercept']:+.3g}), a map fixed before the training began."
     data.write_atomically(output / "tables.json", data.strict_json({"about": about, **tables}, indent=1))
-    threshold = tables["abstention"][names[-1]] | {"settings": catts.deciding(settings)}
+    threshold = tables["abstention"][names[-1]] | {"settings": catts.deciding(settings), "sources": catts.sources_of(args)}
     data.write_atomically(output / "threshold.json", data.strict_json(threshold, indent=1))
     clip = controller.clip or ClipAttention.from_pretrained(args.clip)
     (output / "report.html").write_text(report.build(
@@ -530,12 +541,17 @@ def main(argv=None):
                           for method, row in found.items()}, intervals=False))
         print(f"\n{name}: against majority voting at the same N and at the same tokens")
         print(data.table(tables["against majority"][name]))
+        if any(math.isnan(row["majority, same tokens"]) for row in tables["against majority"][name].values()):
+            print(f"nan: more tokens than majority@{drawn}; a larger --sizes draws more samples")
     if probes:
         print("\nThe probe")
         print(data.table(tables["probe"], intervals=False))
-    print(f"\nwrote {output}/: report.html, tables.json, threshold.json, probe.png and the stored votes")
+    print(f"\nwrote {output}/: report.html, tables.json, threshold.json, probe.png and the stored votes; "
+          "the page and tables.json hold every interval")
     changed = [f"--{key} {shlex.quote(str(value))}" for key, value in catts.deciding(settings).items()
                if value != getattr(catts.Settings, key)]
+    changed += [f"--{key} {shlex.quote(getattr(args, key))}" for key in ("expert", "expert_model", "clip", "check_model")
+                if getattr(args, key) != parser.get_default(key)]
     print("next: " + " ".join(["python catts.py tiny/example.png \"How many red crosses are there?\" --model",
                                data.shown(args.model), *changed, f"--abstain {output}/threshold.json"]))
 

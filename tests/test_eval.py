@@ -168,8 +168,9 @@ def test_recomputed_votes_are_those_of_the_controller(measured, base, clip):
         for row, result in zip(rows, control.answer_all(samples)):
             (outcome,) = evaluation.outcomes(row, 4, settings)[name]
             assert outcome.correct == result.correct and outcome.confidence == pytest.approx(result.confidence, abs=1e-5)
-            planner = result.ledger.parts.get("planner", {}).get("expert_calls", 0)
-            assert outcome.calls == result.ledger.expert_calls - planner
+            contrasted = result.ledger.parts.get("self_check", {}).get("tokens", 0)          # a contrasted token counts twice
+            assert outcome.calls == result.ledger.expert_calls
+            assert outcome.tokens == result.ledger.tokens + result.ledger.expert_tokens + contrasted
 
 
 def test_the_calibrated_confidence_is_the_stored_map_of_c(measured, tmp_path):
@@ -195,17 +196,24 @@ def test_a_module_whose_votes_are_gone_has_no_row(measured):
 DAMAGE = {"no votes of self_check for 4": lambda row: row["by_n"]["4"]["votes"].pop("self_check"),
           "no cost of self_reflection for 2": lambda row: row["by_n"]["2"]["parts"].pop("critic"),
           "other modules": lambda row: row["by_n"]["2"]["ran"].remove("self_check"),
-          "7 samples, not 8": lambda row: row["samples"].pop(), "no 'greedy'": lambda row: row.pop("greedy"),
+          "no votes of voter for 2": lambda row: row["by_n"]["2"].update(
+              notes=[], votes=row["by_n"]["2"]["votes"] | {"voter": []}),
+          "11 samples, not 12": lambda row: row["samples"].pop(), "no 'greedy'": lambda row: row.pop("greedy"),
           "no '4'": lambda row: row["by_n"].pop("4")}
 
 
 @pytest.mark.parametrize("said", DAMAGE)
 def test_a_damaged_row_is_named_and_never_averaged_over(measured, said):
     rows = stored(measured)
-    evaluation.check_rows(rows, [2, 4], 8)
+    evaluation.check_rows(rows, [2, 4], 12, list(evaluation.LETTER))
     DAMAGE[said](rows[3])
     with pytest.raises(InputError, match=f"{rows[3]['id']}.*{said}.*remove its line"):
-        evaluation.check_rows(rows, [2, 4], 8)
+        evaluation.check_rows(rows, [2, 4], 12, list(evaluation.LETTER))
+    everywhere = stored(measured)
+    for row in everywhere:
+        row["by_n"]["4"]["ran"].remove("voter")
+    with pytest.raises(InputError, match="other modules than voter"):
+        evaluation.check_rows(everywhere, [2, 4], 12, list(evaluation.LETTER))
 
 
 def test_stored_votes_of_other_weights_or_another_file_are_refused(measured, tmp_path):
@@ -236,6 +244,9 @@ def test_a_threshold_belongs_to_the_settings_it_was_fitted_under(measured):
         catts.read_threshold(dataclasses.replace(fitted, samples=8))
     with pytest.raises(InputError, match="early_exit gate"):
         catts.read_threshold(dataclasses.replace(fitted, early_exit="gate"))
+    with pytest.raises(InputError, match="fitted with model .*, this run has model expert"):
+        catts.run([str(ROOT / "tiny" / "example.png"), "Red?", "--samples", "4", "--max_new_tokens", "40", "--expert_tokens",
+                   "40", "--abstain", file, "--model", str(ROOT / "tiny" / "expert")])
 
 
 def test_a_run_that_was_cut_off_ends_in_the_same_tables(measured, tmp_path):
