@@ -21,13 +21,13 @@ from vlm import VLM, load_processor  # noqa: E402
 VOCABULARY = 151_936
 
 
-def big_vocabulary(hidden=512, layers=4, heads=8):
-    """A random-weight Qwen2.5-VL with 151,936 words, spoken to with the built-in tokenizer; every word may be sampled."""
+def big_vocabulary(hidden=512, layers=4, heads=8, words=VOCABULARY):
+    """A random-weight Qwen2.5-VL with so many words, spoken to with the built-in tokenizer; every word may be sampled."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     tiny = ROOT / "tiny" / "base"
     config = Qwen2_5_VLConfig.from_pretrained(tiny)
     text, vision = config.text_config, config.vision_config
-    text.vocab_size, text.hidden_size, text.num_hidden_layers = VOCABULARY, hidden, layers
+    text.vocab_size, text.hidden_size, text.num_hidden_layers = words, hidden, layers
     text.num_attention_heads, text.num_key_value_heads, text.intermediate_size = heads, heads // 4, 4 * hidden
     text.rope_parameters = {**text.rope_parameters, "mrope_section": [hidden // heads // 2 - 2 * (hidden // heads // 6),
                                                                      hidden // heads // 6, hidden // heads // 6]}

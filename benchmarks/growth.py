@@ -1,0 +1,111 @@
+"""How cost grows, and where a step's time goes.
+
+    python benchmarks/growth.py                      # minutes
+    python benchmarks/growth.py --rounds 1 --only profile
+
+growth: seconds of 8 samples with confidence, and of scoring them with gradient, on a random Qwen2.5-VL with 151,936 words,
+while one of group size, picture, vocabulary and completion length changes. profile: a step of `--recipe ours` on the tiny
+model, by phase; "Python" is the wall time that no operator of torch accounts for (the profiler's own cost left out: operators
+from a profiled step, wall time from unprofiled ones).
+"""
+import argparse
+import statistics
+import time
+
+import torch
+from common import ROOT, VLM, VOCABULARY, big_vocabulary, data, endless, picture, side_by_side, versions
+
+import noise
+import parallel
+import train_cdrl
+
+POINTS = {"group size": (4, 8, 16), "picture": (224, 448, 672), "vocabulary": (VOCABULARY // 4, VOCABULARY // 2, VOCABULARY),
+          "new tokens": (32, 64, 128)}
+USUAL = {"group size": 8, "picture": 448, "vocabulary": VOCABULARY, "new tokens": 64}
+
+
+def growth(rounds):
+    rows, models = {}, {}
+    for name, values in POINTS.items():
+        for value in values:
+            at = USUAL | {name: value}
+            words = at["vocabulary"]
+            if words not in models:
+                models.clear()                              # one at a time: they are large
+                models[words] = endless(big_vocabulary(words=words))
+            vlm, images, prompts = models[words], [[picture(at["picture"])]], ["How many red circles are there?"]
+
+            def sample(vlm=vlm, images=images, prompts=prompts, at=at):
+                return vlm.sample(images, prompts, at["group size"], max_new_tokens=at["new tokens"])
+            words_said = [r.tokens for r in sample()[0]]
+
+            def score(vlm=vlm, images=images, prompts=prompts, said=words_said):
+                vlm.model.zero_grad()
+                vlm.score(images, prompts, said).logprobs.sum().backward()
+            seconds = side_by_side({"sample": sample, "score": score}, rounds)
+            rows[f"{name} {value:,}"] = {"sample, s": seconds["sample"], "score, s": seconds["score"]}
+    return rows
+
+
+def profile(rounds):
+    """Seconds of the phases of a step, medians; the first step warms up."""
+    args = train_cdrl.parse([])
+    vlm, clip = VLM.load(ROOT / "tiny" / "base"), noise.ClipAttention.from_pretrained()
+    policy = parallel.Policy(vlm)
+    optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-5)
+    scale, spent = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}, {}
+
+    def timed(owner, name, label):
+        original = getattr(owner, name)
+
+        def wrapper(*arguments, **named):
+            start = time.perf_counter()
+            try:
+                return original(*arguments, **named)
+            finally:
+                spent[label] = spent.get(label, 0.0) + time.perf_counter() - start
+        setattr(owner, name, wrapper)
+    timed(noise, "make_pair", "pictures: key regions and noise")
+    timed(vlm, "encode", "pictures and prompts: pre-processing, twice")
+    timed(train_cdrl, "outcomes", "judge")
+
+    def step(number):
+        samples = [data.synthetic("train", 0, number * args.batch_size + i) for i in range(args.batch_size)]
+        spent.clear()
+        start = time.perf_counter()
+        views, prompts = train_cdrl.roll_out(vlm, clip, samples, number, args)
+        train_cdrl.reward_views(views, scale, args)
+        rolled = time.perf_counter()
+        parts = train_cdrl.micro_batches(vlm, views, prompts, args)
+        optimiser.zero_grad()
+        train_cdrl.learn(policy, None, views, prompts, parts, scale, train_cdrl.batch_weight(views, args, "cpu"), args)
+        parallel.clip_gradients(list(policy.parameters()), 1.0)
+        optimiser.step()
+        return {"the step": time.perf_counter() - start, "rolling out": rolled - start} | spent
+    found = [step(i) for i in range(rounds + 1)][1:]
+    rows = {name: statistics.median(one[name] for one in found) for name in found[0]}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        step(0)
+    operators = sum(event.self_cpu_time_total for event in profiled.key_averages()) / 1e6
+    again = statistics.median(step(0)["the step"] for _ in range(rounds))
+    rows["learning and update"] = rows["the step"] - rows["rolling out"]
+    rows["Python"] = max(0.0, again - operators) * rows["the step"] / again
+    return {name: {"seconds": value, "share": value / rows["the step"]} for name, value in rows.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5, help="medians are over so many, after a warm-up")
+    parser.add_argument("--only", choices=["growth", "profile"])
+    args = parser.parse_args()
+    print(versions())
+    if args.only != "profile":
+        print(f"\none question, {', '.join(f'{name} {value:,}' for name, value in USUAL.items())}, but for what is named")
+        print(data.table(growth(args.rounds)))
+    if args.only != "growth":
+        print("\na step of --recipe ours on the tiny model, 16 questions")
+        print(data.table(profile(args.rounds)))
+
+
+if __name__ == "__main__":
+    main()
