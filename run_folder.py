@@ -17,6 +17,7 @@ import data
 import parallel
 import probe
 from data import InputError
+from report import smoothed
 
 # A resumed run may change these; every other setting must be the same. (More steps go on with the lr of the longer run.)
 FREE = ("output", "steps", "save_every", "keep", "resume", "shard", "offload", "micro_batch", "micro_tokens", "memory",
@@ -123,22 +124,22 @@ def draw_report(output, before, after, args):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    steps = [row["step"] for row in log]
     figure, axes = pyplot.subplots(2, 3, figsize=(14, 8))
-    for key in ("original/reward", "original/outcome", "noised/reward"):
-        if key in log[0]:
-            axes[0, 0].plot(steps, [row[key] for row in log], label=key)
+    for axis, key, color in ((axes[0, 0], "original/reward", "tab:blue"), (axes[0, 0], "original/outcome", "tab:orange"),
+                             (axes[0, 0], "noised/reward", "tab:green"), (axes[0, 1], "gap", "tab:green")):
+        points = [(row["step"], row[key]) for row in log if key in row]
+        if points:
+            axis.plot(*zip(*points), color=color, alpha=0.25)
+            axis.plot(*zip(*smoothed(points)), color=color, label=key)
     axes[0, 0].set(xlabel="step", title="Reward")
     axes[0, 0].legend(fontsize=8)
-    if "gap" in log[0]:
-        axes[0, 1].plot(steps, [row["gap"] for row in log], color="tab:green")
     axes[0, 1].set(xlabel="step", title="Gap C - C' while training")
     probe.plot_reliability(axes[0, 2], {"before": before[0], "after": after[0]})
     named = {"before": before, "after": after}
     for axis, name, label in ((axes[1, 0], "correct", "accuracy"), (axes[1, 1], "token_probability", "mean token probability"),
                               (axes[1, 2], "confidence", "confidence C")):
         probe.plot_probe(axis, named, name, label)
-    figure.suptitle(f"{args.recipe}, {len(steps)} steps; below: noise on the {args.region} region of held-out questions")
+    figure.suptitle(f"{args.recipe}, {len(log)} steps; below: noise on the {args.region} region of held-out questions")
     figure.tight_layout()
     figure.savefig(output / "report.png", dpi=110)
     pyplot.close(figure)
