@@ -16,41 +16,62 @@ from typing import NamedTuple
 MAX_ANSWER = 1000
 _MARKER = re.compile(
     r"(?<!/)\b(?:answer|(?:correct|right|best|final) (?:option|choice))(?: (?:option|choice))?(?: to [^.:\n]{1,60}?)?"
-    r"(?: \([A-Z]\))?[\s*]{0,4}(?:\bis\b|\bare\b|\b(?:must|should|would) be\b|[:=>])(?:[:\s*$]|\\[\[(]){0,9}", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|\n|</")
+    r"(?: \([A-Z]\))?(?:[\s*]{0,4}(?:\bis\b|\bare\b|\b(?:must|should|would) be\b|[:：=>])|(?P<json>[\"'])\s?:)"
+    r"(?:[:：\s*$]|\\[\[(]){0,9}|(?:答案(?:应?(?:[为选]|是(?!否))|(?=[:：]))"
+    r"|(?<!\w)(?:所以|因此|故|我|应)?选(?=\s?[(（]?[A-Z](?!\w)))[:：\s*$]{0,9}", re.IGNORECASE)
+_WOULD_BE = re.compile(r"\bwould be\W{0,9}$", re.IGNORECASE)
+_JSON_VALUE = re.compile(r"\"((?:[^\"\\]|\\.)*)\"|'([^']*)'|(\[[^\]]*\]|[^,}\n]*)", re.DOTALL)
+_SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？\n]|</")
 _PART_END = re.compile(  # a part opens with the word that joins it on, but "since (A) is red," is cut away
     r";|^\W*(?:because|since|as|although|while)\s[^,;]*,\s|,\s(?=(?:as|which|while|but)\s)|(?:,\s|\()(?=not\s)"
+    r"|\((?=(?:because|since|as)\s)|[,，]\s?(?=而?不是|因为)"
     r"|,?\s(?=(?:because|since|although|whereas|rather than|instead of|and not|so|hence|thus|therefore)\b)", re.IGNORECASE)
-_ASIDE = re.compile(r"\W*(?:because|since|although|whereas|rather|instead|and not|not|as|while)\b", re.IGNORECASE)
+_ASIDE = re.compile(
+    r"\W*(?:(?:because|since|although|whereas|rather|instead|and not|not|as|while)\b|而?不是|因为)", re.IGNORECASE)
 _NEGATED = re.compile(r"\b(?:not|neither|nor|never|cannot)\b|n['’]t\b", re.IGNORECASE)
-_REJECTED = re.compile(_NEGATED.pattern + r"|\b(?:wrong|incorrect|false|eliminated?|excluded?|ruled? out)\b", re.IGNORECASE)
+_REJECTED = re.compile(
+    _NEGATED.pattern + r"|\b(?:wrong|incorrect|false|eliminated?|excluded?|ruled? out)\b|[不错]", re.IGNORECASE)
+_DOUBTED = re.compile(_REJECTED.pattern + r"|\b(?:if|would|could|might|may|suppose|assum\w+|either|or|than|least|most"
+                      r"|each|every|per)\b", re.IGNORECASE)
 _VALUE_STARTS = re.compile(r"\s(?:is|are|be|was|were|equals)\s(?!the (?:\w+ )?answer$)|[=≈]|:\s")
 _TRAILING_NUMBER = re.compile(r"-?[$€£]?\d[\d,.]*(?:\s?[/:]\s?\d+)?\s?[%°]?(?:\s[^\W\d]+){0,4}$")
+_SUBJECT_NUMBER = re.compile(  # "42 is the sum"
+    r"\W{0,9}(?:(?:so|thus|hence|therefore),?\s)?[*$]{0,3}(-?[$€£]?\d[\d,.]*(?:/\d+)?\s?[%°]?)[*$]{0,3}\s(?:is|are)\sthe\s",
+    re.IGNORECASE)
+_COUNTED = re.compile(  # a verb before the one number of a sentence: "took 7 cubes out of ...", but not "of 7", "figure 7"
+    r"\b(?:is|are|was|were|has|have|had|took|takes?|taken|removed?|removes|used?|uses|counted|count|needed|needs?|sees?|saw|found"
+    r"|gets?|got|makes?|made|gives?|leaves?|left|contains?|shows?|bought|sold|ate)\s(?:exactly\s|only\s|a total of\s)?[*$]{0,3}"
+    r"(-?\d[\d,.]*\s?[%°]?)[*$]{0,3}(?=\s[a-z])", re.IGNORECASE)
+_STATED = re.compile(  # what comes before a value that a sentence arrives at
+    r"(?:\b(?:is|are|was|were|be|equals?|gives?|yields?|makes?|leaves?|gets?|have)|[=≈])[\s*$]*$", re.IGNORECASE)
 
 
 def extract_answer(text, choices=None):
     r"""The final answer of a response, or None. With `choices`, the option's letter wherever one is recognised.
 
-    In order: the last non-empty balanced `\boxed{}`; what follows the last "answer is" or "answer:"; with choices, the
-    option that the response opens or closes with, the last letter named, the last option quoted; without, an opening
-    "Yes," or "No,", or what the last sentence ends in, if that is a number or at most four words. No answer is what is
-    denied ("not B"), left open ("A or B"), only argued with ("because (A) ..."), or an echo of all the options.
+    In order: the last non-empty balanced `\boxed{}` (or else `\fbox{}`); what follows the last "answer is", "answer:",
+    `"answer":` or "答案是" (an "answer would be" gives way to an earlier "answer is"); with choices, the option that the
+    response opens or closes with, the last letter named, the last option quoted, the value that the last sentence arrives
+    at; without, an opening "Yes," or "No,", or what the last sentence ends in, if that is a number or at most four words,
+    or its only number. No answer is what is denied ("not B"), left open ("A or B"), only argued with ("because (A) ..."),
+    or an echo of all the options.
     """
     if not isinstance(text, str):
         return None
     choices = [str(choice).strip() for choice in choices or ()][:26]
-    for _, content in reversed(boxes(text)):
+    for _, content in reversed(boxes(text) or boxes(text := text.replace(r"\fbox", r"\boxed"))):
         if boxed := text[content].strip():
             return choices and _letter(_option(boxed, choices)) or boxed
     markers = list(_MARKER.finditer(text))
-    if markers:
-        start = markers[-1].end()
-        clause = _SENTENCE_END.split(text[start:start + MAX_ANSWER], maxsplit=1)[0]
+    for marker in _settled(text, markers) + markers[-1:]:
+        clause = _clause(text, marker)
         if choices:
             answer = _letter(_option(clause, choices))
         else:
             answer = (_parts(clause) or [clause])[0].strip(" *")
             answer = len(answer.split()) > 4 and _ending(answer) or answer
+            if marker is not markers[-1] and not _quantity(answer):  # "the answer is found as follows: ... would be 7"
+                continue
         if answer:
             return answer
     if choices:
@@ -58,7 +79,35 @@ def extract_answer(text, choices=None):
     verdict = re.match(r"\s*(yes|no|true|false)\s*[,.;\n]", text, re.IGNORECASE)
     if verdict:
         return verdict[1]
-    return _ending(re.split(r"[.!?]\s+|\n", text[-MAX_ANSWER:].rstrip(" .!?*$\n"))[-1])
+    sentence = re.split(r"[.!?]\s+|\n", text[-MAX_ANSWER:].rstrip(" .!?*$\n"))[-1]
+    return _ending(sentence) or (None if _asks(text) else _only_number(sentence))
+
+
+def _settled(text, markers):
+    """The last "answer is" before a closing "if we ignored ..., the answer would be" that concludes nothing: one or none."""
+    def before(marker):
+        return _SENTENCE_END.split(text[max(0, marker.start() - 200):marker.start()])[-1]
+
+    if not markers or not _WOULD_BE.search(markers[-1][0]):
+        return []
+    end = markers[-1].end()
+    sentence = before(markers[-1]) + _SENTENCE_END.split(text[end:end + 200], maxsplit=1)[0]
+    if re.match(r"\W*(?:so|thus|hence|therefore|then)\b(?!.*\bif\b)", sentence, re.IGNORECASE):
+        return []
+    plain = (marker for marker in reversed(markers) if not _WOULD_BE.search(marker[0]))
+    return [marker for marker in plain if not re.search(r"\b(?:if|whether|suppose)\b", before(marker), re.IGNORECASE)][:1]
+
+
+def _clause(text, marker):
+    """What a marker is followed by: the rest of its sentence, or the value of its key in JSON."""
+    rest = text[marker.end():marker.end() + MAX_ANSWER]
+    if not marker["json"]:
+        return _SENTENCE_END.split(rest, maxsplit=1)[0]
+    return next(filter(None, _JSON_VALUE.match(rest).groups()), "").replace("\\\\", "\\").strip()
+
+
+def _asks(text):
+    return re.search(r"[?？][\s*$]{0,9}$", text[-20:]) is not None
 
 
 def _parts(sentence):
@@ -68,8 +117,12 @@ def _parts(sentence):
 
 def _ending(sentence):
     """The number, or the at most four words, that a sentence leads up to; None if neither, or if it is denied."""
-    value = _VALUE_STARTS.split((_parts(sentence) or [""])[-1])[-1].strip(" *$`,")
-    value = re.sub(r"\W* (?:is|are) the (?:\w+ )?answer$", "", value)
+    part = (_parts(sentence) or [""])[-1]
+    *others, value = _VALUE_STARTS.split(re.sub(r",?\sI (?:believe|think|guess|suppose)\W*$", "", part))
+    subject = _SUBJECT_NUMBER.match(part)
+    if subject and len(others) == 1 and not _DOUBTED.search(part):
+        return subject[1].strip()
+    value = re.sub(r"\W* (?:is|are) the (?:\w+ )?answer$", "", value.strip(" *$`,"))
     if _NEGATED.search(value):
         return None
     number = _TRAILING_NUMBER.search(value)
@@ -77,6 +130,15 @@ def _ending(sentence):
     if value and (_quantity(value) or not wordy):
         return value
     return number[0] if number else None
+
+
+def _only_number(sentence):
+    """The number of a sentence that holds no other and neither denies it nor doubts it: "She took 7 cubes out of the box"."""
+    sentence = _said_once(sentence)
+    if len(re.findall(r"\d+(?:[.,:]\d+)*", sentence)) + len(_NUMBER_WORD.findall(sentence)) != 1 or _DOUBTED.search(sentence):
+        return None
+    counted = _COUNTED.search(" ".join(_parts(sentence)))
+    return counted and counted[1].strip()
 
 
 def equivalent(a, b, choices=None):
@@ -88,6 +150,7 @@ def equivalent(a, b, choices=None):
     Numbers: relative tolerance 1e-6, integers exactly. A decimal with two places and two significant digits, or more,
     also equals what rounds to it (0.333 and 1/3). A unit counts only if both sides have one. A percentage against a
     bare number is read as written or as a ratio (50% equals 50 and 0.5); two percentages are compared as written.
+    "1.5 million", too, equals 1.5 and 1500000; "one third" is 1/3, but "third" and "three quarters" (coins?) are not read so.
     """
     if a is None or b is None:
         return False
@@ -153,7 +216,7 @@ def boxes(text):
 _CHARACTERS = str.maketrans("−–—⁄÷×·‘’′“”", "---//**'''\"\"") | {ord("√"): r"\sqrt", ord("π"): r"\pi", ord("∞"): r"\infty"}
 _COMMANDS = {"times": "*", "cdot": "*", "div": "/", "pi": "pi ", "infty": "infinity", "Omega": "Ω", "ohm": "Ω", "mu": "μ",
              "dfrac": r"\frac", "tfrac": r"\frac", "leq": "≤", "le": "≤", "geq": "≥", "ge": "≥", "quad": " ",
-             "degree": "°", "degrees": "°"}
+             "degree": "°", "degrees": "°", "pm": "±"}
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  # LaTeX -> plain characters
     (r"\*\*|`|\\(?:left|right|displaystyle|boxed|textdollar)\b|\\[()\[\],;:!]|\\?[$€£¥₹]|\\(?=%)", ""),
     (r"\\(?:text|math|operatorname)\w*\s*\{([^{}]*)\}", r" \1"),
@@ -165,7 +228,7 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  #
     (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"),
     (r"\\sqrt\s*\[(\w)\]", r"\\root{\1}"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"^\s*(?:(?:about|approximately|around|roughly)\s|≈|\\approx\b)\s*", ""),
+    (r"^\s*(?:(?:about|approximately|around|roughly)\s|≈|\\approx\b)\s*|\s\((?:approximately|approx\.?|roughly)\)$", ""),
 )]
 _LABEL = re.compile(  # a letter, its dress, and what follows: "(B)", "b.", "Option B: red circle"
     r"(?i:option|choice|answer|step|point|figure)?\s*[(\[{]*([A-Za-z])([)\]}.:,;]*(?:\s-)?)(?:\s(\S.*))?", re.DOTALL)
@@ -178,7 +241,7 @@ def _plain(text):
     text = " ".join(text.split())  # no run of blanks for a pattern to backtrack over
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    return text.strip()
+    return " ".join(text.split())
 
 
 def _canonical(text):
@@ -249,7 +312,7 @@ def _option(answer, choices):
         return option
     letter = f"[A-{_letter(len(choices) - 1)}]"
     opening = re.match(rf"(?:\W|{_QUOTED}|(?:the|option|choice)\s)*({letter})(?![\w']|\s*=)(?!(?<=A)\s[a-z])"
-                       rf"(?!\W*(?:[,/&]|\b(?:and|or)\b)\W{{0,3}}{letter}\b)", "".join(_claims(answer, choices)[:1]))
+                       rf"(?!\W*(?:[,/&、]|\b(?:and|or)\b)\W{{0,3}}{letter}\b)", "".join(_claims(answer, choices)[:1]))
     return ord(opening[1]) - ord("A") if opening else _named([answer], choices)
 
 
@@ -264,7 +327,18 @@ def _closing_option(text, choices):
     option = _is_option(text, choices)
     if option is None and len(sentences) == 1 and _bare_letter(text):  # "B) the green one"
         return _option(text, choices)
-    return _named(sentences, choices) if option is None else option
+    if option is None:
+        option = _named(sentences, choices)
+    return _arrived_at(sentences[-1:], choices) if option is None and not _asks(text) else option
+
+
+def _arrived_at(sentences, choices):
+    """Index of the one option whose value a last sentence arrives at: "36 minus 12 gives 24", "... is \\frac{1}{3}"."""
+    part = "".join(sentences) and (_parts(sentences[0]) or [""])[-1]
+    value = _ending(part)
+    if not value or not _quantity(value) or _DOUBTED.search(part) or not _STATED.search(part[:part.rfind(value)]):
+        return None
+    return _is_option(value, choices)
 
 
 def _claims(sentence, choices):
@@ -379,6 +453,11 @@ _NUMBER_WORDS = ("zero one two three four five six seven eight nine ten eleven t
 _NUMBER_WORDS += [f"{ten} {one}".removesuffix(" zero")
                   for ten in "twenty thirty forty fifty sixty seventy eighty ninety".split() for one in _NUMBER_WORDS[:10]]
 _NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(_NUMBER_WORDS[::-1])})\b".replace(" ", "[ -]"), re.IGNORECASE)
+_SAID_TWICE = re.compile(rf"({_NUMBER_WORD.pattern})\s\((\d+)\)|\b(\d+)\s\(({_NUMBER_WORD.pattern})\)", re.IGNORECASE)
+_FRACTIONS = dict(zip("half third fourth fifth sixth seventh eighth ninth tenth".split(), range(2, 11))) | {"quarter": 4}
+_FRACTION_WORD = re.compile(  # "twenty third" is none
+    rf"(?:(an?|{'|'.join(_NUMBER_WORDS[1:10])})[ -])?({'|'.join(_FRACTIONS)})s?(?=$|\sof\b)", re.IGNORECASE)
+_SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _MIXED = re.compile(r"(?<![\d.])(\d+)(?:\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s+(\d+)\s*/\s*(\d+))")  # 2 1/2
 _SEQUENCE = re.compile(r"\d+(?:\s*[-/:]\s*\d+){2,}|\d+\s*-\s*\d+")  # 5-4-3-2-1, a date, a range: no arithmetic
@@ -386,7 +465,7 @@ _TOKEN = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[-+*/:^()]|\\frac
 _TIME = re.compile(r"0?(\d{1,2}):(\d\d)(?:\s?([ap])\.?m\.?)?")  # 3:45 against 1:15: where both sides fit, no ratios
 _INTERVAL = re.compile(r"([(\[])[^,;]*[,;][^,;]*([)\]])")
 _UNIT = re.compile(  # a symbol, or a word after a space, and what follows it up to an exponent
-    r"\s*|\s*(?:[%°'\"]|[^\x00-\x7f]|(?:[pnμcdmkMGT]?(?:m|g|s|[lL]|A|V|W|N|J|F|Ω|Pa|Hz)|[KC]|in|ft|h|hr|min|sq)\b"
+    r"\s*|\s*(?:[%°'\"]|[^\x00-\x7f±]|(?:[pnμcdmkMGT]?(?:m|g|s|[lL]|A|V|W|N|J|F|Ω|Pa|Hz)|[KC]|in|ft|h|hr|min|sq)\b"
     r"|(?<=\s)(?!(?:and|not|than|more|less|plus|minus|over)\b)[^\W\d_]{3,})[^\d\\]*(?:\^?\(?-?\d\)?)?")
 _UNIT_NAMES = dict(pair.split(":") for pair in (
     "meter:m metre:m gram:g second:s sec:s liter:L litre:L amp:A ampere:A volt:V watt:W newton:N joule:J farad:F ohm:Ω "
@@ -407,17 +486,43 @@ def _unit(text):
     return text if text.strip("23") else ""
 
 
+def _said_once(text):
+    """A number that is said in words and in digits, once: "seven (7) cubes" is "7 cubes"; "six (7)" stays."""
+    def digits(pair):
+        word, number = (pair[1], pair[2]) if pair[1] else (pair[4], pair[3])
+        return number if _NUMBER_WORD.sub(_number_word, word) == number else pair[0]
+
+    return _SAID_TWICE.sub(digits, text)
+
+
+def _number_word(word):
+    name = word[0].lower().replace("-", " ")  # "fıve" matches, but is none
+    return str(_NUMBER_WORDS.index(name)) if name in _NUMBER_WORDS else word[0]
+
+
+def _fraction_word(words):
+    """"one third" as 1/3. "Third" alone is a place, and "three quarters" may be coins."""
+    numerator, name = (words[1] or "").lower(), words[2].lower()
+    if name not in _FRACTIONS or numerator not in ("", "a", "an", *_NUMBER_WORDS):
+        return words[0]
+    if numerator in ("", "a", "an"):
+        return f"1/{_FRACTIONS[name]}" if numerator or name == "half" else words[0]
+    return words[0] if name == "quarter" else f"{_NUMBER_WORDS.index(numerator)}/{_FRACTIONS[name]}"
+
+
 def _quantity(text):
     """A number with or without a unit, else None. At most 100 characters, which bounds the recursion of `_evaluate`."""
     if len(text) > 100:
         return None
-    text = _plain(text).rstrip(" .,;:")
+    text = _said_once(_plain(text).rstrip(" .,;:"))
     twice = re.fullmatch(r"(.+?)(?:\s\(|\s*(?:=|≈|\\approx)\s*)(?:or )?(.+?)\)?", text)  # "5 (five)", "1/6 ≈ 0.17", not "5 (5)"
     if twice and twice[1] != twice[2]:
         first, second = _quantity(twice[1]), _quantity(twice[2])
         if first and second and _same_quantity(first, second):
             return first
-    text = _NUMBER_WORD.sub(lambda word: str(_NUMBER_WORDS.index(word[0].lower().replace("-", " "))), text)
+    if fraction := _FRACTION_WORD.match(text):
+        text = _fraction_word(fraction) + text[fraction.end():]
+    text = _NUMBER_WORD.sub(_number_word, text)
     text = re.sub(r"\b(?:(?:(\d)|an?)\s)?hundred\b(?:\s(?:and\s)?(\d\d?)\b)?",
                   lambda word: str(100 * int(word[1] or 1) + int(word[2] or 0)), text, flags=re.IGNORECASE)
     if re.search(r"/|%|frac", text):
@@ -484,7 +589,19 @@ def _evaluate(tokens, floor=0):
     return value
 
 
+def _scaled(quantity):
+    """"1.5 million cars" as 1500000 cars, which is then exact; None where there is no such word."""
+    for word, scale in _SCALES.items():
+        number = quantity.number * scale
+        if re.match(rf"{word}(?!th)", quantity.unit, re.IGNORECASE) and math.isfinite(number):
+            return Quantity(round(number, 6), quantity.unit[len(word):], 0)
+    return None
+
+
 def _same_quantity(a, b):
+    scaled = _scaled(a), _scaled(b)
+    if any(scaled) and _same_quantity(scaled[0] or a, scaled[1] or b):
+        return True
     if a.unit and b.unit and not _same_letters(a.unit, b.unit):
         return False
     if b.unit == "%" and not a.unit:

@@ -69,6 +69,13 @@ x=3, y=4 | 3, 4                 ; x=3, y=4 | (3, 4)                 ; 1/2 of the
 3:45 | 03:45                    ; 3:45 PM | 3:45                    ; 3:45 p.m. | 3:45 PM
 8:5 | 16:10                     ; yes, 3 | yes                      ; Red Circle Aa | red circle aa
 9^9^9 | 9^9^9                   ; 1e999999 | 1e999999               ; 5-4-3-2-1 | 5-4-3-2-1
+10:45 \text{ AM} | 10:45 AM     ; 10:45\text{ AM} | 10:45          ; 10:45 \text{ PM} | 10:45 p.m.
+one third | 1/3                 ; a half | 1/2                      ; half of the cake | 0.5
+two-thirds | 2/3                ; a quarter | 0.25                  ; three quarters | 3
+1.5 million | 1500000           ; $3 million | 3,000,000            ; 1.5 million | 1.5
+1500 million | 1.5 Billion      ; 2 million people | 2,000,000      ; 1.1 million | 1100000
+±3 | \pm 3                      ; x = \pm 3 | ±3                    ; 3 ± 1 | 3 \pm 1
+seven (7) cubes taken | 7       ; 12 (twelve) eggs | 12             ; 3.14 (approximately) | 3.14
 """
 
 DIFFERENT = r"""
@@ -103,6 +110,14 @@ x=3, y=4 | y=3, x=4             ; 1/2 of the cake | 1/3             ; 1/2 of 50 
 3:45 | 1:15                     ; 3:45 AM | 3:45 PM                 ; not 5 | 5
 5! | 5                          ; 12:30 | 12.5                      ; one | two
 2 and a half | 2                ; 5 plus some | 5                   ; 7 more | 7
+10:45 \text{ AM} | 10:45 PM     ; 1 \text{ } 2 | 12                 ; 3.14 (approximately) | 3.15
+third | 1/3                     ; one third | 1                     ; twenty third | 20/3
+half a circle | 1/2             ; a half | 2                        ; one third | 1/4
+1.5 million | 1.5 billion       ; 1.5 million | 1500                ; 1.5 million | 1500001
+2 million people | 2000000 cars ; 5 thousandths | 5000              ; 1.57 million | 1566000
+±3 | 3                          ; \pm 3 | 3                         ; 3 \pm 1 | 3
+1e306 million | 1e307 million   ; fıve | 5                          ; one sıxth | 1/6
+3 ± 1 | 3                       ; seven (8) cubes | 7               ; seven (8) cubes | 8
 """
 
 
@@ -222,6 +237,39 @@ EXTRACTED = [
     ("The total cost is **$12.50**.", "12.50"),
     ("No, there is no red circle here.", "No"),
     ("[1, 2]", "[1, 2]"),
+    ("Answer：7", "7"),
+    ("答案是7。", "7"),
+    ("答案：7，因为有7个。", "7"),
+    ("答案是否定的", "答案是否定的"),
+    ('{"answer": "7"}', "7"),
+    ('{"answer": "1, 2", "reason": "3 is not"}', "1, 2"),
+    ("Thus Lily took 7 cubes out of the construction.", "7"),
+    ("Thus Lily took **7** cubes out of the construction.", "7"),
+    ("Thus Lily took 7 of 20 cubes", "20 cubes"),
+    ("Thus Lily took 7 of 20 cubes out of the construction.", None),
+    ("Thus Lily took 7 of twenty cubes out of the construction.", None),
+    ("Thus Lily took some of 20 cubes out of the construction.", None),
+    ("Lily did not take 7 cubes out of the construction.", None),
+    ("Lily took more than 7 cubes out of the construction.", None),
+    ("If Lily took 7 cubes out of the construction it stands.", None),
+    ("Is it that Lily took 7 cubes out of the construction?", None),
+    ("Lily took some of them out, since there were 7 cubes out of it before.", None),
+    ("Please see figure 7 for the whole construction of it", None),
+    ("Answer: 7 (since 20-13=7)", "7"),
+    ("42 is the sum.", "42"),
+    ("So **42** is the sum of 20 and 22.", "42"),
+    ("42 is not the sum.", None),
+    ("42 is the wrong sum.", "the wrong sum"),
+    ("1 is the first digit and the last is 7", "7"),
+    ("It would be 42, I believe.", "42"),
+    (r"\fbox{7}", "7"),
+    (r"So \fbox{7} it is, all things considered.", "7"),
+    (r"\boxed{7} and \fbox{8}", "7"),
+    ("The answer is 7. If we ignored one, the answer would be 6.", "7"),
+    ("The answer is 7. The answer would be 6 if we ignored one.", "7"),
+    ("The answer is 7, at first sight. So the answer would be 6.", "6"),
+    ("The answer is not 7. The answer would be 6.", "6"),
+    ("The answer is found by adding. The answer would be 24.", "24"),
     ("I cannot tell what this picture wants from me", None),
     ("", None),
     (" \n ", None),
@@ -289,6 +337,39 @@ def test_what_decides_for_no_option_is_no_letter(text):
     assert not any(equivalent(extract_answer(text, choices), letter, choices) for letter in "ABC")
 
 
+@pytest.mark.parametrize(("text", "wanted"), [
+    ("Answer：B", "B"), ("答案：B", "B"), ("正确答案是B，不是A。", "B"), ("选B", "B"), ("因此，选 B。", "B"), ("不选B", None),
+    ("故选（B）。", "B"), ("选B还是C？", None), ("选 B 是错的", None), ("答案不是B", None), ("答案：B、C", None),
+    ("选项B错误", None), ("It selects B or C.", None), ("36 minus 12 gives 24.", "B"), ("20 plus 16 minus 12 = **24**", "B"),
+    ("Then we subtract, and 36 - 12 leaves $24$.", "B"), ("36 minus 12 does not give 24.", None),
+    ("If 36 minus 12 gives 24", None), ("Is it so that 36 minus 12 gives 24?", None),
+    ("Does it fit if the answer is A? No: the answer would be B.", "B"),
+    ("It is either 12 or 24.", None), ("Of 36, 12 are red and 24 are blue", None),
+    ("36 minus 12 gives 24, which is wrong.", None), ("36 minus 12 gives 24 and 12 gives 2.", None),
+    ("36 and 12: there are 12 to 24 of them", None), ("12 of the 24 cubes", None),
+    ("The answer is (B).\n\nNote: if we ignored hidden cubes, the answer would be A.", "B"),
+    ("The answer is (B). Otherwise, the answer would be (A).", "B"), ("The answer would be B.", "B"),
+    ("The answer is not A. The answer would be B.", "B"), ("The answer is A or C. Then the answer would be B.", "B"),
+    ('{"answer": "B"}', "B"), ("{'answer': 'B', 'why': 'A is too small'}", "B"), ('{"answer": "B", "C": 1}', "B"),
+    ('```json\n{\n  "reason": "A is too small",\n  "answer": "B. 24"\n}\n```', "B"), ('{"answer": 24}', "B"),
+    ('{"answer": ["B", "C"]}', None), ('{"answer": "B or C"}', None), ('{"answer": "not B"}', None), ('{"answer": null}', None),
+    ('{"answer": "", "B": 1}', None), (r"\fbox{B}", "B"), ("Answer: B (because 12 is too small)", "B")])
+def test_extract_with_numeric_choices(text, wanted):
+    assert extract_answer(text, ["12", "24", "36", "48"]) == wanted
+
+
+@pytest.mark.parametrize(("text", "choices", "wanted"), [
+    (r"The probability is \frac{1}{3}.", ["1/2", "1/3", "1/4"], "B"),
+    (r"The probability is \frac{1}{5}.", ["1/2", "1/3", "1/4"], None),
+    (r"The probability is not \frac{1}{3}.", ["1/2", "1/3", "1/4"], None),
+    (r'{"answer": "\\frac{1}{3}"}', ["1/2", "1/3", "1/4"], "B"),
+    ("A: \\frac12\nB: \\frac13\nC: \\frac14", ["1/2", "1/3", "1/4"], None),
+    (r"The length is $\frac{28\pi}{3}$.", [r"$4 \pi$", r"$\frac{28}{3}\pi$"], "B"),
+    ("The length is 12.", ["12 cm", "12 m"], None)])
+def test_the_value_that_a_response_arrives_at_is_one_option(text, choices, wanted):
+    assert extract_answer(text, choices) == wanted
+
+
 def test_a_longer_option_is_not_also_a_shorter_one():
     assert extract_answer("It could be red or blue.", ["red", "blue", "red or blue"]) == "C"
 
@@ -324,7 +405,10 @@ def test_is_correct():
     ("The speed is 1.5 × 10⁻³ m/s.", "0.0015", None), (r"The resistance is $4\,\Omega$.", "4 ohms", None),
     ("The ratio of boys to girls is **3:4**.", "3:4", None), (r"\boxed{x \leq 3}", r"x \le 3", None),
     (r"The probability is $\frac16 \approx 0.167$.", "1/6", None), (r"The domain is $[0, \infty)$.", "[0, ∞)", None),
-    ("**Answer: 5**\n\nLet me know if you would like a further explanation.", "5", None)])
+    ("**Answer: 5**\n\nLet me know if you would like a further explanation.", "5", None),
+    ("There were seven (7) cubes taken.", "7", None), ("There are 12 (twelve) eggs.", "12", None),
+    ("The cost is $3 million.", "3,000,000", None), ("The fraction is one third.", "1/3", None),
+    ("The time is $10:45 \\text{ AM}$.", "10:45", None), ("It is 3.14 (approximately).", "3.14", None)])
 def test_answers_in_the_manner_of_chat_models(text, answer, choices):
     assert is_correct(text, sample(answer, choices))
     assert not is_correct(text, sample("C" if choices else "8", choices))
@@ -368,6 +452,10 @@ HOSTILE = {
     "commas": "1," * (N // 2), "fractions": "\\frac{" * (N // 6), "backslashes": "\\" * N, "stars": "*" * N,
     "or": "A or " * (N // 5), "quotes": "red circle " * (N // 11), "asides": "since " * (N // 6), "names": "x=" * (N // 2),
     "echoes": "A blue square B " * (N // 16), "words": "twenty-" * (N // 7), "primes": "'" * N, "fraction signs": "½" * N,
+    "would be": "answer would be " * (N // 16), "if": "if the answer would be " * (N // 23), "keys": '"answer": "' * (N // 11),
+    "Chinese": "答案是" * (N // 3), "chosen": "选B " * (N // 4), "frames": "\\fbox{" * (N // 6),
+    "thirds": "one third " * (N // 10),
+    "said twice": "seven (7) " * (N // 10), "millions": "5 million " * (N // 10), "gives": "12 gives 24 " * (N // 12),
     "digits and a tail": "7" * N + "_x", "long clause": "answer: one of the many " + "7" * N + "_x",
 }
 
@@ -388,6 +476,7 @@ def test_hostile_text_takes_linear_time(name):
 
 @pytest.mark.parametrize("answer", [
     "7" + " " * 990 + "x", "^" + " " * 990 + "x", "\\sqrt" + " " * 990, "and " * 250, ", " * 500, "(" * 1000,
+    "7 (seven) " * 99, "million " * 120, "\\pm" * 330, "half of " * 120,
     "[" * 1000, "\\text{" * 160, "7," * 500, "x" + "=" * 990, "-" * 1000, "7.7" * 330])
 def test_an_answer_of_a_thousand_characters_is_quick(answer):
     start = time.process_time()
