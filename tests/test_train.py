@@ -309,13 +309,9 @@ def sharded(tmp_path_factory):
     return output
 
 
-def test_same_seed_twice_gives_the_same_log_and_weights(first, tmp_path):
-    run(tmp_path / "second", *TINY)
-    assert log(first) == log(tmp_path / "second") and len(log(first)) == 3
+def test_the_learning_rate_warms_up_and_falls(first):
     lr = train_cdrl.Args.lr
-    assert [row["lr"] for row in log(first)] == pytest.approx([lr / 5, lr * 2 / 5 * 2 / 3, lr * 3 / 5 / 3])     # warm-up, decay
-    assert (first / "model.safetensors").read_bytes() == (tmp_path / "second" / "model.safetensors").read_bytes()
-    assert (first / "samples.jsonl").read_text() == (tmp_path / "second" / "samples.jsonl").read_text()
+    assert [row["lr"] for row in log(first)] == pytest.approx([lr / 5, lr * 2 / 5 * 2 / 3, lr * 3 / 5 / 3])
 
 
 def test_the_log_holds_every_term_per_view(first):
@@ -370,13 +366,15 @@ def furthest(a, b):
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_killed_and_resumed_equals_undisturbed_and_on_other_ranks_nearly(first, sharded, tmp_path, ranks):
-    """kill -9, then the same command: the same log and weights, bit for bit. Then on another number of ranks."""
+    """kill -9, then the same command: the same log and weights as a run of its own, bit for bit. Then on another number of
+    ranks."""
     output, undisturbed = tmp_path / "killed", sharded if ranks else first
     killed(output, *TINY, "--shard", "fsdp" if ranks else "none", ranks=ranks)
     shutil.copytree(output, tmp_path / "other")
     run(output, *TINY, "--save_every", "1", "--shard", "fsdp" if ranks else "none", ranks=ranks)
     assert log(output) == log(undisturbed)
-    assert (output / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "samples.jsonl"):
+        assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
     run(tmp_path / "other", *TINY, "--save_every", "1", ranks=2 - ranks)
     assert furthest(tmp_path / "other", first) < 1e-5 and not (tmp_path / "other-1").exists()
     assert len(log(tmp_path / "other")) == 3
@@ -435,15 +433,13 @@ def test_bf16_with_fp32_weights_offloaded_frozen_vision_blocks_run_again(first, 
     flags = [*TINY, "--dtype", "bfloat16", "--offload", "--freeze_vision", "--activation_checkpointing", "on", "--keep", "1",
              "--save_every", "1", "--lr", "1e-3"]
     run(tmp_path / "bf16", *flags)
-    run(tmp_path / "fp32", *TINY, "--freeze_vision", "--lr", "1e-3")
-    base, half, full = (weights(path) for path in (ROOT / "tiny" / "base", tmp_path / "bf16", tmp_path / "fp32"))
+    base, half = (weights(path) for path in (ROOT / "tiny" / "base", tmp_path / "bf16"))
     assert {str(value.dtype) for value in half.values()} == {"torch.bfloat16"}
     config = json.loads((tmp_path / "bf16" / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and [p.name for p in run_folder.checkpoints(tmp_path / "bf16")] == ["checkpoint-3"]
-    moved = {name: (full[name] - base[name]).abs().max().item() for name in base}
-    assert all((value == 0) == ("visual" in name) for name, value in moved.items())
-    assert all((half[name].float() == base[name]).all() for name in base if "visual" in name)
-    a, b = (log(tmp_path / name) for name in ("bf16", "fp32"))
+    assert all(torch.equal(half[name].float(), base[name]) for name in base if "visual" in name)
+    assert any(not torch.equal(half[name].float(), base[name]) for name in base if "visual" not in name)
+    a, b = log(tmp_path / "bf16"), log(first)
     assert abs(a[0]["loss"] - b[0]["loss"]) < 0.05 and abs(a[0]["original/confidence"] - b[0]["original/confidence"]) < 0.2
 
 
