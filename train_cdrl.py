@@ -463,11 +463,14 @@ def asked(samples, step, args):
     """The prompts of a step, and which of them show a critique (Q,) bool. Half of the earlier answers are right, the others
     those of another question."""
     prompts, reflects = [], []
+    # of all ranks, in the batch's order, which ranks have dealt out: a question is asked the same on any number of them
+    dealt = gathered([data.golds(s)[0] for s in samples]) if args.reflect else []
+    answers = [answer for i in range(len(samples)) for answer in dealt[i::len(samples)]]
     for s in samples:
         rng = random.Random(f"reflect {args.seed} {step} {s.id}")
         reflects.append(rng.random() < args.reflect)
         if reflects[-1]:
-            answer = data.golds(s if rng.random() < 0.5 else rng.choice(samples))[0]
+            answer = data.golds(s)[0] if rng.random() < 0.5 else rng.choice(answers)
             prompts.append(with_critique(s, answer))
         else:
             prompts.append(data.prompt(s))

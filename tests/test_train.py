@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -24,7 +25,7 @@ from data import InputError
 from train_cdrl import Order, group_advantages, kl_k3, learn, parse, policy_loss
 from vlm import VLM
 
-TINY = ["--steps", "3", "--batch_size", "4", "--group_size", "3", "--eval_size", "0", "--max_new_tokens", "24"]
+TINY = ["--steps", "3", "--batch_size", "8", "--group_size", "2", "--eval_size", "0", "--max_new_tokens", "24"]
 
 
 def run(output, *flags, ranks=0, check=True, script="train_cdrl.py", **kwargs):
@@ -371,11 +372,13 @@ def test_killed_and_resumed_equals_undisturbed_and_on_other_ranks_nearly(first, 
     output, undisturbed = tmp_path / "killed", sharded if ranks else first
     killed(output, *TINY, "--shard", "fsdp" if ranks else "none", ranks=ranks)
     shutil.copytree(output, tmp_path / "other")
-    run(output, *TINY, "--save_every", "1", "--shard", "fsdp" if ranks else "none", ranks=ranks)
+    with ThreadPoolExecutor(2) as both:
+        same = both.submit(run, output, *TINY, "--save_every", "1", "--shard", "fsdp" if ranks else "none", ranks=ranks)
+        both.submit(run, tmp_path / "other", *TINY, "--save_every", "1", ranks=2 - ranks).result()
+        same.result()
     assert log(output) == log(undisturbed)
     for name in ("model.safetensors", "samples.jsonl"):
         assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
-    run(tmp_path / "other", *TINY, "--save_every", "1", ranks=2 - ranks)
     assert furthest(tmp_path / "other", first) < 1e-5 and not (tmp_path / "other-1").exists()
     assert len(log(tmp_path / "other")) == 3
 
@@ -483,7 +486,7 @@ def test_a_dry_run_prints_what_is_needed_and_refuses_what_cannot_fit(tmp_path, c
 
 def test_other_settings_move_an_earlier_run_aside_and_finished_runs_stay(tmp_path, capsys):
     output = tmp_path / "run"
-    args = ["--output", str(output), "--batch_size", "2", "--group_size", "2", "--max_new_tokens", "16", "--eval_size", "4"]
+    args = ["--output", str(output), "--batch_size", "16", "--group_size", "2", "--max_new_tokens", "16", "--eval_size", "4"]
     train_cdrl.main([*args, "--steps", "1"])
     printed = capsys.readouterr().out
     assert "all, before" in printed and "next: python eval.py" in printed and (output / "report.png").stat().st_size > 10_000
