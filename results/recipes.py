@@ -34,6 +34,7 @@ from catts import Controller, Settings, answer_file  # noqa: E402
 from data import InputError  # noqa: E402
 from experts import LocalExpert  # noqa: E402
 from probe import auroc, calibration_error, metrics  # noqa: E402
+from run_folder import FREE  # noqa: E402
 from vlm import VLM  # noqa: E402
 
 # row: flags of train_cdrl.py; None = not trained
@@ -166,8 +167,11 @@ def record_of(row, seed, args, samples):
     """One run, made or read -> its record (dict)."""
     file = HERE / f"{args.split}-{name_of(row, seed)}.json"
     sizes, voters = (SIZES, samples[:args.vote_questions]) if row in HEADLINE else ([ANSWERS], samples[:args.vote_questions])
-    frame = {"flags": ROWS[row], "extra": args.flags, "steps": train_cdrl.Args.steps, "seed": seed, "questions": len(samples),
-             "voted": len(voters), "base": f"{data.checksum(ROOT / 'tiny' / 'base'):08x}"}
+    settings = vars(train_cdrl.parse([*(ROWS[row] or "").split(), *args.flags.split()]))      # defaults of today included
+    loose = {"model", "clip", *FREE} - {"steps"}
+    frame = {"settings": {key: value for key, value in settings.items() if key not in loose},
+             "seed": seed, "questions": len(samples), "voted": len(voters),
+             "base": f"{data.checksum(ROOT / 'tiny' / 'base'):08x}"}
     if file.exists() and frame.items() <= (old := json.loads(file.read_text())).items():
         return old
     path, folder, seconds = train(row, seed, args.flags.split())
