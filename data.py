@@ -130,10 +130,10 @@ class Sample:
     """One question.
 
     id: unique in its source. images: PIL images, paths, or the bytes of a file, opened when `pictures` is called; none for a
-    question of words alone, which training refuses. answer:
-    the gold answer, a LETTER when `choices` (the option texts, "" where a letter is left out) is given, a list where any of
-    several is right, None when unknown. meta: whatever the source knows; the built-in questions carry "skill", "level",
-    "evidence", "rows" and "solution". where: its place in a file, for messages.
+    question of words alone, which training refuses. answer: the gold answer, a LETTER when `choices` (the option texts, ""
+    where a letter is left out) is given, a list where any of several is right, None when unknown. meta: whatever the source
+    knows; the built-in questions carry "skill", "level", "evidence", "rows" and "solution". where: its place in a file, for
+    messages.
     """
     id: str
     images: list
