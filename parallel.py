@@ -131,7 +131,7 @@ def shard(vlm, device, compute, spread, offload=False, trains=True):
     optimiser state stay in the CPU's memory between uses. trains: weights become fp32.
     """
     policy = Policy(vlm)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1 and not spread and not offload and compute == torch.float32:
         return policy.float()
     if not dist.is_initialized():               # one process that was not started by torchrun

@@ -36,10 +36,11 @@ class Paper(VLM):
             raise InputError(f"model {str(path)!r} has no settings that can be read: {str(error).splitlines()[0]}") from error
         return cls(model, load_processor(path))
 
-    def parameters(self, frozen_vision=False):
-        """(all, those that train)."""
-        total = sum(p.numel() for p in self.model.parameters())
-        return total, total - (sum(p.numel() for p in self.vision_parameters()) if frozen_vision else 0)
+
+def parameters(vlm, frozen_vision=False):
+    """-> (all, those that train)."""
+    total = sum(p.numel() for p in vlm.model.parameters())
+    return total, total - (sum(p.numel() for p in vlm.vision_parameters()) if frozen_vision else 0)
 
 
 def device_memory(args, device):
@@ -56,17 +57,22 @@ def state_bytes(total, trained, ranks, offload=False):
             (where, "optimiser state, fp32"): 8 * trained / ranks}
 
 
-def choices(args, device, world, vlm=None):
-    """What the `auto` settings come to -> (dtype of the computation, sharded?, activation checkpointing?)."""
-    compute = {"float32": torch.float32, "bfloat16": torch.bfloat16,
-               "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[args.dtype]
-    spread, again, memory = args.shard == "fsdp", args.activation_checkpointing == "on", device_memory(args, device)
-    if args.activation_checkpointing == "auto" or args.shard == "auto" and world > 1 and memory:
-        total, trained = (vlm or Paper.load(args.model)).parameters(args.freeze_vision)
-        again = again or args.activation_checkpointing == "auto" and total > LARGE
-        if args.shard == "auto" and world > 1 and memory and not args.offload:
-            spread = sum(state_bytes(total, trained, 1).values()) > COMFORTABLE * memory * GIB
-    return compute, spread, again
+def dtype_of(args, device):
+    """The dtype of the computation."""
+    if args.dtype != "auto":
+        return getattr(torch, args.dtype)
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def choices(args, device, world, vlm):
+    """What `--shard` and `--activation_checkpointing` come to for this model -> (sharded?, activation checkpointing?)."""
+    total, trained = parameters(vlm, args.freeze_vision)
+    spread, again = args.shard == "fsdp", args.activation_checkpointing == "on"
+    if args.activation_checkpointing == "auto":
+        again = total > LARGE
+    if args.shard == "auto" and world > 1 and not args.offload and (memory := device_memory(args, device)):
+        spread = sum(state_bytes(total, trained, 1).values()) > COMFORTABLE * memory * GIB
+    return spread, again
 
 
 def describe(compute, spread, again, world):
@@ -98,8 +104,8 @@ def key_values(config):
 def dry_run(args, samples, views, world):
     """Print what a run is made of and what it needs; InputError where that is more than a device has. views: 1 or 2."""
     vlm, device = Paper.load(args.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compute, spread, again = choices(args, device, world, vlm)
-    total, trained = vlm.parameters(args.freeze_vision)
+    compute, (spread, again) = dtype_of(args, device), choices(args, device, world, vlm)
+    total, trained = parameters(vlm, args.freeze_vision)
     vision = sum(p.numel() for p in vlm.vision_parameters())
     ranks, size = (world if spread else 1), compute.itemsize
     sharded = spread or world > 1 or args.offload or compute != torch.float32         # see parallel.shard

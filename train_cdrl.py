@@ -570,8 +570,9 @@ def train(args):
     order = Order(len(train_set), args.batch_size, args.seed)
     output, checkpoint = None, None
     clip = noise.ClipAttention.from_pretrained(args.clip, device)
-    compute, spread, again = plan.choices(args, device, world)
+    compute = plan.dtype_of(args, device)
     vlm = load_model(args.model, device, compute)
+    spread, again = plan.choices(args, device, world, vlm)
     wanted = (range(len(train_set)) if isinstance(train_set, list)
               else sorted({i for s in range(args.steps) for i in order(s)}))
     check_prompts(vlm, [train_set[i] for i in list(wanted)[rank::world]], args.max_new_tokens, main_rank, args.reflect > 0)
@@ -596,7 +597,8 @@ def train(args):
     with policy.whole():
         before = load_or(output / "before.json", lambda: run_probe(vlm, held_out, clip, args, rank, world, "before"), rank) \
             if held_out else None
-        start, scale = (0, base_scale(vlm, clip, train_set, order, args)) if checkpoint is None else (None, None)
+        if checkpoint is None:
+            start, scale = 0, base_scale(vlm, clip, train_set, order, args)
     if checkpoint is not None:
         start, scale = load_checkpoint(checkpoint, policy, optimiser)
     if main_rank:
