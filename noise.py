@@ -5,11 +5,11 @@
 The noise is the forward process of DDPM in pixel space with the schedule of Visual Contrastive Decoding. Regions:
 `key` (the smallest region that holds a share `mass` of the attention), `all`, and two controls of the same area that
 show the effect is about evidence and not about noise: `random` (the same shape, elsewhere) and `inverse` (the least
-attended).
-
-Left out on purpose: the cache of maps on disk; a map costs one small forward pass.
+attended). `ClipAttention.from_pretrained(cache=FOLDER)` keeps its maps on disk for further epochs and runs.
 """
 import argparse
+import hashlib
+import os
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -67,13 +67,23 @@ def diffuse(image, t, *, mask=None, seed=0):
 class ClipAttention:
     """Attention from CLIP's class token to the patches, optionally times each patch's similarity to a question."""
 
-    def __init__(self, model, image_processor, tokenizer, layers=1):
+    def __init__(self, model, image_processor, tokenizer, layers=1, cache=None):
         self.model, self.image_processor, self.tokenizer, self.layers = model.eval(), image_processor, tokenizer, layers
+        self.cache = Path(cache) if cache else None
+        if cache:
+            try:
+                self.cache.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"the folder of CLIP's maps, {str(cache)!r}, cannot be made ({error})") from error
+            weights = hashlib.sha256()              # maps of another model in the same folder are not taken for its own
+            for value in model.state_dict().values():
+                weights.update(value.cpu().numpy().tobytes())
+            self.identity = f"{weights.hexdigest()} {layers}"
 
     @classmethod
-    def from_pretrained(cls, path=CLIP, device=None, layers=1):
+    def from_pretrained(cls, path=CLIP, device=None, layers=1, cache=None):
         """A CLIPModel directory or hub id (`openai/clip-vit-large-patch14-336`). layers: how many of the last are
-        averaged. Raises InputError when it cannot be opened."""
+        averaged. cache: a folder in which each map is kept. Raises InputError when it cannot be opened."""
         try:
             if (kind := AutoConfig.from_pretrained(path).model_type) != "clip":
                 raise ValueError(f"it is a {kind} model")
@@ -82,15 +92,34 @@ class ClipAttention:
             images, tokenizer = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"CLIP model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), images, tokenizer, layers)
+        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), images, tokenizer, layers, cache)
 
-    @torch.no_grad()
     def map(self, image, question=None):
         """(H, W) float64 array that sums to 1: where a picture's evidence lies, for the question if one is given.
 
         Attention of the class token, heads and the last `layers` averaged; with a question, times each patch's cosine
         similarity to the question's text embedding, scaled to [0, 1] over the picture.
         """
+        grid = self._grid(image, question) if self.cache is None else self._kept(image, question)
+        return _spread(grid, image.width, image.height)
+
+    def _kept(self, image, question):
+        """`_grid` from the cache, or made and put there: one .npy a map, named by all that it follows from."""
+        said = f"{self.identity} {image.mode} {image.size} {question}".encode()
+        file = self.cache / f"{hashlib.sha256(said + image.convert('RGB').tobytes()).hexdigest()}.npy"
+        try:
+            return np.load(file)
+        except (OSError, ValueError, EOFError):     # not there, or torn by a machine that went down
+            grid = self._grid(image, question)
+            own = file.with_suffix(f".{os.getpid()}.tmp")
+            with open(own, "wb") as stream:
+                np.save(stream, grid)
+            os.replace(own, file)                   # ranks that write the same map do not see each other's half
+            return grid
+
+    @torch.no_grad()
+    def _grid(self, image, question):
+        """What each patch weighs, (h, w) float32 array."""
         vision = self.model.vision_model
         side = self.model.config.vision_config.image_size
         # The whole picture is squeezed into CLIP's square: its usual centre crop would hide the margins.
@@ -107,8 +136,7 @@ class ClipAttention:
             similarity = torch.cosine_similarity(patches, text, dim=-1)       # (P,)
             low, high = similarity.min(), similarity.max()
             weights = weights * (similarity - low) / (high - low).clamp(min=1e-9)
-        grid = weights.view(side // vision.config.patch_size, -1).cpu().numpy()
-        return _spread(grid, image.width, image.height)
+        return weights.view(side // vision.config.patch_size, -1).cpu().numpy()
 
 
 def _spread(grid, width, height):

@@ -21,7 +21,7 @@ from report import smoothed
 
 # A resumed run may change these; every other setting must be the same. (More steps go on with the lr of the longer run.)
 FREE = ("output", "steps", "save_every", "keep", "resume", "shard", "offload", "micro_batch", "micro_tokens", "memory",
-        "activation_checkpointing")
+        "activation_checkpointing", "clip_cache")
 
 
 def write_json(path, value):

@@ -52,6 +52,7 @@ class Args:
     # What is trained, on what, where it goes
     model: str = option(str(HERE / "tiny" / "base"), "model directory or hub id")
     clip: str = option(noise.CLIP, "CLIPModel directory or hub id, finds the key regions")
+    clip_cache: str = option("", "folder that keeps its maps for further epochs and runs; empty: none is kept")
     data: str = option("synthetic", "'synthetic' or a .jsonl file; a share of a file is held out for the table")
     output: str = option("", "run folder; default runs/cdrl, or runs/RECIPE for another recipe")
     recipe: str = option("ours", "a group of settings; an explicit flag wins", ("ours", "paper", "grpo"))
@@ -569,7 +570,7 @@ def train(args):
     train_set, held_out = open_data(args)
     order = Order(len(train_set), args.batch_size, args.seed)
     output, checkpoint = None, None
-    clip = noise.ClipAttention.from_pretrained(args.clip, device)
+    clip = noise.ClipAttention.from_pretrained(args.clip, device, cache=args.clip_cache)
     compute = plan.dtype_of(args, device)
     vlm = load_model(args.model, device, compute)
     spread, again = plan.choices(args, device, world, vlm)

@@ -114,6 +114,28 @@ def test_question_moves_the_map_and_any_size_works(clip):
     assert wide.shape == (50, 333) and abs(wide.sum() - 1) < 1e-9
 
 
+def test_maps_on_disk_are_the_maps(clip, tmp_path, monkeypatch):
+    """Kept maps are equal to the bit, are not made twice, are of their picture, question and model alone; a torn file is
+    made again."""
+    s, kept = data.synthetic("test", 0, 2), noise.ClipAttention.from_pretrained(cache=tmp_path)
+    asked = [(s.images[0], s.question), (s.images[0], None), (s.images[0].rotate(90), s.question)]
+    wanted = [clip.map(*pair) for pair in asked]
+    for pair, attention in zip(asked, wanted):
+        np.testing.assert_array_equal(kept.map(*pair), attention)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 3
+    again = noise.ClipAttention.from_pretrained(cache=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(again, "_grid", None)             # calling it would be a TypeError
+        for pair, attention in zip(asked, wanted):
+            np.testing.assert_array_equal(again.map(*pair), attention)
+    for file in files:
+        file.write_bytes(file.read_bytes()[:50])
+    np.testing.assert_array_equal(again.map(*asked[0]), wanted[0])
+    noise.ClipAttention.from_pretrained(layers=2, cache=tmp_path).map(*asked[0])
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 def test_pairs_are_seeded_and_only_touch_their_region(clip):
     s = data.synthetic("test", 0, 1)
     first, again, other = (noise.make_pair(s.images, s.question, clip, seed=seed)[0] for seed in (1, 1, 2))
