@@ -1,18 +1,18 @@
 """A vision-language model that we can speak to: load, sample with confidence, contrast, score with gradient, save.
 
 Any Hugging Face image-text-to-text model that keeps its keys and values in a `DynamicCache`: one prefill encodes the
-prompt and its images once, the cache is cloned for the G samples, and `score` walks exactly the same path (prefill,
+prompt and its images once, the G samples share its keys and values (`prefix.py`), and `score` walks the same path (prefill,
 clone, completion), so that sampled and re-scored log-probs agree by construction.
 
 Everything is read from the raw logits in fp32: before temperature, top-k, top-p and banned ids (paper Eq. 3). No
 (B, T, V) tensor is ever kept.
-
 """
 import copy
 import inspect
 import math
 import random
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,9 @@ from transformers import (
     AutoProcessor,
     DynamicCache,
 )
+from transformers.cache_utils import DynamicLayer
 
+import prefix
 from data import InputError
 from reward import token_confidence, token_entropy, top_k_for
 
@@ -74,9 +76,14 @@ class _Prefill:
         self.hidden, self.mask = self.hidden.repeat_interleave(n, 0), self.mask.repeat_interleave(n, 0)
         self.position = self.position.repeat_interleave(n, -2)
 
+    def share(self, n):
+        """`repeat` without the copy, for decoding. The cache knows the mask from now on."""
+        self.cache, self.mask = prefix.SharedPrefix(self.cache, self.mask, n), None
+        self.hidden, self.position = self.hidden.repeat_interleave(n, 0), self.position.repeat_interleave(n, -2)
+
     def keep(self, rows):
         self.cache.batch_select_indices(rows)
-        self.hidden, self.mask = self.hidden[rows], self.mask[rows]
+        self.hidden, self.mask = self.hidden[rows], None if self.mask is None else self.mask[rows]
         self.position = self.position.index_select(-2, rows)
 
 
@@ -127,6 +134,8 @@ class VLM:
         # transformers 5.20 renamed past_key_values to cache.
         names = inspect.signature(self.backbone.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"
+        # Whether samples read their prompt's keys and values in place (prefix.py) or each a copy; `_check` tries it.
+        self.shares = all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.text_config).layers)
 
     @classmethod
     def load(cls, path, device=None, dtype=None):
@@ -167,13 +176,32 @@ class VLM:
             tokens = said.sequences[:, inputs["input_ids"].shape[1]:]                              # (2, T)
             theirs = torch.stack(said.logits, 1).float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
             ours = self.score(images, prompts, tokens.repeat_interleave(2, 0)).logprobs[::2]
+            self.shares = self.shares and self._agrees(images, prompts, tokens, theirs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise InputError(f"{refusal}: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
         off = (theirs - ours).abs().max().item()
-        if not off < (1e-3 if self.model.dtype == torch.float32 else 0.5):         # not: nan is refused as well
+        if not off < self._tolerance():                                             # not: nan is refused as well
             raise InputError(f"{refusal}: its log-probs from a repeated cache are off from its own `generate` by {off:.2g}")
+
+    def _tolerance(self):
+        return 1e-3 if self.model.dtype == torch.float32 else 0.5
+
+    def _agrees(self, images, prompts, tokens, logprobs):
+        """Whether these tokens (B, T), decoded from a shared prompt, have these log-probs (B, T)."""
+        state, found = self._prefill(images, prompts), []
+        state.share(2)
+        try:
+            with prefix.attention_of(self.model.get_decoder()):
+                for column in tokens.repeat_interleave(2, 0).unbind(1):
+                    found.append(self._logits(state.hidden).log_softmax(-1).gather(-1, column[:, None]))
+                    self._read(state, column)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:       # a class of another kind may fail in any way; copies serve it
+            return False
+        return (torch.cat(found, 1)[::2] - logprobs).abs().max().item() < self._tolerance()
 
     def save(self, path, state=None):
         """Write the model and its processor in Hugging Face form. state: its weights by name, where the model itself holds
@@ -269,6 +297,14 @@ class VLM:
         hidden = self._forward(cache, position_ids=positions, **inputs)         # (B, L, D)
         return _Prefill(cache, hidden[:, -1], inputs["attention_mask"], positions[..., -1:])
 
+    def _read(self, state, token):
+        """Each row of `state` reads its next token (R,)."""
+        if state.mask is not None:
+            state.mask = torch.cat([state.mask, state.mask.new_ones(len(token), 1)], 1)
+        state.position = state.position + 1
+        state.hidden = self._forward(state.cache, input_ids=token[:, None], attention_mask=state.mask,
+                                     position_ids=state.position)[:, -1]
+
     # ------------------------------------------------------------------------------------------------------------------
     # Completions out
 
@@ -319,7 +355,11 @@ class VLM:
         choose(logits of each view (R, V) raw, uniform (R,)) -> tokens (R,). What is recorded is read from the first view.
         """
         for state in states:
-            state.repeat(n)
+            state.share(n) if self.shares else state.repeat(n)
+        with prefix.attention_of(self.model.get_decoder()) if self.shares else nullcontext():
+            return self._rollouts(states, choose, seeds, n, max_new_tokens, first, entropy)
+
+    def _rollouts(self, states, choose, seeds, n, max_new_tokens, first, entropy):
         total = len(seeds) * n
         uniform = torch.stack([torch.rand(first + n, max_new_tokens, generator=_generator(s), dtype=torch.float64)[first:]
                                for s in seeds]).view(total, max_new_tokens).to(self.device)      # (B*n, T)
@@ -350,10 +390,7 @@ class VLM:
                     rows, token, ended = rows[alive], token[alive], ended[alive]
             if t < max_new_tokens - 1:
                 for state in states:
-                    state.mask = torch.cat([state.mask, state.mask.new_ones(len(rows), 1)], 1)
-                    state.position = state.position + 1
-                    state.hidden = self._forward(state.cache, input_ids=token[:, None], attention_mask=state.mask,
-                                                 position_ids=state.position)[:, -1]
+                    self._read(state, token)
 
         lengths = (tokens >= 0).sum(-1).tolist()
         tokens, logprobs, confidences = tokens.cpu(), logprobs.cpu(), confidences.cpu()
