@@ -39,7 +39,8 @@ class SharedPrefix(DynamicCache):
         self.padded = self.padded[prompts]
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[prompts], layer.values[prompts]
-            layer.own = [part[rows, :, :layer.length] for part in layer.own]
+            if layer.own is not None:       # None: these rows leave with their first word
+                layer.own = [part[rows, :, :layer.length] for part in layer.own]
 
 
 class _Layer(DynamicLayer):

@@ -24,7 +24,7 @@ def test_attention_to_a_shared_prompt_is_attention_to_copies_of_it():
     shared = prefix.SharedPrefix(cache, mask, n)
     keys, values = keys.repeat_interleave(n, 0), values.repeat_interleave(n, 0)
     mask, rows = mask.repeat_interleave(n, 0).bool(), torch.arange(prompts * n)
-    leave = {3: [0, 5, 6], 20: [2, 3], 40: [0, 1]}               # 40: the first prompt goes whole
+    leave = {0: [11], 3: [0, 5, 6], 20: [2, 3], 40: [0, 1]}               # 40: the first prompt goes whole
     for step in range(50):
         if step in leave:
             stay = torch.tensor([i for i in range(len(rows)) if i not in leave[step]])
