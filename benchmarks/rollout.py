@@ -55,10 +55,11 @@ def contenders(vlm, images, prompts, new_tokens):
 
 
 def same_greedy(vlm, images, prompts, new_tokens):
-    """Greedy tokens, ours and generate's, are the same."""
+    """Greedy tokens, ours and generate's, are the same; neither says what ours never says (an image placeholder)."""
     with torch.no_grad():
         inputs = vlm.encode(images, prompts)
-        theirs = vlm.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+        theirs = vlm.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False,
+                                    suppress_tokens=vlm.banned.nonzero()[:, 0].tolist())[:, inputs["input_ids"].shape[1]:]
     ours = torch.stack([group[0].tokens for group in vlm.sample(images, prompts, greedy=True, max_new_tokens=new_tokens)])
     return torch.equal(ours, theirs)
 
