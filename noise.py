@@ -105,7 +105,7 @@ class ClipAttention:
 
     def _kept(self, image, question):
         """`_grid` from the cache, or made and put there: one .npy a map, named by all that it follows from."""
-        said = f"{self.identity} {image.mode} {image.size} {question}".encode()
+        said = f"{self.identity} {image.size} {question}".encode()
         file = self.cache / f"{hashlib.sha256(said + image.convert('RGB').tobytes()).hexdigest()}.npy"
         try:
             return np.load(file)

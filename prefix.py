@@ -8,6 +8,7 @@ Written against what transformers offers all its models: a cache with layers, an
 whose layers attend in another way (a sliding window, sinks, a soft cap) is decoded with copies; `VLM` finds that out by trying.
 """
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from transformers import AttentionInterface, DynamicCache
@@ -18,25 +19,33 @@ NAME = "shared_prefix"
 ROOM = 32       # words of its own that a sample has memory for at first
 
 
+@dataclass
+class _Rows:
+    """Where the rows of the batch are. n: samples a prompt; padded (B, 1, 1, L): True where a prompt is; slots (R,): each row's
+    place in B x n, None: all places, in order. Apart, because a cache and layers that hold each other are freed late."""
+    n: int
+    padded: torch.Tensor
+    slots: torch.Tensor | None = None
+
+
 class SharedPrefix(DynamicCache):
     """A prefilled cache of B prompts, from now on read by n samples of each. mask (B, L): False where a prompt is padded."""
 
     def __init__(self, cache, mask, n):
         super().__init__()
-        self.n, self.slots = n, None        # rows of the batch as places in B x n; None: all of them, in order
-        self.padded = ~mask.bool()[:, None, None]                                             # (B, 1, 1, L)
-        self.layers = [_Layer(layer, self) for layer in cache.layers]
+        self.rows = _Rows(n, ~mask.bool()[:, None, None])
+        self.layers = [_Layer(layer, self.rows) for layer in cache.layers]
 
     def batch_select_indices(self, rows):
         """Only these rows (ascending) stay; a prompt leaves with its last row."""
-        places = rows if self.slots is None else self.slots[rows]
-        prompts, which, counts = torch.unique_consecutive(places // self.n, return_inverse=True, return_counts=True)
-        self.n = int(counts.max())
+        own = self.rows
+        places = rows if own.slots is None else own.slots[rows]
+        prompts, which, counts = torch.unique_consecutive(places // own.n, return_inverse=True, return_counts=True)
+        own.n = int(counts.max())
         first = counts.cumsum(0) - counts                                                     # (B,) each prompt's first row
-        self.slots = which * self.n + torch.arange(len(rows), device=rows.device) - first[which]
-        if len(rows) == len(prompts) * self.n:
-            self.slots = None
-        self.padded = self.padded[prompts]
+        own.slots = None if len(rows) == len(prompts) * own.n else \
+            which * own.n + torch.arange(len(rows), device=rows.device) - first[which]
+        own.padded = own.padded[prompts]
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[prompts], layer.values[prompts]
             if layer.own is not None:       # None: these rows leave with their first word
@@ -46,9 +55,9 @@ class SharedPrefix(DynamicCache):
 class _Layer(DynamicLayer):
     """keys, values (B, H, L, d) of the prompts; own: two (R, H, room, d), of each sample's words, `length` of them so far."""
 
-    def __init__(self, layer, shared):
+    def __init__(self, layer, rows):
         super().__init__()
-        self.shared, self.keys, self.values, self.is_initialized = shared, layer.keys, layer.values, True
+        self.rows, self.keys, self.values, self.is_initialized = rows, layer.keys, layer.values, True
         self.own, self.length = None, 0
 
     def update(self, keys, values, *args, **kwargs):
@@ -71,11 +80,11 @@ def attend(module, query, layer, _, attention_mask=None, scaling=None, sliding_w
     """query (R, Hq, 1, d) -> attention to the prompt and to the row's own words (R, 1, Hq, d). An AttentionInterface."""
     if sliding_window is not None or softcap is not None or s_aux is not None:
         raise NotImplementedError("attention with a window, a soft cap or sinks")
-    shared, (rows, _, _, width) = layer.shared, query.shape
+    shared, (rows, _, _, width) = layer.rows, query.shape
     prompts, heads, length, _ = layer.keys.shape
     scaling = width**-0.5 if scaling is None else scaling
     own_keys, own_values = (part[:, :, :layer.length] for part in layer.own)                  # (R, H, t, d)
-    q = query.reshape(rows, heads, -1, width) * scaling                                          # (R, H, r, d), r = Hq / H
+    q = query.reshape(rows, heads, -1, width) * scaling                                       # (R, H, r, d), r = Hq / H
     shape = (prompts, shared.n, heads, q.shape[2])
 
     def by_prompt(x):                                                                         # (R, H, r, .) -> (B, H, n r, .)

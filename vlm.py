@@ -1,8 +1,8 @@
 """A vision-language model that we can speak to: load, sample with confidence, contrast, score with gradient, save.
 
 Any Hugging Face image-text-to-text model that keeps its keys and values in a `DynamicCache`: one prefill encodes the
-prompt and its images once, the G samples share its keys and values (`prefix.py`), and `score` walks the same path (prefill,
-clone, completion), so that sampled and re-scored log-probs agree by construction.
+prompt and its images once, the G samples share its keys and values (`prefix.py`), and `score` prefills alike and
+reads the completions from clones, so that sampled and re-scored log-probs agree to rounding.
 
 Everything is read from the raw logits in fp32: before temperature, top-k, top-p and banned ids (paper Eq. 3). No
 (B, T, V) tensor is ever kept.
@@ -408,7 +408,7 @@ class VLM:
 
         completions: B*n lists of token ids, n after each other for each of the B prompts (n = 1: one each), which are
         read once. temperature divides the logits of `logprobs` alone; confidence and entropy stay raw.
-        Positions, cache and mask are those of `sample`; the vocabulary head sees completion tokens only, in chunks
+        Positions and prompts are those of `sample`; the vocabulary head sees completion tokens only, in chunks
         whose logits are recomputed in the backward pass.
         """
         n, rest = divmod(len(completions), len(prompts))
