@@ -370,27 +370,28 @@ class VLM:
         rows = torch.arange(total, device=self.device)              # the rows still in the batch
         ended = torch.zeros(total, dtype=torch.bool, device=self.device)
 
-        for t in range(max_new_tokens):
-            views = [self._logits(state.hidden) for state in states]            # (R, V) each, raw
-            token, logits = choose(*views, uniform[rows, t]), views[0]
-            tokens[rows, t] = torch.where(ended, -1, token)
-            normaliser = logits.logsumexp(-1)                                   # (R,), one walk over the words for both
-            logprobs[rows, t] = logits.gather(-1, token[:, None])[:, 0] - normaliser
-            confidences[rows, t] = token_confidence(logits, self.top_k, normaliser)
-            if entropy:
-                entropies[rows, t] = token_entropy(logits)
-            ended = ended | torch.isin(token, self.eos)
-            if t % TRIM_EVERY == TRIM_EVERY - 1 or t == max_new_tokens - 1 or len(rows) <= TRIM_EVERY:
-                alive = (~ended).nonzero()[:, 0]
-                if len(alive) == 0:
-                    break
-                if len(alive) < len(rows):
+        with torch.inference_mode():        # less work an operation than no_grad; what is returned was made outside
+            for t in range(max_new_tokens):
+                views = [self._logits(state.hidden) for state in states]            # (R, V) each, raw
+                token, logits = choose(*views, uniform[rows, t]), views[0]
+                tokens[rows, t] = torch.where(ended, -1, token)
+                normaliser = logits.logsumexp(-1)                                   # (R,), one walk over the words for both
+                logprobs[rows, t] = logits.gather(-1, token[:, None])[:, 0] - normaliser
+                confidences[rows, t] = token_confidence(logits, self.top_k, normaliser)
+                if entropy:
+                    entropies[rows, t] = token_entropy(logits)
+                ended = ended | torch.isin(token, self.eos)
+                if t % TRIM_EVERY == TRIM_EVERY - 1 or t == max_new_tokens - 1 or len(rows) <= TRIM_EVERY:
+                    alive = (~ended).nonzero()[:, 0]
+                    if len(alive) == 0:
+                        break
+                    if len(alive) < len(rows):
+                        for state in states:
+                            state.keep(alive)
+                        rows, token, ended = rows[alive], token[alive], ended[alive]
+                if t < max_new_tokens - 1:
                     for state in states:
-                        state.keep(alive)
-                    rows, token, ended = rows[alive], token[alive], ended[alive]
-            if t < max_new_tokens - 1:
-                for state in states:
-                    self._read(state, token)
+                        self._read(state, token)
 
         lengths = (tokens >= 0).sum(-1).tolist()
         tokens, logprobs, confidences = tokens.cpu(), logprobs.cpu(), confidences.cpu()

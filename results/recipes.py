@@ -2,7 +2,7 @@
 
     python results/recipes.py                                     # the headline rows x 3 seeds, the others x 1; resumes
     python results/recipes.py --rows grpo ours --seeds 1          # some of them
-    python results/recipes.py --split val --questions 240         # the questions on which settings were chosen
+    python results/recipes.py --split val --rows base ours --seeds 1      # other questions; chooses the weights of the votes
 
 Each run is `train_cdrl.py` with the row's flags, then answers of the trained model to held-out questions, clean and with
 noise on key, random and inverse regions, and the votes of CA-TTS. One record a run, results/recipes/SPLIT-ROW-SEED.json, from
@@ -11,7 +11,8 @@ repeated. Models, answers and votes stay under runs/recipes (delete both when th
 
 Confidences: C (Eq. 3) ranks; c = sigmoid(aC + b) is the probability that training shapes, a and b fitted on the base's
 answers to training questions before the first step, the same for every row; p = exp(mean log-prob); for CA-TTS the winner's
-share of the votes. "abstains": the share of answers with c below one half.
+share of the votes. "abstains": the share of answers with c below one half. "CA-TTS, tuned" votes with the weights tau that
+`--split val` found best there, on average over its rows, and left in results/recipes/taus.json.
 """
 import argparse
 import json
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +32,10 @@ import eval as evaluation  # noqa: E402
 import noise  # noqa: E402
 import probe  # noqa: E402
 import train_cdrl  # noqa: E402
-from catts import Controller, Settings, answer_file  # noqa: E402
+from catts import SOURCES, Controller, Settings, Vote, answer_file, tally  # noqa: E402
 from data import InputError  # noqa: E402
 from experts import LocalExpert  # noqa: E402
+from judge import accepts  # noqa: E402
 from probe import auroc, calibration_error, metrics  # noqa: E402
 from run_folder import FREE  # noqa: E402
 from vlm import VLM  # noqa: E402
@@ -58,6 +61,7 @@ ROWS = {
     "ours, no calibration": "--calibration none",
     "ours, advantages by std": "--adv_norm std",
     "ours, no controls": "--controls 0",
+    "ours, no reflection": "--reflect 0",
     "ours, noise everywhere": "--region all --controls 0",
     "ours, random regions": "--region random --controls 0",
     "ours, logprob": "--confidence logprob --judged logprob",
@@ -69,9 +73,12 @@ REGIONS = ("key", "random", "inverse")
 SPLITS = ("val", "test")
 NOISE_T, ANSWERS, NOISED_ANSWERS = 999, 8, 4
 SIZES = [1, 2, 4, 8, 16]        # samples of the headline rows' scaling curves
+TAUS = (0, 0.25, 0.5, 1, 2)     # weights to choose from, for each of Voter, Self-Reflection and Visual Self-Check
+VOTERS = ("majority", "weighted", "CA-TTS", "CA-TTS, tuned")
 LOGGED = ("gap", "original/outcome", "original/confidence", "noised/confidence", "original/entropy", "original/length",
           "original/words", "original/distinct")
 HERE, RUNS = ROOT / "results" / "recipes", ROOT / "runs" / "recipes"
+WEIGHTS = HERE / "taus.json"
 
 
 def name_of(row, seed):
@@ -125,20 +132,50 @@ def ask(path, samples, file):
     return {key: [probe.Answer(**a) for a in answers] for key, answers in json.loads(file.read_text()).items()}
 
 
-def vote(path, samples, file, sizes):
-    """Every method of CA-TTS from a model's stored votes: metrics with N = 8, accuracy against N, and CA-TTS against majority
-    voting at the same tokens."""
+def votes_of(path, samples, file, sizes):
+    """What every module of CA-TTS votes, kept in a file -> list of rows, one a question."""
     settings = Settings(samples=ANSWERS)
     expert = LocalExpert(VLM.load(ROOT / "tiny" / "expert"), Settings.expert_tokens)
     controller = Controller(VLM.load(path), expert, noise.ClipAttention.from_pretrained(), settings)
     frame = {"model": str(path), "sizes": sizes}
     drawn = max(sizes[-1], 2 * ANSWERS)
-    rows = answer_file(evaluation.collector(controller, sizes, drawn), samples, file, frame, 50,
-                       f"votes of {Path(path).name}").values()
-    by_n = {n: evaluation.by_method(rows, n, settings) for n in sorted({*sizes, 2 * ANSWERS})}
+    return list(answer_file(evaluation.collector(controller, sizes, drawn), samples, file, frame, 50,
+                            f"votes of {Path(path).name}").values())
+
+
+def weighed(rows, n, taus):
+    """`by_method` with other weights {tau1, tau2, tau3} -> list of Outcome of CA-TTS; a module of weight 0 does not run."""
+    settings = Settings(samples=ANSWERS, **taus)
+    modules = [source for source, tau in settings.taus().items() if source in evaluation.LETTER and tau]
+    return evaluation.by_method(rows, n, settings)[f"{evaluation.method_of(modules)}@{n}"]
+
+
+def choose_taus(voted, samples):
+    """{model: rows of its votes} on samples -> the weights of TAUS with the highest accuracy, on average over models."""
+    def table(row):
+        votes = [Vote(source, *vote) for source, some in row["by_n"][str(ANSWERS)]["votes"].items() for vote in some]
+        answers = tally(votes, Settings().taus(), row["choices"])
+        return (np.array([[a.shares.get(source, 0) for source in SOURCES] for a in answers]),         # (answers, sources)
+                [accepts(a.answer, by_id[row["id"]]) for a in answers])
+
+    def accuracy(taus):
+        return np.mean([[bool(right) and right[np.argmax(shares @ (1, *taus))] for shares, right in tables] for tables in voted])
+
+    by_id = {sample.id: sample for sample in samples}
+    voted = [[table(row) for row in rows] for rows in voted.values()]
+    return dict(zip(("tau1", "tau2", "tau3"), max(product(TAUS, repeat=3), key=accuracy)))
+
+
+def voted_columns(rows, sizes, taus):
+    """Rows of votes -> metrics of every method with N = 8, accuracy against N, and CA-TTS against majority voting at the same
+    tokens; with taus, CA-TTS by those weights beside it."""
+    by_n = {n: evaluation.by_method(rows, n, Settings(samples=ANSWERS)) for n in sorted({*sizes, 2 * ANSWERS})}
+    for n in sizes if taus else ():
+        by_n[n][f"CA-TTS, tuned@{n}"] = weighed(rows, n, taus)
     methods = {name: evaluation.method_row(some) for name, some in by_n[ANSWERS].items()}
+    against = evaluation.against_majority(by_n, ANSWERS)
     return {"methods": methods, "scaling": evaluation.scaling(by_n) if len(sizes) > 1 else {},
-            "against majority": evaluation.against_majority(by_n, ANSWERS)[f"CA-TTS@{ANSWERS}"]}
+            "against majority": {name.split("@")[0]: row for name, row in against.items() if name.startswith("CA-TTS")}}
 
 
 def columns(found, scale):
@@ -163,14 +200,19 @@ def columns(found, scale):
             "words": len({word for a in found["clean"] for word in a.text.split()})}
 
 
+def votes_name(args):
+    return f"{args.split}-{args.vote_questions}-votes.jsonl"
+
+
 def record_of(row, seed, args, samples):
     """One run, made or read -> its record (dict)."""
     file = HERE / f"{args.split}-{name_of(row, seed)}.json"
-    sizes, voters = (SIZES, samples[:args.vote_questions]) if row in HEADLINE else ([ANSWERS], samples[:args.vote_questions])
+    sizes, voters = SIZES if row in HEADLINE and args.split == "test" else [ANSWERS], samples[:args.vote_questions]
+    taus = json.loads(WEIGHTS.read_text()) if args.split == "test" and WEIGHTS.exists() else None
     settings = vars(train_cdrl.parse([*(ROWS[row] or "").split(), *args.flags.split()]))      # defaults of today included
     loose = {"model", "clip", *FREE} - {"steps"}
     frame = {"settings": {key: value for key, value in settings.items() if key not in loose},
-             "seed": seed, "questions": len(samples), "voted": len(voters),
+             "seed": seed, "questions": len(samples), "voted": len(voters), "taus": taus,
              "base": f"{data.checksum(ROOT / 'tiny' / 'base'):08x}"}
     if file.exists() and frame.items() <= (old := json.loads(file.read_text())).items():
         return old
@@ -182,7 +224,7 @@ def record_of(row, seed, args, samples):
     log = evaluation.training_log(folder)
     record = frame | {
         "seconds": seconds, "scale": scale, **{skill: columns(some, scale) for skill, some in skills.items()},
-        **vote(path, voters, folder / f"{args.split}-{args.vote_questions}-votes.jsonl", sizes),
+        **voted_columns(votes_of(path, voters, folder / votes_name(args), sizes), sizes, taus),
         "log": {key: [round(float(np.mean([step[key] for step in log[i:i + 10]])), 4) for i in range(0, len(log), 10)]
                 for key in LOGGED if log and key in log[0]},
         "answers": {"id": clean["id"].tolist(), "C": clean["confidence"].round(4).tolist(),
@@ -258,17 +300,18 @@ def make_tables(records):
         for row, found in records.items() if len(found) > 1} or {"-": {"-": 0}}
     tables[f"votes, N = {ANSWERS}; the confidence is the winner's share"] = {
         f"{row}, {name}": {key: mean_of(found, "methods", f"{name}@{ANSWERS}", key) for key in (*evaluation.HEADLINE, "tokens")}
-        for row, found in records.items() for name in ("majority", "weighted", "CA-TTS")}
+        for row, found in records.items() for name in VOTERS if f"{name}@{ANSWERS}" in found[0]["methods"]}
     headline = headline_of(records)
     if headline:
         tables["scaling: points of accuracy per log2 N"] = {
-            row: {name: mean_of(found, "scaling", name, "slope") for name in ("majority", "weighted", "CA-TTS")}
+            row: {name: mean_of(found, "scaling", name, "slope") for name in VOTERS if name in found[0]["scaling"]}
             for row, found in headline.items()}
         tables[f"CA-TTS, N = {ANSWERS}, against majority at the same N and at the same tokens"] = {
-            row: {key: mean_of(found, "against majority", key) for key in found[0]["against majority"]}
-            for row, found in headline.items()}
+            f"{row}, {name}": {key: mean_of(found, "against majority", name, key) for key in found[0]["against majority"][name]}
+            for row, found in headline.items() for name in found[0]["against majority"]}
         tables["four ways: neither, training, CA-TTS, both"] = {
-            row: {method: mean_of(found, "methods", method, "accuracy") for method in ("pass@1", "majority@8", "CA-TTS@8")}
+            row: {method: mean_of(found, "methods", method, "accuracy")
+                  for method in ("pass@1", *(f"{name}@{ANSWERS}" for name in VOTERS)) if method in found[0]["methods"]}
             for row, found in headline.items()}
     if "ours" in records:
         tables["ours minus each row: mean over seeds, 95% interval paired by question"] = differences(records)
@@ -347,11 +390,17 @@ def main():
     tables = make_tables(records)
     text = "\n".join(f"\n{title}\n{data.table(rows)}" for title, rows in tables.items())
     print(text)
-    if args.split == "test":
+    if args.split == "val":
+        runs = {row: train(row, 0, args.flags.split()) for row in args.rows}
+        voters = samples[:args.vote_questions]
+        taus = choose_taus({row: votes_of(path, voters, folder / votes_name(args), [ANSWERS])
+                            for row, (path, folder, _) in runs.items()}, voters)
+        print(f"\nthe best weights of the votes on these questions: {taus}")
+        data.write_atomically(WEIGHTS, json.dumps(taus))
+    else:
         data.write_atomically(HERE / "tables.txt", text + "\n")
         draw(records, ROOT / "results")
-    print(f"\nwrote {HERE.relative_to(ROOT)}/ and recipes.png\nnext: python eval.py --model {data.shown(RUNS / 'ours-0')} "
-          "--baseline tiny/base")
+    print(f"\nwrote {HERE.relative_to(ROOT)}/\nnext: python eval.py --model {data.shown(RUNS / 'ours-0')} --baseline tiny/base")
 
 
 if __name__ == "__main__":
