@@ -108,14 +108,14 @@ AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)      # the c
 
 
 @contextmanager
-def attention_of(decoder):
-    """Within it the decoder's layers attend by `attend`."""
+def attention_of(decoder, name=NAME):
+    """Within it the decoder's layers attend by the AttentionInterface of this name."""
     configs = {id(module.config): module.config for module in decoder.modules() if hasattr(module, "config")}.values()
     before = [config._attn_implementation for config in configs]
     for config in configs:
-        config._attn_implementation = NAME
+        config._attn_implementation = name
     try:
         yield
     finally:
-        for config, name in zip(configs, before):
-            config._attn_implementation = name
+        for config, own in zip(configs, before):
+            config._attn_implementation = own

@@ -288,8 +288,8 @@ class VLM:
             return self.backbone.get_rope_index(**{key: inputs[key] for key in inputs if key in wanted})[0]
         return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
 
-    def _forward(self, cache, **inputs):
-        return self.backbone(**inputs, use_cache=True, **{self._cache_name: cache}).last_hidden_state
+    def _forward(self, cache, part=None, **inputs):
+        return (part or self.backbone)(**inputs, use_cache=True, **{self._cache_name: cache}).last_hidden_state
 
     def _prefill(self, images, prompts):
         inputs = self.encode(images, prompts)
@@ -302,8 +302,9 @@ class VLM:
         if state.mask is not None:
             state.mask = torch.cat([state.mask, state.mask.new_ones(len(token), 1)], 1)
         state.position = state.position + 1
-        state.hidden = self._forward(state.cache, input_ids=token[:, None], attention_mask=state.mask,
-                                     position_ids=state.position)[:, -1]
+        # A word has no picture that the backbone would look for; `_agrees` has tried its decoder alone.
+        state.hidden = self._forward(state.cache, self.model.get_decoder() if self.shares else None, input_ids=token[:, None],
+                                     attention_mask=state.mask, position_ids=state.position)[:, -1]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Completions out

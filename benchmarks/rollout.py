@@ -6,6 +6,8 @@
 Contenders, all on the same prompts and pictures, each completion exactly --new_tokens long:
 (a) generate(num_return_sequences=8, output_scores=True), then confidence from the stored scores, as the authors' release does;
 (b) generate without scores, so without confidence; (c) generate with a logits processor that computes the confidence online.
+Beside them: ours without the confidence, for what it costs, and "the layers alone": transformers' decoder layers with no
+attention in them, one forward pass a token, and nothing chosen, which is what nobody who decodes with them can go below.
 First it is checked that greedy decoding gives the same tokens, ours and generate's.
 """
 import argparse
@@ -13,11 +15,16 @@ import json
 
 import torch
 from common import ROOT, VLM, big_vocabulary, data, endless, extra_memory, memory_of, picture, side_by_side, versions
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import AttentionInterface, LogitsProcessor, LogitsProcessorList
+from transformers.masking_utils import AttentionMaskInterface
 
+import prefix
+import vlm as ours_module
 from reward import token_confidence
 
 GROUP = 8
+AttentionInterface.register("nothing", lambda module, query, *args, **kwargs: (query.transpose(1, 2), None))
+AttentionMaskInterface.register("nothing", lambda *args, **kwargs: None)
 
 
 def contenders(vlm, images, prompts, new_tokens):
@@ -29,6 +36,21 @@ def contenders(vlm, images, prompts, new_tokens):
     def ours():
         groups = vlm.sample(images, prompts, GROUP, max_new_tokens=new_tokens)
         return torch.stack([r.confidences for group in groups for r in group])
+
+    def silent():
+        ours_module.token_confidence = lambda logits, *_: logits[:, 0]
+        try:
+            vlm.sample(images, prompts, GROUP, max_new_tokens=new_tokens)
+        finally:
+            ours_module.token_confidence = token_confidence
+
+    @torch.inference_mode()
+    def layers():
+        decoder, rows = vlm.model.get_decoder(), len(prompts) * GROUP
+        word = vlm.model.get_input_embeddings()(torch.full((rows, 1), 5))
+        with prefix.attention_of(decoder, "nothing"):
+            for t in range(new_tokens - 1):
+                decoder(inputs_embeds=word, position_ids=torch.full((3, rows, 1), t), use_cache=False)
 
     @torch.no_grad()
     def stored():
@@ -51,7 +73,7 @@ def contenders(vlm, images, prompts, new_tokens):
         return torch.stack(seen, 1)
 
     return {"ours": ours, "(a) generate, stored scores": stored, "(b) generate, no confidence": plain,
-            "(c) generate, online processor": online}
+            "(c) generate, online processor": online, "ours, no confidence": silent, "the layers alone": layers}
 
 
 def same_greedy(vlm, images, prompts, new_tokens):

@@ -159,7 +159,8 @@ def choose_taus(voted, samples):
                 [accepts(a.answer, by_id[row["id"]]) for a in answers])
 
     def accuracy(taus):
-        return np.mean([[bool(right) and right[np.argmax(shares @ (1, *taus))] for shares, right in tables] for tables in voted])
+        return np.mean([[right[np.argmax(shares @ (1, *taus))] if right else False for shares, right in tables]
+                        for tables in voted])
 
     by_id = {sample.id: sample for sample in samples}
     voted = [[table(row) for row in rows] for rows in voted.values()]
