@@ -10,7 +10,8 @@ engine serves all cases, because a mesh may have two axes: (replicate, shard).
 Weights, gradients and optimiser state are fp32 where the computation is bf16, and so are the sums over ranks. One process
 that computes in fp32 needs none of it: its `Policy` passes calls on.
 
-Left out on purpose: tensor and pipeline parallelism; a model whose largest block fits one GPU does not need them.
+Left out on purpose: tensor and pipeline parallelism; a model that fits one GPU, with what a rollout
+needs beside it, does not need them.
 """
 import os
 import warnings

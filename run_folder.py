@@ -33,10 +33,11 @@ def open_run(args):
     output = Path(args.output)
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {args.output!r} is a file; give a directory")
-    if output.is_dir() and any(output.iterdir()):
+    # what a kill has left of the very first file is no run yet
+    if output.is_dir() and any(path.name != "args.json.tmp" for path in output.iterdir()):
         try:
-            old = json.loads((output / "args.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            old = dict(json.loads((output / "args.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(f"--output {args.output!r} holds something that is not a run; choose another folder") from error
         other = [key for key, value in asdict(args).items() if key not in FREE and old.get(key) != value]
         done = checkpoints(output)
@@ -63,7 +64,8 @@ def step_of(checkpoint):
 
 def checkpoints(output):
     """Complete checkpoints, oldest first."""
-    return sorted((path for path in output.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()), key=step_of)
+    return sorted((path for path in output.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[-1].isdigit()),
+                  key=step_of)
 
 
 def save_checkpoint(output, vlm, policy, optimiser, step, scale, keep, dtype):
@@ -96,9 +98,16 @@ def _to_disk(path):
 
 
 def load_checkpoint(checkpoint, policy, optimiser):
-    """-> (step, scale). Fills in weights and optimiser, on any number of ranks, and this rank's random state."""
-    parallel.load_state(policy, optimiser, checkpoint / "state")
-    found = torch.load(checkpoint / "training.pt", weights_only=True)
+    """-> (step, scale). Fills in weights and optimiser, on any number of ranks, and this rank's random state. InputError, in a
+    sentence, for one that has been damaged since it was written."""
+    try:
+        parallel.load_state(policy, optimiser, checkpoint / "state")
+        found = torch.load(checkpoint / "training.pt", weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:          # what torch raises for a torn file is of many kinds
+        raise InputError(f"{data.shown(checkpoint)} is damaged ({type(error).__name__}); remove it, and the same command goes "
+                         "on from the checkpoint before it") from error
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.set_rng_state(found["rng"][rank % len(found["rng"])])
     return found["step"], found["scale"]
@@ -109,13 +118,13 @@ def trim_log(path, step):
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] < step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+        except (json.JSONDecodeError, KeyError, TypeError):
             break
-    path.write_text("".join(kept))
+    data.write_atomically(path, "".join(kept))
 
 
 def draw_report(output, before, after, args):

@@ -528,20 +528,25 @@ def reward_views(views, scale, args, device="cpu"):
 
 
 def statistics(views, device="cpu"):
-    """Every reward term, confidence, length and entropy, per view (dict of floats, means over this rank's rollouts)."""
+    """Every reward term, confidence, length and entropy, per view (dict of floats). Means over this rank's rollouts, of which
+    the ranks' are averaged later; what is no mean over rollouts (std, entropy, words) is that of all ranks' here."""
     stats = {}
     for view in views:
         flat = [r for group in view.rollouts for r in group]
         total = sum(view.terms.values())
+        c, logprobs = view.confidence.double(), torch.cat([r.logprobs for r in flat]).double()
+        count, c_sum, squares, tokens, logprob = summed([c.numel(), c.sum(), (c**2).sum(), len(logprobs), logprobs.sum()],
+                                                        device)
         row = {"reward": total.mean(), **{name: term.mean() for name, term in view.terms.items()},
-               "confidence": view.confidence.mean(), "confidence_std": view.confidence.std(),
+               "confidence": view.confidence.mean(),
+               "confidence_std": math.sqrt(max(0.0, squares - c_sum**2 / count) / max(1, count - 1)),
                # minus the mean log-prob of what was sampled: an unbiased estimate of the policy's entropy a token
-               "entropy": -torch.cat([r.logprobs for r in flat]).mean(),
+               "entropy": -logprob / tokens,
                "length": sum(len(r.tokens) for r in flat) / len(flat),
                "truncated": sum(not r.finished for r in flat) / len(flat),
                "zero_variance": (total.std(-1) < 1e-6).float().mean(),
                "distinct": sum(len({r.text for r in group}) / len(group) for group in view.rollouts) / len(view.rollouts),
-               "words": len({word for r in flat for word in r.text.split()})}
+               "words": len(set(gathered(sorted({word for r in flat for word in r.text.split()}))))}
         stats |= {f"{view.name}/{name}": float(value) for name, value in row.items()}
     if len(views) > 1:
         gap = (views[0].confidence - views[1].confidence).mean(-1)                                          # (Q,)

@@ -21,7 +21,8 @@ GROUP = 8
 def contenders(vlm, new_tokens):
     """{name: function}; each leaves gradients and returns (3, B, T): log-probs, confidence, entropy."""
     images, prompts = [[picture()]], ["How many red circles are there?"]
-    ids = torch.randint(0, 400, (GROUP, new_tokens), generator=torch.Generator().manual_seed(0))
+    # words only: the special ids, an image placeholder among them, are lower
+    ids = torch.randint(20, 400, (GROUP, new_tokens), generator=torch.Generator().manual_seed(0))
 
     def finish(values):
         vlm.model.zero_grad()

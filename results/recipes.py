@@ -314,7 +314,7 @@ def make_tables(records):
             row: {method: mean_of(found, "methods", method, "accuracy")
                   for method in ("pass@1", *(f"{name}@{ANSWERS}" for name in VOTERS)) if method in found[0]["methods"]}
             for row, found in headline.items()}
-    if "ours" in records:
+    if "ours" in records and len(records) > 1:
         tables["ours minus each row: mean over seeds, 95% interval paired by question"] = differences(records)
     return tables
 

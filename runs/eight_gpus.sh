@@ -4,6 +4,7 @@
 # Memory, computed by --dry_run, not yet measured: 36 GiB a GPU. A checkpoint: 116 GB of disk. lr and number of steps are not
 # published; these are ours.
 set -euo pipefail
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600      # Ctrl-C: time for the step under way and its checkpoint
 data=${1:?give a .jsonl file of questions}
 torchrun --standalone --nproc-per-node 8 train_cdrl.py --recipe paper --model Qwen/Qwen2.5-VL-7B-Instruct \
     --clip openai/clip-vit-large-patch14-336 --data "$data" --clip_cache runs/clip_maps --shard fsdp \

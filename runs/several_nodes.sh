@@ -3,6 +3,7 @@
 #   NODES=2 HEAD=host-of-the-first-node:29500 runs/several_nodes.sh train.jsonl
 # Memory for 2 nodes, computed by --dry_run, not yet measured: 28 GiB a GPU. The nodes share the file system of --output.
 set -euo pipefail
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600      # Ctrl-C: time for the step under way and its checkpoint
 data=${1:?give a .jsonl file of questions}
 nodes=${NODES:?how many nodes}
 torchrun --nnodes "$nodes" --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "${HEAD:?host:port of the first node}" \

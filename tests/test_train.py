@@ -383,6 +383,25 @@ def test_killed_and_resumed_equals_undisturbed_and_on_other_ranks_nearly(first, 
     assert len(log(tmp_path / "other")) == 3
 
 
+def test_what_was_damaged_in_a_run_folder_is_named_and_a_first_torn_write_is_no_run(first, tmp_path):
+    args = train_cdrl.parse(["--output", str(tmp_path / "run"), *TINY, "--steps", "4"])
+    shutil.copytree(first, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_bytes((first / "metrics.jsonl").read_bytes() + b"[1]\n\xff\n")
+    newest = run_folder.checkpoints(tmp_path / "run")[-1]
+    (newest / "training.pt").write_bytes((newest / "training.pt").read_bytes()[:50])
+    with pytest.raises(InputError, match=f"{newest.name} is damaged"):
+        train_cdrl.train(args)
+    run_folder.trim_log(tmp_path / "run" / "metrics.jsonl", 2)
+    assert log(tmp_path / "run") == log(first)[:2]
+    (tmp_path / "run" / "args.json").write_text("[1]")
+    with pytest.raises(InputError, match="not a run"):
+        run_folder.open_run(args)
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json.tmp").write_text("{")
+    assert run_folder.open_run(args) == (tmp_path / "run", None)
+
+
 def test_ctrl_c_saves_the_step_under_way(tmp_path):
     output = tmp_path / "stopped"
     process = subprocess.Popen([sys.executable, "train_cdrl.py", "--output", str(output), *TINY, "--steps", "500"], cwd=ROOT,
@@ -406,7 +425,8 @@ def test_two_ranks_equal_one(first, sharded, tmp_path, shard):
     if shard == "none":
         run(two := tmp_path / "two", *TINY, ranks=2)
     for a, b in zip(log(first), log(two), strict=True):
-        for key in ("original/outcome", "original/confidence", "noised/confidence", "gap", "loss", "grad_norm"):
+        for key in ("original/outcome", "original/confidence", "original/confidence_std", "original/words", "noised/confidence",
+                    "noised/entropy", "gap", "loss", "grad_norm"):
             assert abs(a[key] - b[key]) < 1e-5 * max(1, abs(a[key])), (key, a[key], b[key])
     assert furthest(first, two) < 1e-5
 
