@@ -66,8 +66,8 @@ def test_chunked_head_equals_whole_head_in_value_and_gradient(fresh, mixed, monk
         (scores.logprobs.mean() + scores.confidence.mean() + scores.entropy.mean()).backward()
         found.append((torch.stack([scores.logprobs, scores.confidence, scores.entropy]).detach(),
                       torch.cat([p.grad.flatten() for p in fresh.model.parameters() if p.grad is not None])))
-    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-6, rtol=1e-6)
+    for whole, chunked in zip([*found[0][0], found[0][1]], [*found[1][0], found[1][1]]):       # 1e-6 of the largest
+        assert (whole - chunked).abs().max() < 1e-6 * whole.abs().max()
     assert found[0][1].abs().sum() > 0
 
 
