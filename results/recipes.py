@@ -47,6 +47,7 @@ ROWS = {
     "paper": "--recipe paper",
     "ours": "",
     "paper, alpha 0": "--recipe paper --alpha 0",
+    "paper, lr 1e-4": "--recipe paper --lr 1e-4",
     "paper, both views learn": "--recipe paper --learn_noised",
     "paper, pathwise": "--recipe paper --pathwise 1",
     "paper, Brier": "--recipe paper --calibration brier",
@@ -335,12 +336,12 @@ def draw(records, folder):
                         label=f"{row}, ECE {mean_of(found, 'all', 'ECE c'):.3f}")
         axes[0, 1].plot(*zip(*probe.risk_coverage(rank, right)), label=f"{row}, AURC {mean_of(found, 'all', 'AURC'):.3f}")
         axes[0, 2].bar(np.arange(5) + 0.2 * i - 0.3, [mean_of(found, part, "AUROC") for part in parts], 0.18, label=row)
-        for name, style in (("majority", ":"), ("CA-TTS", "-")) if found[0]["scaling"] else ():
+        for name, style in ((n, s) for n, s in zip(VOTERS, (":", None, "--", "-")) if s and n in found[0]["scaling"]):
             axes[1, 1].plot(SIZES, [mean_of(found, "scaling", name, str(n)) for n in SIZES], style, marker="o", markersize=4,
                             color=f"C{i}", label=f"{row}, {name}")
-        ways = ("pass@1", "majority@8", "CA-TTS@8")
+        ways = [way for way in ("pass@1", "majority@8", "CA-TTS@8", "CA-TTS, tuned@8") if way in found[0]["methods"]]
         heights = [mean_of(found, "methods", way, "accuracy") for way in ways]
-        axes[1, 2].bar(np.arange(3) + 0.2 * i - 0.3, heights, 0.18, label=row)
+        axes[1, 2].bar(np.arange(len(ways)) + 0.2 * i - 0.3, heights, 0.18, label=row)
     for i, region in enumerate(REGIONS):
         axes[1, 0].barh(np.arange(len(records)) + 0.27 * (i - 1), [mean_of(found, "all", f"gap {region}")
                                                                   for found in records.values()], 0.25, label=region)
@@ -349,11 +350,11 @@ def draw(records, folder):
     axes[0, 2].set(title="AUROC of C, pooled and within skill", xticks=range(5), xticklabels=parts, ylim=(0.5, 1))
     axes[1, 0].set(xlabel="C - C', nats", yticks=range(len(records)), yticklabels=records, title="Gap under noise, by region")
     axes[1, 0].invert_yaxis()
-    axes[1, 1].set(xlabel="samples N", ylabel="accuracy", xscale="log", title="Scaling")
+    axes[1, 1].set(xlabel="samples N", ylabel="accuracy", xscale="log", title="Scaling", ylim=(0.3, None))
     axes[1, 1].set_xticks(SIZES, SIZES)
-    axes[1, 2].set(title="Accuracy", xticks=range(3), xticklabels=ways, ylim=(0.4, 1))
+    axes[1, 2].set(title="Accuracy", xticks=range(len(ways)), xticklabels=ways, ylim=(0.4, 1))
     for axis in axes.flat:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=2 if axis is axes[1, 1] else 1)
     figure.tight_layout()
     figure.savefig(folder / "recipes.png", dpi=100)
     pyplot.close(figure)
