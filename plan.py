@@ -34,7 +34,12 @@ class Paper(VLM):
                 model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
         except (OSError, ValueError) as error:
             raise InputError(f"model {str(path)!r} has no settings that can be read: {str(error).splitlines()[0]}") from error
-        return cls(model, load_processor(path))
+        paper = cls(model, load_processor(path))
+        try:
+            paper.trial()
+        except Exception as error:
+            raise paper.refusal(error) from error
+        return paper
 
 
 def parameters(vlm, frozen_vision=False):
@@ -84,19 +89,23 @@ def activations(config, tokens, size, again, read):
     """Bytes that the backward pass needs of `tokens` passing the blocks of a text or vision config.
 
     A block holds about 12 vectors of the hidden size and 4 of the MLP's for each token; with checkpointing its input alone
-    (and, in a decoder, the keys and values it read: `read` tokens of them), beside one block that is run again.
+    (and, in a decoder, the keys and values it read: `read` tokens of them), beside one block that is run again. Without, those
+    are held twice: as they were read, and repeated for the heads that share them.
     """
     def of(*names, default=0):
         return next((getattr(config, name) for name in names if getattr(config, name, None)), default)
     layers, hidden = of("num_hidden_layers", "depth", default=1), of("embed_dim", "hidden_size", default=1)
     mlp = of("intermediate_size", default=4 * hidden)
-    block = size * tokens * (12 * hidden + 4 * mlp)
-    return layers * (size * tokens * hidden + size * read * key_values(config)) + block if again else layers * block
+    block, kept = size * tokens * (12 * hidden + 4 * mlp), size * read * key_values(config)
+    if again:
+        return layers * (size * tokens * hidden + kept) + block
+    return layers * (block + kept + size * read * key_values(config, repeated=True))
 
 
-def key_values(config):
-    """Numbers that one layer's cache holds for a token."""
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None) or 1
+def key_values(config, repeated=False):
+    """Numbers that one layer's cache holds for a token; repeated: a copy for each head of the queries."""
+    heads = None if repeated else getattr(config, "num_key_value_heads", None)
+    heads = heads or getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or config.hidden_size // (getattr(config, "num_attention_heads", None) or 1)
     return 2 * heads * width
 
@@ -119,6 +128,9 @@ def dry_run(args, samples, views, world):
         counts.append((ids.shape[1], int((ids == image_id).sum())))
     prompt, picture = (max(column) for column in zip(*counts))
 
+    if prompt + args.max_new_tokens > vlm.context:
+        raise InputError(f"a prompt takes {prompt} tokens and --max_new_tokens {args.max_new_tokens} more, but the model's "
+                         f"context is {vlm.context}")
     questions = args.batch_size // world
     rollouts, length = questions * args.group_size * views, prompt + args.max_new_tokens
     part = min(questions, args.micro_batch)

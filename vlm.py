@@ -161,16 +161,8 @@ class VLM:
     def _check(self):
         """InputError for a class that is not what this file takes it for: prefill, repeated cache and head must give the
         same log-probs to what its own `generate` says about two pictures."""
-        refusal = f"model class {type(self.model).__name__} cannot be used here"
-        images = [[Image.new("RGB", (64, 64), "gray")], [Image.new("RGB", (120, 40), "red")]]
-        prompts = ["What is this?", "What colour is it?"]
         try:
-            for layer in DynamicCache(config=self.text_config).layers:
-                if not hasattr(layer, "batch_repeat_interleave"):
-                    raise InputError(f"its cache holds more than keys and values ({type(layer).__name__})")
-            inputs = self.encode(images, prompts)
-            if any(value.ndim > 2 and value.shape[:2] == inputs["input_ids"].shape for value in inputs.values()):
-                raise InputError("its tokens look at the pictures past the cache, by cross-attention")
+            images, prompts, inputs = self.trial()
             said = self.model.generate(**inputs, max_new_tokens=3, do_sample=False, cache_implementation="dynamic",
                                        return_dict_in_generate=True, output_logits=True)
             tokens = said.sequences[:, inputs["input_ids"].shape[1]:]                              # (2, T)
@@ -180,10 +172,28 @@ class VLM:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise InputError(f"{refusal}: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
+            raise self.refusal(error) from error
         off = (theirs - ours).abs().max().item()
         if not off < self._tolerance():                                             # not: nan is refused as well
-            raise InputError(f"{refusal}: its log-probs from a repeated cache are off from its own `generate` by {off:.2g}")
+            raise self.refusal(f"its log-probs from a repeated cache are off from its own `generate` by {off:.2g}")
+
+    def trial(self):
+        """Two pictures, two prompts and what the model takes for them (images, prompts, inputs). InputError for a class that
+        keeps more than keys and values, or looks past them: what can be told without its weights."""
+        images = [[Image.new("RGB", (64, 64), "gray")], [Image.new("RGB", (120, 40), "red")]]
+        prompts = ["What is this?", "What colour is it?"]
+        for layer in DynamicCache(config=self.text_config).layers:
+            if not hasattr(layer, "batch_repeat_interleave"):
+                raise InputError(f"its cache holds more than keys and values ({type(layer).__name__})")
+        inputs = self.encode(images, prompts)
+        if any(value.ndim > 2 and value.shape[:2] == inputs["input_ids"].shape for value in inputs.values()):
+            raise InputError("its tokens look at the pictures past the cache, by cross-attention")
+        return images, prompts, inputs
+
+    def refusal(self, why):
+        """The InputError for a class that cannot work. why: words, or the error it failed with."""
+        why = (str(why).strip() or repr(why)).splitlines()[0]
+        return InputError(f"model class {type(self.model).__name__} cannot be used here: {why}")
 
     def _tolerance(self):
         return 1e-3 if self.model.dtype == torch.float32 else 0.5

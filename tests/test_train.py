@@ -499,9 +499,10 @@ def test_a_dry_run_prints_what_is_needed_and_refuses_what_cannot_fit(tmp_path, c
     train_cdrl.main(["--output", str(tmp_path / "run"), "--dry_run"])
     printed = capsys.readouterr().out
     assert "1,242,688 parameters" in printed and "16 of them pictures" in printed and not (tmp_path / "run").exists()
-    with pytest.raises(SystemExit) as stop:
-        train_cdrl.main(["--dry_run", "--memory", "0.1"])
-    assert stop.value.code == 2 and "do not fit into 0.1" in capsys.readouterr().err
+    for flags, why in ((["--memory", "0.1"], "do not fit into 0.1"), (["--max_new_tokens", "5000"], "context is 4096")):
+        with pytest.raises(SystemExit) as stop:
+            train_cdrl.main(["--dry_run", *flags])
+        assert stop.value.code == 2 and why in capsys.readouterr().err
 
 
 def test_other_settings_move_an_earlier_run_aside_and_finished_runs_stay(tmp_path, capsys):
