@@ -165,9 +165,10 @@ def clip_gradients(parameters, largest):
 
 def whole_state(policy, dtype):
     """Every weight in full, by its name in the model, in the CPU's memory of rank 0 -> dict ({} on other ranks). All ranks
-    call it."""
+    call it. A weight that two modules share (a head tied to the word embeddings) is there once, by its first name."""
     found = get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name: weight.to(dtype) for name, weight in found.items()}
+    names, first = ({name for name, _ in policy.model.named_parameters(remove_duplicate=once)} for once in (False, True))
+    return {name: weight.to(dtype) for name, weight in found.items() if name not in names - first}
 
 
 def _state(policy, optimiser):

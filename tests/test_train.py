@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from PIL import Image
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
@@ -491,6 +492,8 @@ def test_the_state_of_a_bf16_run_comes_back_in_fp32(tmp_path):
     exact = parallel.whole_state(policy, torch.float32)
     dist.destroy_process_group()
     assert all(torch.equal(exact[name].bfloat16(), rough[name].bfloat16()) for name in exact)       # the model beside it
+    with safe_open(tmp_path / "run" / "model.safetensors", "pt") as file:                # the tied head is stored once
+        assert len(file.keys()) == len(exact) and "lm_head.weight" not in {*file.keys(), *exact}
     assert any(not torch.equal(exact[name], rough[name]) for name in exact)
     assert all(state["exp_avg"].dtype == torch.float32 and state["step"] == 1 for state in optimiser.state.values())
 
