@@ -76,6 +76,7 @@ NOISE_T, ANSWERS, NOISED_ANSWERS = 999, 8, 4
 SIZES = [1, 2, 4, 8, 16]        # samples of the headline rows' scaling curves
 TAUS = (0, 0.25, 0.5, 1, 2)     # weights to choose from, for each of Voter, Self-Reflection and Visual Self-Check
 VOTERS = ("majority", "weighted", "CA-TTS", "CA-TTS, tuned")
+STYLES = {"majority": ":", "CA-TTS": "--", "CA-TTS, tuned": "-"}        # of the scaling curves
 LOGGED = ("gap", "original/outcome", "original/confidence", "noised/confidence", "original/entropy", "original/length",
           "original/words", "original/distinct")
 HERE, RUNS = ROOT / "results" / "recipes", ROOT / "runs" / "recipes"
@@ -336,8 +337,8 @@ def draw(records, folder):
                         label=f"{row}, ECE {mean_of(found, 'all', 'ECE c'):.3f}")
         axes[0, 1].plot(*zip(*probe.risk_coverage(rank, right)), label=f"{row}, AURC {mean_of(found, 'all', 'AURC'):.3f}")
         axes[0, 2].bar(np.arange(5) + 0.2 * i - 0.3, [mean_of(found, part, "AUROC") for part in parts], 0.18, label=row)
-        for name, style in ((n, s) for n, s in zip(VOTERS, (":", None, "--", "-")) if s and n in found[0]["scaling"]):
-            axes[1, 1].plot(SIZES, [mean_of(found, "scaling", name, str(n)) for n in SIZES], style, marker="o", markersize=4,
+        for name in (name for name in STYLES if name in found[0]["scaling"]):
+            axes[1, 1].plot(SIZES, [mean_of(found, "scaling", name, str(n)) for n in SIZES], STYLES[name], marker="o", markersize=4,
                             color=f"C{i}", label=f"{row}, {name}")
         ways = [way for way in ("pass@1", "majority@8", "CA-TTS@8", "CA-TTS, tuned@8") if way in found[0]["methods"]]
         heights = [mean_of(found, "methods", way, "accuracy") for way in ways]
