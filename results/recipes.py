@@ -338,8 +338,8 @@ def draw(records, folder):
         axes[0, 1].plot(*zip(*probe.risk_coverage(rank, right)), label=f"{row}, AURC {mean_of(found, 'all', 'AURC'):.3f}")
         axes[0, 2].bar(np.arange(5) + 0.2 * i - 0.3, [mean_of(found, part, "AUROC") for part in parts], 0.18, label=row)
         for name in (name for name in STYLES if name in found[0]["scaling"]):
-            axes[1, 1].plot(SIZES, [mean_of(found, "scaling", name, str(n)) for n in SIZES], STYLES[name], marker="o", markersize=4,
-                            color=f"C{i}", label=f"{row}, {name}")
+            axes[1, 1].plot(SIZES, [mean_of(found, "scaling", name, str(n)) for n in SIZES], STYLES[name], marker="o",
+                            markersize=4, color=f"C{i}", label=f"{row}, {name}")
         ways = [way for way in ("pass@1", "majority@8", "CA-TTS@8", "CA-TTS, tuned@8") if way in found[0]["methods"]]
         heights = [mean_of(found, "methods", way, "accuracy") for way in ways]
         axes[1, 2].bar(np.arange(len(ways)) + 0.2 * i - 0.3, heights, 0.18, label=row)
