@@ -33,15 +33,25 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from data import InputError
 from vlm import Scores
 
 # A rank that is done with its share waits for the slowest one as long as this.
 PATIENCE = timedelta(days=30)
 
 
+def place():
+    """(rank, world) from torchrun's environment; one process without it."""
+    try:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError as error:
+        raise InputError(f"RANK {os.environ.get('RANK', '')!r} and WORLD_SIZE {os.environ.get('WORLD_SIZE', '')!r} in the "
+                         "environment must be whole numbers; torchrun sets them") from error
+
+
 def start_ranks():
-    """(rank, world, device) from torchrun's environment; one process without it."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(rank, world, device) of this process, which then can speak to the other ranks."""
+    rank, world = place()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

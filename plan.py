@@ -6,7 +6,9 @@
 Exact: weights, gradients, optimiser state, keys and values of the rollouts. Estimated: activations, from the sizes of the
 blocks with fused attention and a gated MLP. Fragmentation and the CUDA context are a flat tenth on top.
 """
+import math
 import random
+import tempfile
 from collections import defaultdict
 
 import torch
@@ -37,6 +39,8 @@ class Paper(VLM):
         paper = cls(model, load_processor(path))
         try:
             paper.trial()
+            with tempfile.TemporaryDirectory() as folder:           # what a checkpoint will do
+                paper.save_processor(folder)
         except Exception as error:
             raise paper.refusal(error) from error
         return paper
@@ -102,6 +106,20 @@ def activations(config, tokens, size, again, read):
     return layers * (block + kept + size * read * key_values(config, repeated=True))
 
 
+def patches(pixels, config):
+    """How many tokens a question's pictures are inside the vision tower, before any merging (int).
+
+    pixels: what the processor made of them; one row a patch, or whole tiles (..., 3, H, W), which the tower cuts.
+    """
+    if pixels is None:
+        return 0
+    if pixels.ndim == 2:
+        return len(pixels)
+    size = getattr(config, "patch_size", 14)
+    height, width = (size, size) if isinstance(size, int) else size
+    return math.prod(pixels.shape[:-3]) * (pixels.shape[-2] // height) * (pixels.shape[-1] // width)
+
+
 def key_values(config, repeated=False):
     """Numbers that one layer's cache holds for a token; repeated: a copy for each head of the queries."""
     heads = None if repeated else getattr(config, "num_key_value_heads", None)
@@ -122,11 +140,13 @@ def dry_run(args, samples, views, world):
     image_id = next((getattr(vlm.model.config, name) for name in ("image_token_id", "image_token_index")
                      if isinstance(getattr(vlm.model.config, name, None), int)), -1)
     chosen = [samples[i] for i in random.Random(0).sample(range(len(samples)), min(ASKED, len(samples)))]
+    text, sight = vlm.text_config, vlm.model.config.vision_config
     counts = []
     for s in chosen:
-        ids = vlm.encode([s.pictures()], [data.prompt(s)])["input_ids"]
-        counts.append((ids.shape[1], int((ids == image_id).sum())))
-    prompt, picture = (max(column) for column in zip(*counts))
+        inputs = vlm.encode([s.pictures()], [data.prompt(s)])
+        ids = inputs["input_ids"]
+        counts.append((ids.shape[1], int((ids == image_id).sum()), patches(inputs.get("pixel_values"), sight)))
+    prompt, picture, seen = (max(column) for column in zip(*counts))
 
     if prompt + args.max_new_tokens > vlm.context:
         raise InputError(f"a prompt takes {prompt} tokens and --max_new_tokens {args.max_new_tokens} more, but the model's "
@@ -136,10 +156,8 @@ def dry_run(args, samples, views, world):
     part = min(questions, args.micro_batch)
     if args.micro_tokens:
         part = max(1, min(part, args.micro_tokens // (prompt + args.group_size * args.max_new_tokens)))
-    text, sight = vlm.text_config, vlm.model.config.vision_config
     block = max(sum(p.numel() for p in b.parameters()) for b in parallel.blocks(vlm.model)) if sharded else 0
     left = total - sum(p.numel() for b in parallel.blocks(vlm.model) for p in b.parameters()) if sharded else 0
-    merged = getattr(sight, "spatial_merge_size", 1) ** 2
     state = state_bytes(total, trained, ranks, args.offload)
     if args.kl_beta:
         state["CPU" if args.offload else "device", "reference model"] = 4 * total / ranks
@@ -150,7 +168,7 @@ def dry_run(args, samples, views, world):
     learning = {"weights of two blocks and the rest, gathered": size * (2 * block + left),
                 "activations, language": activations(text, tokens, size, again, part * views * args.group_size * length),
                 "activations, vision": 0 if args.freeze_vision else activations(
-                    sight, part * views * picture * merged, size, again, 0),
+                    sight, part * views * seen, size, again, 0),
                 "vocabulary head, one chunk": 16 * min(CHUNK_LOGITS, tokens * vlm.vocabulary)}
     rows = defaultdict(dict)
     for (where, name), value in state.items():

@@ -52,6 +52,8 @@ def open_run(args):
         write_json(output / "args.json", asdict(args))
     except OSError as error:
         raise InputError(f"--output {args.output!r} cannot be written ({error.strerror}); choose another folder") from error
+    for torn in output.glob(".checkpoint-*.tmp"):                   # of a kill while it was written
+        shutil.rmtree(torn, ignore_errors=True)
     done = checkpoints(output)
     if not (done and done[-1].name == f"checkpoint-{args.steps}"):
         (output / "after.json").unlink(missing_ok=True)         # of an earlier, shorter run in this folder

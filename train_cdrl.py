@@ -17,7 +17,6 @@ it), stored old log-probs unless --mu is above 1. On GPUs: bf16 with fp32 weight
 import argparse
 import json
 import math
-import os
 import random
 import signal
 import sys
@@ -565,9 +564,9 @@ def load_model(path, device, compute):
 def train(args):
     """The whole run -> the table's rows (rank 0) or None."""
     if args.dry_run:
-        world = int(os.environ.get("WORLD_SIZE", 1))
+        rank, world = parallel.place()
         check(args, world)
-        return None if int(os.environ.get("RANK", 0)) else plan.dry_run(args, open_data(args)[0], 1 + needs_noised(args), world)
+        return None if rank else plan.dry_run(args, open_data(args)[0], 1 + needs_noised(args), world)
     rank, world, device = parallel.start_ranks()
     check(args, world)
     main_rank = rank == 0
@@ -585,6 +584,7 @@ def train(args):
     check_prompts(vlm, [held_out[i] for i in range(rank, len(held_out), world)], args.max_new_tokens, main_rank)
     if main_rank:
         output, checkpoint = open_run(args)
+        vlm.save_processor(output)                      # a class that cannot be saved fails now, not at its first checkpoint
     output, checkpoint = gathered([(output, checkpoint)])[0]
     if checkpoint is not None:
         if held_out and not (output / "before.json").exists():

@@ -9,6 +9,7 @@ Everything is read from the raw logits in fp32: before temperature, top-k, top-p
 """
 import copy
 import inspect
+import json
 import math
 import random
 import re
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +31,7 @@ from transformers import (
     DynamicCache,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import cached_file
 
 import prefix
 from data import InputError
@@ -93,24 +96,30 @@ def load_processor(path):
                        "preprocessor_config.json or processor_config.json is needed")
     if Path(path).is_dir() and not list(Path(path).glob("*processor_config.json")):
         raise blind                 # transformers would take its class's defaults, which are not this model's
+    broken = (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError)
     try:
         processor = AutoProcessor.from_pretrained(path)
         if hasattr(processor, "image_processor"):
             return processor
-    except (ImportError, OSError, ValueError, TypeError):
+    except broken:
         pass        # the parts below say what is missing, in a sentence
     try:
         AutoImageProcessor.from_pretrained(path)
-    except (ImportError, OSError, ValueError) as error:
+    except broken as error:
         raise blind from error
     try:
-        whole = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
+        # The class that the files name, which need not be the one its model's class is known by (Pixtral).
+        settings = [json.loads(Path(file).read_text()) for name in ("processor_config.json", "preprocessor_config.json")
+                    if (file := cached_file(path, name, _raise_exceptions_for_missing_entries=False))]
+        named = next((found["processor_class"] for found in settings if "processor_class" in found), None)
+        whole = getattr(transformers, named) if named else PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
         parts = [name for name in whole.get_attributes() if "video" not in name]
         # Of the same name, because that is what `save_pretrained` writes down.
         images_only = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts)})
         return images_only.from_pretrained(path)
-    except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
-        raise InputError(f"model {str(path)!r} has a processor that needs torchvision; install torchvision") from error
+    except broken as error:
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"model {str(path)!r} has a processor that cannot be opened here: {why}") from error
 
 
 class VLM:
@@ -221,9 +230,16 @@ class VLM:
             dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
             config = Path(path) / "config.json"
             config.write_text(re.sub(r'("(?:torch_)?dtype": )"\w+"', rf'\1"{dtype}"', config.read_text()))
-        self.processor.save_pretrained(path)
-        # Where there is torchvision, a class that we have opened without its video processor finds the settings of one here.
-        self.processor.image_processor.save_pretrained(path)
+        self.save_processor(path)
+
+    def save_processor(self, path):
+        """Write the processor. InputError for a class that cannot be written down."""
+        try:
+            self.processor.save_pretrained(path)
+            # Where there is torchvision, a class opened here without its video processor finds settings for one in this file.
+            self.processor.image_processor.save_pretrained(path)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self.refusal(f"its processor cannot be saved ({error})") from error
 
     @property
     def device(self):
@@ -255,8 +271,8 @@ class VLM:
         banned = torch.zeros(self.vocabulary, dtype=torch.bool, device=self.device)
         banned[len(self.tokenizer):] = True
         special = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
-        config = [value for key, value in vars(self.model.config).items()
-                  if key.endswith(("token_id", "token_index")) and isinstance(value, int)]
+        named = [value for key, value in vars(self.model.config).items() if key.endswith(("token_id", "token_index"))]
+        config = [i for value in named for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
         banned[[i for i in special + config + self.tokenizer.all_special_ids if i < self.vocabulary]] = True
         banned[self.eos] = False
         return banned
