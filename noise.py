@@ -117,7 +117,7 @@ class ClipAttention:
             os.replace(own, file)                   # ranks that write the same map do not see each other's half
             return grid
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _grid(self, image, question):
         """What each patch weighs, (h, w) float32 array."""
         vision = self.model.vision_model

@@ -10,6 +10,9 @@ confidences C and C'; reward; advantages within the group; clipped policy gradie
 confidence itself beside it (`--pathwise`). The run folder holds args.json, metrics.jsonl, samples.jsonl, checkpoints,
 before.json and after.json, report.png, and the final model. The same command resumes a run that was stopped.
 
+The defaults are the row `ours` of "The recipes" in results/README.md, its `paper` and `grpo` the rows of that name; how they
+were chosen, on other questions, is in the log there.
+
 Left out of GRPO on purpose: a reference model unless --kl_beta is set (the paper's T = 1 on-policy setting does not need
 it), stored old log-probs unless --mu is above 1. On GPUs: bf16 with fp32 weights beside it; --shard fsdp, --offload and
 --activation_checkpointing for models that do not fit, --dry_run to know before (`parallel.py`, `plan.py`).
@@ -42,6 +45,8 @@ from vlm import VLM
 
 HERE = Path(__file__).resolve().parent
 PROBE_SAMPLES = 4               # answers to each held-out question, before and after
+CHECKED = 20                    # steps whose built-in questions are checked before training
+SCALED = 64                     # questions on which the scale of the confidence is measured
 KINDS = ("topk", "logprob", "entropy")          # confidences of a token
 
 
@@ -59,9 +64,9 @@ class Args:
     seed: int = option(0, "decides questions, noise and samples")
     # Scale
     steps: int = option(400, "optimisation steps")
-    batch_size: int = option(16, "questions a step, over all ranks")
-    group_size: int = option(8, "rollouts a question on each view, G (the paper: 4 pairs)")
-    micro_batch: int = option(8, "questions a forward pass when learning; less saves memory, the gradient is the same")
+    batch_size: int = option(32, "questions a step, over all ranks")
+    group_size: int = option(4, "rollouts a question on each view, G (the paper: 4 pairs)")
+    micro_batch: int = option(16, "questions a forward pass when learning; less saves memory, the gradient is the same")
     micro_tokens: int = option(0, "and at most so many tokens, prompts and all completions, padding included; 0 = no limit")
     max_new_tokens: int = option(64, "longest completion")
     save_every: int = option(20, "steps between checkpoints")
@@ -96,7 +101,7 @@ class Args:
     mass: float = option(0.5, "share of CLIP's attention that the key region holds")
     controls: float = option(0.3, "share of questions whose noise goes on a random region of the same area instead: no "
                              "perception term there, so that C learns to fall with the evidence, not with noise")
-    reflect: float = option(0.15, "share of questions asked with an earlier answer and a critique of it, right or wrong, no "
+    reflect: float = option(0.0, "share of questions asked with an earlier answer and a critique of it, right or wrong, no "
                             "perception term there, so that Self-Reflection is not unlearned")
     text_guidance: bool = option(True, "the question guides CLIP's attention")
     noised: str = option("rollout", "C' from rollouts on the noised picture (paper), or from scoring the same words there",
@@ -104,7 +109,7 @@ class Args:
     # Reward (paper Eq. 4)
     confidence: str = option("topk", "C of the perception term: Eq. 3, or mean log-prob, or minus mean entropy", KINDS)
     judged: str = option("topk", "the confidence that the calibration term judges", KINDS)
-    alpha: float = option(0.06, "weight of the perception term tanh(beta (C - C')); 0 = no term")
+    alpha: float = option(0.05, "weight of the perception term tanh(beta (C - C')); 0 = no term")
     beta: float = option(0.5, "its steepness, per nat")
     cnorm: str = option("range", "scale of C in the linear term: the base's 5th-95th percentile, or the group's min-max",
                         ("range", "group"))
@@ -115,14 +120,14 @@ class Args:
     learn_noised: bool = option(True, "rollouts on the noised picture get a reward and a gradient of their own")
     noised_policy: float = option(0.0, "weight of their policy gradient beside the original's; 0: they teach through their "
                                   "confidence alone, since a policy gradient there teaches to guess")
-    pathwise: float = option(12.0, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
+    pathwise: float = option(8.0, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
 
 
 RECIPES = {
     "ours": {},
     "paper": dict(alpha=0.5, beta=1.0, cnorm="group", calibration="linear", learn_noised=False, noised_policy=1.0,
-                  pathwise=0.0, controls=0.0, reflect=0.0, adv_norm="std"),
-    "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0, controls=0.0, reflect=0.0, adv_norm="std"),
+                  pathwise=0.0, controls=0.0, adv_norm="std", lr=1e-4),
+    "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0, controls=0.0, adv_norm="std"),
 }
 
 
@@ -578,8 +583,8 @@ def train(args):
     compute = plan.dtype_of(args, device)
     vlm = load_model(args.model, device, compute)
     spread, again = plan.choices(args, device, world, vlm)
-    wanted = (range(len(train_set)) if isinstance(train_set, list)
-              else sorted({i for s in range(args.steps) for i in order(s)}))
+    wanted = (range(len(train_set)) if isinstance(train_set, list)          # the built-in questions are all of one make
+              else sorted({i for s in range(min(CHECKED, args.steps)) for i in order(s)}))
     check_prompts(vlm, [train_set[i] for i in list(wanted)[rank::world]], args.max_new_tokens, main_rank, args.reflect > 0)
     check_prompts(vlm, [held_out[i] for i in range(rank, len(held_out), world)], args.max_new_tokens, main_rank)
     if main_rank:
@@ -665,7 +670,7 @@ def base_scale(vlm, clip, train_set, order, args):
     rank does the same, so that all hold the same numbers."""
     pair = Args(**{**asdict(args), "alpha": 1.0, "noised": "rollout", "controls": 0.0, "reflect": 0.0})
     views, questions = [], []
-    for step in range(max(1, 64 // args.batch_size)):
+    for step in range(max(1, SCALED // args.batch_size)):
         samples = [train_set[i] for i in order(step)]
         views.append(roll_out(vlm, clip, samples, f"scale {step}", pair)[0])
         questions += samples
