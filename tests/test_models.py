@@ -4,6 +4,7 @@ and its own full forward pass without a cache.
 A family is a function -> (config, image processor, tokenizer, processor class, settings of the processor). It is written
 as a directory the way the hub has them and opened by `VLM.load`. No torchvision is needed.
 """
+import importlib.util
 import json
 
 import pytest
@@ -13,14 +14,14 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import parallel
+import plan
 from data import InputError
-from plan import Paper
 from vlm import VLM
 
 TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
             head_dim=16, max_position_embeddings=4096, bos_token_id=2, eos_token_id=1, pad_token_id=0)
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
 SIGLIP = dict(VISION, model_type="siglip_vision_model", vision_use_head=False)
 SQUARE = dict(height=32, width=32)
 
@@ -303,6 +304,43 @@ def test_gradient_equals_that_of_plain_forwards_and_a_step_along_it_lowers_the_l
     assert loss() < before
 
 
+def test_the_plan_counts_what_the_vision_tower_sees(vlm):
+    """A class token a tile apart, which some towers add."""
+    sight, seen = {id(p) for p in vlm.vision_parameters()}, []
+    block = next(b for b in parallel.blocks(vlm.model) if id(next(b.parameters())) in sight)
+
+    def look(_, args, named):
+        seen.append((args[0] if args else named["hidden_states"]).shape[:-1].numel())
+    hook = block.register_forward_pre_hook(look, with_kwargs=True)
+    with torch.no_grad():
+        vlm.score([IMAGES[3]], [PROMPTS[3]], [torch.tensor([5])])
+    hook.remove()
+    pixels = vlm.encode([IMAGES[3]], [PROMPTS[3]])["pixel_values"]
+    tiles = 0 if pixels.ndim == 2 else pixels.shape[:-3].numel()
+    assert 0 <= seen[0] - plan.patches(pixels, vlm.model.config.vision_config) <= tiles
+
+
+def test_a_processor_that_cannot_be_written_is_refused_by_name(vlm, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(vlm.processor), "save_pretrained", lambda *_: {}["no such setting"])
+    with pytest.raises(InputError, match="ForConditionalGeneration cannot be used here: its processor cannot be saved"):
+        vlm.save_processor(tmp_path)
+
+
+def test_every_id_that_the_settings_name_is_never_sampled(vlm, monkeypatch):
+    said = [i for i in (~vlm.banned).nonzero()[:, 0].tolist() if i not in vlm.eos.tolist()][:2]
+    monkeypatch.setattr(vlm.model.config, "odd_token_id", said, raising=False)
+    assert len(said) == 2 and vlm._banned_ids()[said].all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="there is torchvision, which Pixtral asks for")
+def test_a_processor_is_never_taken_for_another_one(tmp_path):
+    """Pixtral's model is a Llava, its processor is not Llava's."""
+    write(internvl, tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "PixtralProcessor"}))
+    with pytest.raises(InputError, match="cannot be opened here: .*Pixtral.*[Tt]orchvision"):
+        VLM.load(tmp_path, "cpu")
+
+
 def test_capped_logits_and_a_class_that_needs_a_picture(tmp_path):
     """`VLM.load` has compared log-probs with those of `generate`, which caps."""
     vlm = VLM.load(write(paligemma2, tmp_path), "cpu")
@@ -327,6 +365,6 @@ def test_no_second_bos_where_the_template_has_written_one(tmp_path):
 def test_a_class_that_cannot_work_is_refused_by_name_when_loaded(family, tmp_path):
     """By the plan of --dry_run, which has no weights, as well."""
     path = write(family, tmp_path)
-    for load in (VLM.load, Paper.load):
+    for load in (VLM.load, plan.Paper.load):
         with pytest.raises(InputError, match=f"ForConditionalGeneration cannot be used here: .*{REFUSED[family]}"):
             load(path)

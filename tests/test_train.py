@@ -498,7 +498,7 @@ def test_the_state_of_a_bf16_run_comes_back_in_fp32(tmp_path):
     assert all(state["exp_avg"].dtype == torch.float32 and state["step"] == 1 for state in optimiser.state.values())
 
 
-def test_a_dry_run_prints_what_is_needed_and_refuses_what_cannot_fit(tmp_path, capsys):
+def test_a_dry_run_prints_what_is_needed_and_refuses_what_cannot_fit(tmp_path, capsys, monkeypatch):
     train_cdrl.main(["--output", str(tmp_path / "run"), "--dry_run"])
     printed = capsys.readouterr().out
     assert "1,242,688 parameters" in printed and "16 of them pictures" in printed and not (tmp_path / "run").exists()
@@ -506,6 +506,10 @@ def test_a_dry_run_prints_what_is_needed_and_refuses_what_cannot_fit(tmp_path, c
         with pytest.raises(SystemExit) as stop:
             train_cdrl.main(["--dry_run", *flags])
         assert stop.value.code == 2 and why in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(SystemExit):
+        train_cdrl.main(["--dry_run"])
+    assert "WORLD_SIZE 'many'" in capsys.readouterr().err
 
 
 def test_other_settings_move_an_earlier_run_aside_and_finished_runs_stay(tmp_path, capsys):
