@@ -604,7 +604,8 @@ def train(args):
     reference = parallel.shard(load_model(args.model, device, compute), device, compute, spread, args.offload,
                                trains=False) if args.kl_beta else None
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    # fused: without it an update on a GPU makes a second copy of the weights for a moment
+    optimiser = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=device.type == "cuda" and not args.offload)
     with policy.whole():
         before = load_or(output / "before.json", lambda: run_probe(vlm, held_out, clip, args, rank, world, "before"), rank) \
             if held_out else None

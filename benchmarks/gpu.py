@@ -112,11 +112,13 @@ def decoding(vlm, rows, args):
 def training(vlm, size, args):
     """One step of `ours` on one question with two views -> a row for each phase."""
     device = torch.device(args.device)
-    settings = replace(train_cdrl.parse([]), batch_size=1, max_new_tokens=args.completion, micro_batch=1, eval_size=0)
+    settings = replace(train_cdrl.parse([]), batch_size=1, group_size=8, max_new_tokens=args.completion,
+                       micro_batch=1, eval_size=0)
     clip = noise.ClipAttention.from_pretrained(settings.clip, device)
     vlm.checkpoint_activations(parallel.blocks(vlm.model))
     policy = parallel.shard(vlm, device, getattr(torch, args.dtype), False, offload=args.offload)
-    optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0,
+                                  fused=device.type == "cuda" and not args.offload)
     sample = data.synthetic("train", 0, 0)
     sample.images = [picture(args.pixels)]
     scale, rows = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}, {}

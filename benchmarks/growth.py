@@ -103,7 +103,7 @@ def main():
         print(f"\none question, {', '.join(f'{name} {value:,}' for name, value in USUAL.items())}, but for what is named")
         print(data.table(growth(args.rounds)))
     if args.only != "growth":
-        print("\na step of --recipe ours on the tiny model, 16 questions")
+        print("\na step of --recipe ours on the tiny model")
         print(data.table(profile(args.rounds)))
 
 
