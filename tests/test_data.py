@@ -86,7 +86,8 @@ def test_jsonl_paths_are_relative_choices_become_letters(tmp_path):
 @pytest.mark.parametrize("row, names", [
     ({"id": "e1", "image": "a.png", "question": "  "}, "e1"), ('{"id": ', "line 1"), ([1], "list"),
     ({"id": "e2", "image": 3, "question": "Q"}, "e2"), ({"id": "e3", "question": "Q", "choices": ["a"]}, "e3"),
-    ({"id": "e4", "question": "Q", "choices": ["a", "b"], "answer": "Z"}, "e4")])
+    ({"id": "e4", "question": "Q", "choices": ["a", "b"], "answer": "Z"}, "e4"),
+    ({"id": "e5", "question": "Q", "answer": {"value": 3}}, "e5")])
 def test_a_bad_row_is_named_in_one_sentence(tmp_path, row, names):
     with pytest.raises(InputError, match=names) as error:
         data.load(rows(tmp_path, row))
