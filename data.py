@@ -776,8 +776,8 @@ def to_sample(row, where, path, cells):
         question = stem
     answer = row.get("answer_option", row.get("answer"))
     if isinstance(answer, dict):
-        raise InputError(f"{here} has an answer of several named parts ({', '.join(map(_text, answer))[:60]}); text or a number "
-                         "is expected")
+        raise InputError(f"{here} has an answer of named parts ({', '.join(map(_text, answer))[:60]}); text or a number is "
+                         "expected")
     answer = None if answer is None else _text(answer).strip()
     if row.get("question_type") == "open" and _listed(answer):         # MMMU: any of several
         answer = [_text(item) for item in _listed(answer)]
