@@ -76,7 +76,6 @@ def save_checkpoint(output, vlm, policy, optimiser, step, scale, keep, dtype):
     final, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.tmp"
     main_rank = not dist.is_initialized() or dist.get_rank() == 0
     if main_rank:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     state, random_states = parallel.whole_state(policy, dtype), parallel.gathered([torch.get_rng_state()])
     parallel.save_state(policy, optimiser, temporary / "state")
