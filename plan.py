@@ -39,10 +39,10 @@ class Paper(VLM):
         paper = cls(model, load_processor(path))
         try:
             paper.trial()
-            with tempfile.TemporaryDirectory() as folder:           # what a checkpoint will do
-                paper.save_processor(folder)
         except Exception as error:
             raise paper.refusal(error) from error
+        with tempfile.TemporaryDirectory() as folder:               # what a checkpoint will do
+            paper.save_processor(folder)
         return paper
 
 
@@ -109,7 +109,8 @@ def activations(config, tokens, size, again, read):
 def patches(pixels, config):
     """How many tokens a question's pictures are inside the vision tower, before any merging (int).
 
-    pixels: what the processor made of them; one row a patch, or whole tiles (..., 3, H, W), which the tower cuts.
+    pixels: what the processor made of them; one row a patch, or whole tiles (..., 3, H, W), which the tower cuts into patches
+    of config.patch_size, 14 where its settings name none.
     """
     if pixels is None:
         return 0

@@ -9,7 +9,6 @@ Everything is read from the raw logits in fp32: before temperature, top-k, top-p
 """
 import copy
 import inspect
-import json
 import math
 import random
 import re
@@ -29,9 +28,10 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     DynamicCache,
+    ImageProcessingMixin,
+    ProcessorMixin,
 )
 from transformers.cache_utils import DynamicLayer
-from transformers.utils import cached_file
 
 import prefix
 from data import InputError
@@ -109,9 +109,8 @@ def load_processor(path):
         raise blind from error
     try:
         # The class that the files name, which need not be the one its model's class is known by (Pixtral).
-        settings = [json.loads(Path(file).read_text()) for name in ("processor_config.json", "preprocessor_config.json")
-                    if (file := cached_file(path, name, _raise_exceptions_for_missing_entries=False))]
-        named = next((found["processor_class"] for found in settings if "processor_class" in found), None)
+        named = ProcessorMixin.get_processor_dict(path)[0].get("processor_class") or \
+            ImageProcessingMixin.get_image_processor_dict(path)[0].get("processor_class")
         whole = getattr(transformers, named) if named else PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
         parts = [name for name in whole.get_attributes() if "video" not in name]
         # Of the same name, because that is what `save_pretrained` writes down.

@@ -320,10 +320,12 @@ def test_the_plan_counts_what_the_vision_tower_sees(vlm):
     assert 0 <= seen[0] - plan.patches(pixels, vlm.model.config.vision_config) <= tiles
 
 
-def test_a_processor_that_cannot_be_written_is_refused_by_name(vlm, tmp_path, monkeypatch):
-    monkeypatch.setattr(type(vlm.processor), "save_pretrained", lambda *_: {}["no such setting"])
-    with pytest.raises(InputError, match="ForConditionalGeneration cannot be used here: its processor cannot be saved"):
-        vlm.save_processor(tmp_path)
+def test_a_processor_that_cannot_be_written_is_refused_by_name(path, vlm, tmp_path, monkeypatch):
+    """By the plan of --dry_run as well, and in one sentence."""
+    monkeypatch.setattr(tf.ProcessorMixin, "save_pretrained", lambda *_: {}["no such setting"])
+    for refuse in (lambda: vlm.save_processor(tmp_path), lambda: plan.Paper.load(path)):
+        with pytest.raises(InputError, match="^model class [A-Za-z0-9_]+ cannot be used here: its processor cannot be saved"):
+            refuse()
 
 
 def test_every_id_that_the_settings_name_is_never_sampled(vlm, monkeypatch):
