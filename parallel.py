@@ -42,11 +42,11 @@ PATIENCE = timedelta(days=30)
 
 def place():
     """(rank, world) from torchrun's environment; one process without it."""
-    try:
-        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    except ValueError as error:
-        raise InputError(f"RANK {os.environ.get('RANK', '')!r} and WORLD_SIZE {os.environ.get('WORLD_SIZE', '')!r} in the "
-                         "environment must be whole numbers; torchrun sets them") from error
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise InputError(f"RANK {rank!r} and WORLD_SIZE {world!r} in the environment do not go together: whole numbers, the "
+                         "rank below the size, are expected; torchrun sets them")
+    return int(rank), int(world)
 
 
 def start_ranks():
@@ -162,6 +162,12 @@ def shard(vlm, device, compute, spread, offload=False, trains=True):
     policy()                                    # the first unit that runs becomes the root
     policy.units[0].reshard()
     return policy
+
+
+def adamw(parameters, lr):
+    """AdamW over a policy's parameters, without weight decay. Fused on a GPU: else an update makes a second copy of the
+    weights for a moment."""
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=parameters[0].device.type == "cuda")
 
 
 def clip_gradients(parameters, largest):

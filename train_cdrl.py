@@ -10,8 +10,8 @@ confidences C and C'; reward; advantages within the group; clipped policy gradie
 confidence itself beside it (`--pathwise`). The run folder holds args.json, metrics.jsonl, samples.jsonl, checkpoints,
 before.json and after.json, report.png, and the final model. The same command resumes a run that was stopped.
 
-The defaults are the row `ours` of "The recipes" in results/README.md, its `paper` and `grpo` the rows of that name; how they
-were chosen, on other questions, is in the log there.
+The defaults are the row `ours` of "The recipes" in results/README.md, chosen on other questions (the log there); `--recipe
+paper` and `grpo` are the rows of that name.
 
 Left out of GRPO on purpose: a reference model unless --kl_beta is set (the paper's T = 1 on-policy setting does not need
 it), stored old log-probs unless --mu is above 1. On GPUs: bf16 with fp32 weights beside it; --shard fsdp, --offload and
@@ -45,7 +45,6 @@ from vlm import VLM
 
 HERE = Path(__file__).resolve().parent
 PROBE_SAMPLES = 4               # answers to each held-out question, before and after
-CHECKED = 20                    # steps whose built-in questions are checked before training
 SCALED = 64                     # questions on which the scale of the confidence is measured
 KINDS = ("topk", "logprob", "entropy")          # confidences of a token
 
@@ -583,8 +582,8 @@ def train(args):
     compute = plan.dtype_of(args, device)
     vlm = load_model(args.model, device, compute)
     spread, again = plan.choices(args, device, world, vlm)
-    wanted = (range(len(train_set)) if isinstance(train_set, list)          # the built-in questions are all of one make
-              else sorted({i for s in range(min(CHECKED, args.steps)) for i in order(s)}))
+    wanted = (range(len(train_set)) if isinstance(train_set, list)
+              else sorted({i for s in range(args.steps) for i in order(s)}))
     check_prompts(vlm, [train_set[i] for i in list(wanted)[rank::world]], args.max_new_tokens, main_rank, args.reflect > 0)
     check_prompts(vlm, [held_out[i] for i in range(rank, len(held_out), world)], args.max_new_tokens, main_rank)
     if main_rank:
@@ -604,8 +603,7 @@ def train(args):
     reference = parallel.shard(load_model(args.model, device, compute), device, compute, spread, args.offload,
                                trains=False) if args.kl_beta else None
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    # fused: without it an update on a GPU makes a second copy of the weights for a moment
-    optimiser = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=device.type == "cuda" and not args.offload)
+    optimiser = parallel.adamw(parameters, args.lr)
     with policy.whole():
         before = load_or(output / "before.json", lambda: run_probe(vlm, held_out, clip, args, rank, world, "before"), rank) \
             if held_out else None

@@ -117,8 +117,7 @@ def training(vlm, size, args):
     clip = noise.ClipAttention.from_pretrained(settings.clip, device)
     vlm.checkpoint_activations(parallel.blocks(vlm.model))
     policy = parallel.shard(vlm, device, getattr(torch, args.dtype), False, offload=args.offload)
-    optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0,
-                                  fused=device.type == "cuda" and not args.offload)
+    optimiser = parallel.adamw(list(policy.parameters()), 1e-6)
     sample = data.synthetic("train", 0, 0)
     sample.images = [picture(args.pixels)]
     scale, rows = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}, {}
