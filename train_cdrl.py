@@ -10,8 +10,8 @@ confidences C and C'; reward; advantages within the group; clipped policy gradie
 confidence itself beside it (`--pathwise`). The run folder holds args.json, metrics.jsonl, samples.jsonl, checkpoints,
 before.json and after.json, report.png, and the final model. The same command resumes a run that was stopped.
 
-The defaults are the row `ours` of "The recipes" in results/README.md, how they were chosen is in the log there; `--recipe paper`
-and `grpo` are the rows of that name.
+The defaults are the row `ours` of "The recipes" in results/README.md; how they were chosen is in the log there. `--recipe
+paper` and `grpo` are the rows of that name.
 
 Left out of GRPO on purpose: a reference model unless --kl_beta is set (the paper's T = 1 on-policy setting does not need
 it), stored old log-probs unless --mu is above 1. On GPUs: bf16 with fp32 weights beside it; --shard fsdp, --offload and
