@@ -69,6 +69,7 @@ class ClipAttention:
 
     def __init__(self, model, image_processor, tokenizer, layers=1, cache=None):
         self.model, self.image_processor, self.tokenizer, self.layers = model.eval(), image_processor, tokenizer, layers
+        self._text = lru_cache(4096)(self._text)        # questions come again: in other epochs, and about other pictures
         self.cache = Path(cache) if cache else None
         if cache:
             try:
@@ -130,13 +131,17 @@ class ClipAttention:
         weights = attention[:, 0, :, 0, 1:].mean((0, 1))                      # (P,)
         if question:
             patches = self.model.visual_projection(vision.post_layernorm(output.last_hidden_state[0, 1:]))   # (P, E)
-            tokens = self.tokenizer(question, truncation=True, return_tensors="pt",
-                                    max_length=self.model.config.text_config.max_position_embeddings)
-            text = self.model.text_projection(self.model.text_model(**tokens.to(self.model.device)).pooler_output)
-            similarity = torch.cosine_similarity(patches, text, dim=-1)       # (P,)
+            similarity = torch.cosine_similarity(patches, self._text(question), dim=-1)                      # (P,)
             low, high = similarity.min(), similarity.max()
             weights = weights * (similarity - low) / (high - low).clamp(min=1e-9)
         return weights.view(side // vision.config.patch_size, -1).cpu().numpy()
+
+    @torch.inference_mode()
+    def _text(self, question):
+        """The question's embedding (1, E)."""
+        tokens = self.tokenizer(question, truncation=True, return_tensors="pt",
+                                max_length=self.model.config.text_config.max_position_embeddings)
+        return self.model.text_projection(self.model.text_model(**tokens.to(self.model.device)).pooler_output)
 
 
 def _spread(grid, width, height):

@@ -618,6 +618,7 @@ def train(args):
         print(f"{args.recipe}: {data.shown(args.model)}, {count:,} parameters on {device}, "
               f"{plan.describe(compute, spread, again, world)}, steps {start} to {args.steps}")
 
+    vlm.encodes_once = True             # a step learns from the prompts that it has sampled from
     stop = []
     previous = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="step", disable=not main_rank)

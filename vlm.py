@@ -139,6 +139,9 @@ class VLM:
         special = {*self.tokenizer.all_special_tokens,
                    *(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)}
         self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+        # Whether prompts of one picture each that were encoded together are not encoded again, in parts or in another order.
+        # Told by the objects that hold the pictures: whoever sets this must not change a picture that was looked at.
+        self.encodes_once, self._encoded = False, ((), (), {})
         # transformers 5.20 renamed past_key_values to cache.
         names = inspect.signature(self.backbone.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"
@@ -285,6 +288,8 @@ class VLM:
         A picture stands where the prompt first names it (`<image>`, `<image 2>`, `<image2>`), else in front. Special
         tokens in the prompt are taken out: a user's or an Expert's words cannot open an image or end the turn.
         """
+        if self.encodes_once and (inputs := self._encoded_before(images, prompts)) is not None:
+            return inputs
         texts, ordered = [], []
         for pictures, prompt in zip(images, prompts, strict=True):
             content, order = in_place(prompt, len(pictures))
@@ -300,7 +305,32 @@ class VLM:
                                     add_special_tokens=not (bos and texts[0].startswith(bos)))
         except ValueError as error:     # some classes know no prompt without a picture, or not beside others with one
             raise InputError(f"{type(self.processor).__name__} does not take these prompts: {error}") from error
-        return {key: value.to(self.device) for key, value in inputs.items()}
+        inputs = {key: value.to(self.device) for key, value in inputs.items()}
+        if self.encodes_once:
+            self._encoded = images, prompts, inputs
+        return inputs
+
+    def _encoded_before(self, images, prompts):
+        """These prompts' rows of what `encode` made last, without columns of padding alone -> inputs, or None where they are
+        not all in there or cannot be told apart."""
+        before, said, inputs = self._encoded
+        place = {(id(pictures), prompt): b for b, (pictures, prompt) in enumerate(zip(before, said))}
+        rows = [place.get(pair) for pair in zip(map(id, images), prompts)]
+        if None in rows or any(len(pictures) != 1 for pictures in before):
+            return None
+        count, length = inputs["input_ids"].shape
+        padded = length - int(inputs["attention_mask"][rows].sum(-1).max())
+        found = {}
+        for key, value in inputs.items():
+            if value.shape[:2] == (count, length):
+                found[key] = value[rows, padded:]
+            elif len(value) == count:
+                found[key] = value[rows]
+            elif "image_grid_thw" in inputs and len(value) == (sizes := inputs["image_grid_thw"].prod(-1)).sum():
+                found[key] = torch.cat([value.split(sizes.tolist())[b] for b in rows])     # a row a patch (Qwen)
+            else:
+                return None
+        return found
 
     def prompt_length(self, images, prompt):
         """Tokens of one prompt, its images included (int)."""

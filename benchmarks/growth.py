@@ -51,6 +51,7 @@ def profile(rounds):
     """Seconds of the phases of a step, medians; the first step warms up."""
     args = train_cdrl.parse([])
     vlm, clip = VLM.load(ROOT / "tiny" / "base"), noise.ClipAttention.from_pretrained()
+    vlm.encodes_once = True                                 # as in training
     policy = parallel.Policy(vlm)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-5)
     scale, spent = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}, {}
@@ -66,7 +67,7 @@ def profile(rounds):
                 spent[label] = spent.get(label, 0.0) + time.perf_counter() - start
         setattr(owner, name, wrapper)
     timed(noise, "make_pair", "pictures: key regions and noise")
-    timed(vlm, "encode", "pictures and prompts: pre-processing, twice")
+    timed(vlm, "encode", "pictures and prompts: pre-processing")
     timed(train_cdrl, "outcomes", "judge")
 
     def step(number):

@@ -3,6 +3,7 @@
     python results/recipes.py                                     # the headline rows x 3 seeds, the others x 1; resumes
     python results/recipes.py --rows grpo ours --seeds 1          # some of them
     python results/recipes.py --split val --rows base ours --seeds 1      # other questions; chooses the weights of the votes
+    python results/recipes.py --jobs 2                            # two runs at a time, one thread each: faster on two cores
 
 Each run is `train_cdrl.py` with the row's flags, then answers of the trained model to held-out questions, clean and with
 noise on key, random and inverse regions, and the votes of CA-TTS. One record a run, results/recipes/SPLIT-ROW-SEED.json, from
@@ -16,10 +17,13 @@ share of the votes. "abstains": the share of answers with c below one half. "CA-
 """
 import argparse
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
 
@@ -382,15 +386,21 @@ def main():
     parser.add_argument("--questions", type=int, default=500, help="held-out questions")
     parser.add_argument("--vote_questions", type=int, default=300, help="the first of them, for CA-TTS")
     parser.add_argument("--flags", default="", help="flags added to every training run, for trials")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; above 1 each has one thread")
     args = parser.parse_args()
     samples = list(data.load("synthetic", args.split, args.questions, 0))
     HERE.mkdir(exist_ok=True)
     RUNS.mkdir(parents=True, exist_ok=True)
+    wanted = [(row, seed) for seed in range(args.seeds) for row in args.rows if not seed or row in HEADLINE]
     records = defaultdict(list)
-    for seed in range(args.seeds):
-        for row in args.rows:
-            if not seed or row in HEADLINE:
-                records[row].append(record_of(row, seed, args, samples))
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"                                         # read by the children as they start
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            made = list(pool.map(record_of, *zip(*wanted), *([same] * len(wanted) for same in (args, samples))))
+    else:
+        made = [record_of(row, seed, args, samples) for row, seed in wanted]
+    for (row, _), record in zip(wanted, made):
+        records[row].append(record)
     tables = make_tables(records)
     text = "\n".join(f"\n{title}\n{data.table(rows)}" for title, rows in tables.items())
     print(text)

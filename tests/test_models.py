@@ -250,6 +250,26 @@ def test_a_prompt_alone_is_the_same_prompt_in_a_batch(vlm, rollouts):
             torch.testing.assert_close(together[i, :len(alone)], alone, atol=1e-5, rtol=0)
 
 
+def test_prompts_encoded_once_are_found_again_in_parts_and_in_another_order(vlm, monkeypatch):
+    images, prompts = [IMAGES[i] for i in (0, 3, 3)], [PROMPTS[i] for i in (0, 3, 2)]
+    parts, said = [[2, 0], [1], [0, 1, 2]], torch.tensor([40, 50])
+    with torch.no_grad():
+        fresh = [vlm.score([images[i] for i in part], [prompts[i] for i in part], [said] * len(part)) for part in parts]
+        monkeypatch.setattr(vlm, "encodes_once", True)
+        vlm.sample(images, prompts, max_new_tokens=1)
+        held = vlm._encoded
+        for part, wanted in zip(parts, fresh):
+            found = vlm.score([images[i] for i in part], [prompts[i] for i in part], [said] * len(part))
+            torch.testing.assert_close(found.logprobs, wanted.logprobs, atol=1e-5, rtol=0)
+            # InternVL cuts a picture into as many tiles as suit its shape: whose is whose cannot be told
+            assert vlm._encoded is held or type(vlm.model).__name__.startswith("InternVL")
+        # another picture under the same prompt, and two pictures, are encoded
+        for some, text in (([[picture(9, 64, 64)]], prompts[:1]), ([IMAGES[1]], [PROMPTS[1]])):
+            vlm.score(some, text, [said])
+            assert vlm._encoded[0] is some
+    monkeypatch.setattr(vlm, "_encoded", ((), (), {}))
+
+
 def test_every_picture_is_looked_at(vlm):
     images, prompts, completions = [IMAGES[1]], [PROMPTS[1]], [torch.tensor([40, 50])]
     with torch.no_grad():

@@ -68,12 +68,31 @@ def named_cells(sample):
 ROLES = ("voter", "critic", "reflect", "planner")
 
 
-def lesson(sample, rng, share, describe=0.0, roles=ROLES, late=False):
+def ballot(sample, rng, held):
+    """The Voter's last forms: 1 to 8 candidates, near misses and far ones, in one of twelve ballots without the right one, each
+    judged on a line that begins as the prompt's does (in a row they got lost from three on). held: and with the answer that
+    was worked out beside it, since a two-digit number was not found equal to one that stood further away."""
+    gold, width = sample.answer, rng.choice((2, 4, 12))
+    pool = list(data.COLORS) if gold in data.COLORS else [str(max(0, int(gold) + by)) for by in range(-width, width + 1)]
+    pool = [value for value in dict.fromkeys(pool) if value != gold]
+    candidates = rng.sample(pool, min(len(pool), rng.randint(0, 7)))
+    if not candidates or rng.random() > 1 / 12:
+        candidates.append(gold)
+    rng.shuffle(candidates)
+    judged = "\n".join(f"{i}: {answer} {f'for {gold} ' if held else ''}{'correct' if answer == gold else 'wrong'}"
+                       for i, answer in enumerate(candidates, 1))
+    even = int(100 / len(candidates) * (0.4 if gold in candidates else 1))
+    rest = [even + (100 - even * len(candidates)) * (answer == gold) for answer in candidates]
+    shown = sample.meta["solution"].split(". \\boxed")[0]
+    return data.voter_prompt(sample, candidates), f"{shown}.\n{judged}\n{json.dumps([value / 100 for value in rest])}"
+
+
+def lesson(sample, rng, share, describe=0.0, roles=ROLES, late=False, lines=""):
     """One (user turn, reply). share: of lessons spent on `roles`, drawn evenly; describe: the share that lists the board
     in a random order, place before thing or thing before place: a dozen look-ups a reply, from which a small text model
     learns soonest to find its way among the image tokens; late: as in `practise_roles`, where the Voter works the answer
     out and judges each of 1 to 5 candidates in words before its list, the Critic names the answer that it judges, and
-    the base takes over what the critique found without working it out again."""
+    the base takes over what the critique found without working it out again; lines: "" or the form of its `ballot`."""
     solution = sample.meta["solution"]
     if rng.random() < describe:
         cells = named_cells(sample)
@@ -86,6 +105,8 @@ def lesson(sample, rng, share, describe=0.0, roles=ROLES, late=False):
     shown = solution.split(". \\boxed")[0]
     verdict = "correct" if current == sample.answer else "wrong"
     critique = data.critique(sample, current) if late else f"{shown}. {verdict}"
+    if role == "voter" and lines:
+        return ballot(sample, rng, lines == "held")
     if role == "voter":
         others = (wrong_answer(sample, rng) for _ in range(rng.randint(0, 4) if late else rng.randint(1, 3)))
         candidates = list(dict.fromkeys([sample.answer, *others]))
@@ -144,9 +165,13 @@ def build_processor(vocabulary=480):
 # How each checkpoint is made; the base is stopped early on purpose.
 RECIPES = {"base": dict(see_steps=300, steps=2600, weights=(1.5, 0.58, 0.53, 0.62)),
            "expert": dict(see_steps=300, steps=3000), "clip": dict(steps=2800)}
-LAST = {"base": dict(steps=500, share=0.75, roles=("reflect",) * 7 + ("voter", "critic", "planner"),
-                     weights=(1.5, 0.58, 0.53, 0.62)),
-        "expert": dict(steps=1300, share=0.92, roles=("voter",) * 6 + ("critic",) * 4 + ("planner",))}
+LAST = {"base": [dict(steps=500, share=0.75, roles=("reflect",) * 7 + ("voter", "critic", "planner"),
+                      weights=(1.5, 0.58, 0.53, 0.62))],
+        "expert": [dict(steps=1300, share=0.92, roles=("voter",) * 6 + ("critic",) * 4 + ("planner",)),
+                   dict(steps=2500, share=0.6, roles=("voter",) * 6 + ("critic",) * 4 + ("planner",), lines="plain",
+                        weights=(2.2, 0.6, 0.7, 1.0)),
+                   dict(steps=1000, share=0.75, roles=("voter",) * 7 + ("critic",) * 4 + ("planner",), lines="held",
+                        weights=(2.2, 0.6, 0.7, 1.0))]}
 SHAPE = {"base": dict(vision=96, text=128, layers=3), "expert": dict(vision=128, text=192, layers=4)}
 
 
@@ -261,11 +286,12 @@ def warm_up(name, see_steps, steps, weights=(1, 1, 1, 1), batch_size=32, lr=2e-3
     save(model, processor, HERE / name)
 
 
-def practise_roles(name, steps, roles, weights=(1, 1, 1, 1), share=0.9, batch_size=32, lr=1e-3):
-    """Last stage, from the saved checkpoint: a share of the lessons is roles, in the `late` form. The Expert practises its
-    own three, the base above all to take over what a critique has seen. weights: of the skills, as in `warm_up`."""
+def practise_roles(name, stage, steps, roles, weights=(1, 1, 1, 1), share=0.9, lines="", batch_size=32, lr=1e-3):
+    """A last stage, from the saved checkpoint: a share of the lessons is roles, in the `late` form. The Expert practises its
+    own three, and in later stages counting, which it did worst, and ballots in lines; the base above all to take over what a
+    critique has seen. weights: of the skills, as in `warm_up`; lines: "plain" or "held", see `ballot`."""
     torch.manual_seed(SEED)
-    rng = random.Random(f"roles {SEED}")
+    rng = random.Random(f"roles {SEED}{f' {stage}' if stage else ''}")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(HERE / name, dtype=torch.float32).train()
     processor = load_processor(HERE / name)
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
@@ -273,9 +299,12 @@ def practise_roles(name, steps, roles, weights=(1, 1, 1, 1), share=0.9, batch_si
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50, 1.5 * (1 - step / steps))
         samples = draw(rng, weights, batch_size)
-        loss = study(model, processor, optimiser, samples, [lesson(s, rng, share, roles=roles, late=True) for s in samples])
+        loss = study(model, processor, optimiser, samples, [lesson(s, rng, share, roles=roles, late=True,
+                                                                 lines=lines) for s in samples])
         if (step + 1) % 50 == 0:
             print(f"roles {step + 1} loss {loss:.3f}", flush=True)
+        if (step + 1) % 500 == 0:
+            save(model, processor, HERE / name)
     save(model, processor, HERE / name)
 
 
@@ -425,7 +454,7 @@ def write_card(name, questions=240):
     (HERE / name / "README.md").write_text(CARD.format(
         name=name, what=WHAT[name], seed=SEED, how=how, table=data.table(rows),
         recipe=", ".join(f"{key} {value}" for key, value in RECIPES[name].items())
-        + (f"; then {LAST[name]['steps']} steps of roles" if name in LAST else "")))
+        + "".join(f"; then {stage['steps']} steps of roles" for stage in LAST.get(name, []))))
     print((HERE / name / "README.md").read_text())
 
 
@@ -441,15 +470,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=RECIPES)
     parser.add_argument("--card", action="store_true", help="measure the checkpoint that is there; train nothing")
-    parser.add_argument("--roles", action="store_true", help="the last stage alone, from the checkpoint that is there")
+    parser.add_argument("--roles", type=int, metavar="STAGE", help="only the last stages, from this one on (0, 1, 2), from the "
+                        "checkpoint that is there")
     args = parser.parse_args()
-    if args.roles and args.name not in LAST:
-        raise data.InputError(f"--roles is a stage of base and expert, not of {args.name}")
+    stages = LAST.get(args.name, [])
+    if args.roles is not None and not 0 <= args.roles < len(stages):
+        raise data.InputError(f"--roles is {args.roles}; {args.name} has {len(stages)} such stages, counted from 0")
     if not args.card:
-        if not args.roles:
+        if args.roles is None:
             (warm_up_clip if args.name == "clip" else warm_up)(args.name, **RECIPES[args.name])
-        if args.name in LAST:
-            practise_roles(args.name, **LAST[args.name])
+        for stage, settings in list(enumerate(stages))[args.roles or 0:]:
+            practise_roles(args.name, stage, **settings)
     write_card(args.name)
 
 
