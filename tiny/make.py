@@ -31,7 +31,9 @@ from transformers import (
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import catts  # noqa: E402
 import data  # noqa: E402
+import judge  # noqa: E402
 import noise  # noqa: E402
 import probe  # noqa: E402
 import train_cdrl  # noqa: E402
@@ -424,10 +426,41 @@ Meant for offline runs, tests and teaching: it knows the built-in pictures and n
 WHAT = {"base": "A Qwen2_5_VLForConditionalGeneration of 1.2 million parameters, stored in bf16: the model that CDRL trains.",
         "expert": "A Qwen2_5_VLForConditionalGeneration of 3.0 million parameters, stored in bf16: the Expert of CA-TTS.",
         "clip": "A CLIPModel of 0.5 million parameters, stored in fp16: it finds the key regions."}
+HOW_ROLES = """The same questions, greedy. alone: its own answer is right; on ballot: one of those in the base's 8 samples is;
+Voter: of those ballots, the share in which its highest probability goes to a right answer; Critic: its verdict on the
+first of them is right."""
 HOW_LANGUAGE = """240 questions of the built-in `val` split, 8 answers each at T = 1; the last two columns under noise, t = 999,
 on the key region (attention mass {mass:g}) and on a random region of the same area."""
 HOW_CLIP = """240 questions of the built-in `val` split: the share of the question-guided map that lies on the evidence, and
 the evidence's share of the picture."""
+
+
+def roles_of(model, samples):
+    """How well the Expert plays its roles -> {skill: columns}, see HOW_ROLES."""
+    base, pictures = VLM.load(HERE / "base"), [s.images for s in samples]
+    groups = base.sample(pictures, [data.prompt(s) for s in samples], n=8, max_new_tokens=64)
+    answers = [list(dict.fromkeys(a for r in group if (a := judge.extract_answer(r.text)) is not None)) or ["none"]
+               for group in groups]
+
+    def says(prompts):
+        return [r.text for r, in model.sample(pictures, prompts, greedy=True)]
+    found = {"alone": [judge.is_correct(text, s) for text, s in zip(says([data.prompt(s) for s in samples]), samples)],
+             "on ballot": [any(judge.accepts(a, s) for a in some) for some, s in zip(answers, samples)]}
+    ballots = says([data.voter_prompt(s, some) for s, some in zip(samples, answers)])
+    critiques = says([data.critic_prompt(s, some[0]) for s, some in zip(samples, answers)])
+    found["Voter"] = []
+    for text, some, s in zip(ballots, answers, samples):
+        try:
+            found["Voter"].append(judge.accepts(some[int(np.argmax(catts.parse_probabilities(text, len(some))))], s))
+        except ValueError:
+            found["Voter"].append(False)
+    found["Critic"] = [text.strip().endswith("correct") == judge.accepts(some[0], s)
+                       for text, some, s in zip(critiques, answers, samples)]
+    columns = {key: np.array(values, float) for key, values in found.items()}
+    skills = np.array([s.meta["skill"] for s in samples])
+    columns["Voter"][columns["on ballot"] == 0] = np.nan
+    return {skill: {key: float(np.nanmean(values[(skills == skill) | (skill == "all")])) for key, values in columns.items()}
+            for skill in ("all", *data.SKILLS)}
 
 
 def write_card(name, questions=240):
@@ -451,8 +484,11 @@ def write_card(name, questions=240):
                 f"pass@1, {mode}": float(np.mean([a.correct for a in answers if a.id in ids]))
                 for mode, answers in noised.items()}
     how = HOW_CLIP if name == "clip" else HOW_LANGUAGE.format(mass=mass)
+    tables = data.table(rows)
+    if name == "expert":
+        tables += f"\n```\n\n{HOW_ROLES}\n\n```\n{data.table(roles_of(model, samples))}"
     (HERE / name / "README.md").write_text(CARD.format(
-        name=name, what=WHAT[name], seed=SEED, how=how, table=data.table(rows),
+        name=name, what=WHAT[name], seed=SEED, how=how, table=tables,
         recipe=", ".join(f"{key} {value}" for key, value in RECIPES[name].items())
         + "".join(f"; then {stage['steps']} steps of roles" for stage in LAST.get(name, []))))
     print((HERE / name / "README.md").read_text())
