@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: F401, what loading a torn state raises
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -52,6 +53,10 @@ def place():
 def start_ranks():
     """(rank, world, device) of this process, which then can speak to the other ranks."""
     rank, world = place()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world > 1 and missing:
+        raise InputError(f"WORLD_SIZE is {world} in the environment, but {', '.join(missing)} is not there; start with "
+                         "torchrun, which sets all, or unset WORLD_SIZE")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

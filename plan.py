@@ -109,13 +109,13 @@ def activations(config, tokens, size, again, read):
 def patches(pixels, config):
     """How many tokens a question's pictures are inside the vision tower, before any merging (int).
 
-    pixels: what the processor made of them; one row a patch, or whole tiles (..., 3, H, W), which the tower cuts into patches
-    of config.patch_size, 14 where its settings name none.
+    pixels: what the processor made of them; one row a patch (..., N, D), or whole tiles (..., 3, H, W), which the tower cuts
+    into patches of config.patch_size, 14 where its settings name none.
     """
     if pixels is None:
         return 0
-    if pixels.ndim == 2:
-        return len(pixels)
+    if pixels.ndim <= 3:
+        return math.prod(pixels.shape[:-1])
     size = getattr(config, "patch_size", 14)
     height, width = (size, size) if isinstance(size, int) else size
     return math.prod(pixels.shape[:-3]) * (pixels.shape[-2] // height) * (pixels.shape[-1] // width)

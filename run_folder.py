@@ -56,7 +56,8 @@ def open_run(args):
         shutil.rmtree(torn, ignore_errors=True)
     done = checkpoints(output)
     if not (done and done[-1].name == f"checkpoint-{args.steps}"):
-        (output / "after.json").unlink(missing_ok=True)         # of an earlier, shorter run in this folder
+        for old in (output / "after.json", *output.glob("model*.safetensors*")):    # of an earlier, shorter run in this folder
+            old.unlink(missing_ok=True)
     return output, done[-1] if done else None
 
 
@@ -106,16 +107,18 @@ def load_checkpoint(checkpoint, policy, optimiser):
         found = torch.load(checkpoint / "training.pt", weights_only=True)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:          # what torch raises for a torn file is of many kinds
-        raise InputError(f"{data.shown(checkpoint)} is damaged ({type(error).__name__}); remove it, and the same command goes "
-                         "on from the checkpoint before it") from error
+    except (Exception, parallel.CheckpointException) as error:          # what torch raises for a torn file is of many kinds
+        earlier = [path.name for path in checkpoints(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
+        then = (f"remove it, and the same command goes on from {earlier[-1]}" if earlier else
+                "there is none before it, so start again with --resume no")
+        raise InputError(f"{data.shown(checkpoint)} is damaged ({type(error).__name__}); {then}") from error
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.set_rng_state(found["rng"][rank % len(found["rng"])])
     return found["step"], found["scale"]
 
 
 def trim_log(path, step):
-    """Drop the lines of steps that a resumed run will do again, and a torn last line."""
+    """Drop the lines of steps that a resumed run will do again, and torn ones."""
     if not path.exists():
         return
     kept = []
@@ -124,7 +127,7 @@ def trim_log(path, step):
             if json.loads(line)["step"] < step:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
-            break
+            continue
     data.write_atomically(path, "".join(kept))
 
 

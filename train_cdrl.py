@@ -46,6 +46,7 @@ from vlm import VLM
 HERE = Path(__file__).resolve().parent
 PROBE_SAMPLES = 4               # answers to each held-out question, before and after
 SCALED = 64                     # questions on which the scale of the confidence is measured
+TIED = 0.1                      # a mean spread of rewards below it is that of a batch of ties
 KINDS = ("topk", "logprob", "entropy")          # confidences of a token
 
 
@@ -381,7 +382,7 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
     Policy gradient of the views that learn (the noised one's weighs --noised_policy), and w times d R_conf / d theta through
     C and C' (--pathwise). With --adv_norm none, w = 1 and --noised_policy 1 that is the exact gradient of the expected reward.
     With std, advantages are divided by their own group's std, which vanishes where all rewards are equal; the pathwise term,
-    which does not, is divided by the batch's mean.
+    which does not, is divided by the batch's mean, or by TIED where nearly all groups are ties.
     """
     stats = dict.fromkeys(("loss", "pathwise", "kl", "clipped", "tokens"), 0.0)
     passes = int(summed([len(parts)], device, largest=True)[0])
@@ -443,7 +444,10 @@ def run_probe(vlm, held_out, clip, args, rank, world, name):
 def load_or(path, make, rank):
     """A probe stored in the run folder, or made now and stored."""
     if path.exists():
-        return {int(t): [probe.Answer(**a) for a in answers] for t, answers in json.loads(path.read_text()).items()}
+        try:
+            return {int(t): [probe.Answer(**a) for a in answers] for t, answers in json.loads(path.read_text()).items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is damaged ({error}); restore it, or start again with --resume no") from error
     found = make()
     if rank == 0:
         write_json(path, {t: [asdict(a) for a in answers] for t, answers in found.items()})
@@ -527,7 +531,7 @@ def reward_views(views, scale, args, device="cpu"):
         view.terms = {"perception": perception, "calibration": calibration, "outcome": view.correct, "format": formats}
         view.advantages, spread = group_advantages(sum(view.terms.values()), args.adv_norm)
         total, groups = summed([spread.sum(), len(spread)], device)
-        view.spread = total / groups
+        view.spread = max(TIED, total / groups)
 
 
 def statistics(views, device="cpu"):

@@ -107,6 +107,7 @@ def load_processor(path):
         AutoImageProcessor.from_pretrained(path)
     except broken as error:
         raise blind from error
+    named = None
     try:
         # The class that the files name, which need not be the one its model's class is known by (Pixtral).
         named = ProcessorMixin.get_processor_dict(path)[0].get("processor_class") or \
@@ -118,6 +119,8 @@ def load_processor(path):
         return images_only.from_pretrained(path)
     except broken as error:
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if re.search("torchvision|video_processor", str(error), re.IGNORECASE):
+            why = f"{named or 'its class'} needs torchvision; pip install torchvision, or use another model"
         raise InputError(f"model {str(path)!r} has a processor that cannot be opened here: {why}") from error
 
 
@@ -307,7 +310,7 @@ class VLM:
             raise InputError(f"{type(self.processor).__name__} does not take these prompts: {error}") from error
         inputs = {key: value.to(self.device) for key, value in inputs.items()}
         if self.encodes_once:
-            self._encoded = images, prompts, inputs
+            self._encoded = [*images], [*prompts], inputs
         return inputs
 
     def _encoded_before(self, images, prompts):
@@ -322,7 +325,7 @@ class VLM:
         padded = length - int(inputs["attention_mask"][rows].sum(-1).max())
         found = {}
         for key, value in inputs.items():
-            if value.shape[:2] == (count, length):
+            if value.shape == (count, length):
                 found[key] = value[rows, padded:]
             elif len(value) == count:
                 found[key] = value[rows]

@@ -389,6 +389,14 @@ def test_what_was_damaged_in_a_run_folder_is_named_and_a_first_torn_write_is_no_
     shutil.copytree(first, tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_bytes((first / "metrics.jsonl").read_bytes() + b"[1]\n\xff\n")
     newest = run_folder.checkpoints(tmp_path / "run")[-1]
+    state = next((newest / "state").glob("*.distcp"))
+    whole = state.read_bytes()
+    for torn in (whole[:1000], b""):
+        state.write_bytes(torn)
+        with pytest.raises(InputError, match=f"{newest.name} is damaged .* there is none before it"):
+            train_cdrl.train(args)
+    assert not (tmp_path / "run" / "model.safetensors").exists()        # that of the shorter run, which this one goes on from
+    state.write_bytes(whole)
     (newest / "training.pt").write_bytes((newest / "training.pt").read_bytes()[:50])
     with pytest.raises(InputError, match=f"{newest.name} is damaged"):
         train_cdrl.train(args)
@@ -510,6 +518,18 @@ def test_a_dry_run_prints_what_is_needed_and_refuses_what_cannot_fit(tmp_path, c
     with pytest.raises(SystemExit):
         train_cdrl.main(["--dry_run"])
     assert "WORLD_SIZE 'many'" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        train_cdrl.main(["--output", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "RANK, MASTER_ADDR, MASTER_PORT is not there; start with" in capsys.readouterr().err
+
+
+def test_a_torn_probe_is_named_and_a_batch_of_ties_does_not_explode(tmp_path, fresh, clip):
+    (tmp_path / "before.json").write_text("[")
+    with pytest.raises(InputError, match="before.json is damaged"):
+        train_cdrl.load_or(tmp_path / "before.json", None, 0)
+    _, views, _, _ = step_views(fresh, clip, adv_norm="std", alpha=0.0, calibration="none", temperature=1e-3)
+    assert all(view.spread == train_cdrl.TIED for view in views)
 
 
 def test_other_settings_move_an_earlier_run_aside_and_finished_runs_stay(tmp_path, capsys):
