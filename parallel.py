@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.api import CheckpointException  # noqa: F401, what loading a torn state raises
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 import data
 import parallel
@@ -107,7 +108,7 @@ def load_checkpoint(checkpoint, policy, optimiser):
         found = torch.load(checkpoint / "training.pt", weights_only=True)
     except torch.OutOfMemoryError:
         raise
-    except (Exception, parallel.CheckpointException) as error:          # what torch raises for a torn file is of many kinds
+    except (Exception, CheckpointException) as error:       # a torn file raises many kinds, that one is no Exception
         earlier = [path.name for path in checkpoints(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
         then = (f"remove it, and the same command goes on from {earlier[-1]}" if earlier else
                 "there is none before it, so start again with --resume no")
@@ -127,7 +128,7 @@ def trim_log(path, step):
             if json.loads(line)["step"] < step:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
-            continue
+            pass
     data.write_atomically(path, "".join(kept))
 
 

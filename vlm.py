@@ -323,14 +323,16 @@ class VLM:
             return None
         count, length = inputs["input_ids"].shape
         padded = length - int(inputs["attention_mask"][rows].sum(-1).max())
-        found = {}
+        grid, found = inputs.get("image_grid_thw"), {}
+        sizes = [] if grid is None else grid.prod(-1).tolist()              # patches of each picture (Qwen)
         for key, value in inputs.items():
             if value.shape == (count, length):
                 found[key] = value[rows, padded:]
             elif len(value) == count:
                 found[key] = value[rows]
-            elif "image_grid_thw" in inputs and len(value) == (sizes := inputs["image_grid_thw"].prod(-1)).sum():
-                found[key] = torch.cat([value.split(sizes.tolist())[b] for b in rows])     # a row a patch (Qwen)
+            elif len(value) == sum(sizes):
+                own = value.split(sizes)
+                found[key] = torch.cat([own[b] for b in rows])
             else:
                 return None
         return found

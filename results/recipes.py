@@ -3,7 +3,7 @@
     python results/recipes.py                                     # the headline rows x 3 seeds, the others x 1; resumes
     python results/recipes.py --rows grpo ours --seeds 1          # some of them
     python results/recipes.py --split val --rows base ours --seeds 1      # other questions; chooses the weights of the votes
-    python results/recipes.py --jobs 2                            # two runs at a time, one thread each: faster on two cores
+    python results/recipes.py --jobs 2                            # two runs at a time, one thread each
 
 Each run is `train_cdrl.py` with the row's flags, then answers of the trained model to held-out questions, clean and with
 noise on key, random and inverse regions, and the votes of CA-TTS. One record a run, results/recipes/SPLIT-ROW-SEED.json, from

@@ -305,8 +305,6 @@ def practise_roles(name, stage, steps, roles, weights=(1, 1, 1, 1), share=0.9, l
                                                                  lines=lines) for s in samples])
         if (step + 1) % 50 == 0:
             print(f"roles {step + 1} loss {loss:.3f}", flush=True)
-        if (step + 1) % 500 == 0:
-            save(model, processor, HERE / name)
     save(model, processor, HERE / name)
 
 
