@@ -287,7 +287,8 @@ def mean_of(records, *path):
     for record in records:
         for key in path:
             record = record.get(key, {})
-        values.append(record[0] if isinstance(record, list | tuple) else np.nan if record in ({}, None) else record)
+        record = record[0] if isinstance(record, list | tuple) else record      # a value before its interval
+        values.append(np.nan if record in ({}, None) else record)
     return float(np.mean(values))
 
 
@@ -304,7 +305,7 @@ def make_tables(records):
                                       **({"seconds": mean_of(found, "seconds")} if part == "all" else {})}
             for row, found in records.items()}
     tables["standard deviation over seeds"] = {
-        row: {name: float(np.std([r["all"][name] for r in found], ddof=1)) for name in found[0]["all"]}
+        row: {name: float(np.std([mean_of([r], "all", name) for r in found], ddof=1)) for name in found[0]["all"]}
         for row, found in records.items() if len(found) > 1} or {"-": {"-": 0}}
     tables[f"votes, N = {ANSWERS}; the confidence is the winner's share"] = {
         f"{row}, {name}": {key: mean_of(found, "methods", f"{name}@{ANSWERS}", key) for key in (*evaluation.HEADLINE, "tokens")}
