@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 8 train_cdrl.py --model Qwen/Qwen2.5-VL-7B-Instruct --data train.jsonl --dry_run
     WORLD_SIZE=8 python train_cdrl.py --model ... --dtype bfloat16 --memory 80 --dry_run       # the same without the GPUs
 
-Exact: weights, gradients, optimiser state, keys and values of the rollouts. Estimated: activations, from the sizes of the
+Exact: weights, gradients, optimiser state, CLIP, keys and values of the rollouts. Estimated: activations, from the sizes of the
 blocks with fused attention and a gated MLP. Fragmentation and the CUDA context are a flat tenth on top.
 """
 import math
@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import data
+import noise
 import parallel
 from data import InputError
 from vlm import CHUNK_LOGITS, VLM, load_processor
@@ -160,6 +161,7 @@ def dry_run(args, samples, views, world):
     block = max(sum(p.numel() for p in b.parameters()) for b in parallel.blocks(vlm.model)) if sharded else 0
     left = total - sum(p.numel() for b in parallel.blocks(vlm.model) for p in b.parameters()) if sharded else 0
     state = state_bytes(total, trained, ranks, args.offload)
+    state["device", "CLIP, fp32"] = 4 * noise.ClipAttention.count(args.clip)
     if args.kl_beta:
         state["CPU" if args.offload else "device", "reference model"] = 4 * total / ranks
     rolling = {"all weights, gathered": size * total if sharded else 0,

@@ -30,8 +30,10 @@ def write_json(path, value):
 
 
 def open_run(args):
-    """Prepare the run folder -> (path, newest checkpoint or None). A run with other settings is moved aside."""
+    """Prepare the run folder -> (path, newest checkpoint or None). A run with other settings, or of a file that has changed
+    since, is moved aside."""
     output = Path(args.output)
+    settings = asdict(args) | {"data_checksum": 0 if args.data == "synthetic" else data.checksum(Path(args.data))}
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {args.output!r} is a file; give a directory")
     # what a kill has left of the very first file is no run yet
@@ -40,7 +42,7 @@ def open_run(args):
             old = dict(json.loads((output / "args.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"--output {args.output!r} holds something that is not a run; choose another folder") from error
-        other = [key for key, value in asdict(args).items() if key not in FREE and old.get(key) != value]
+        other = [key for key, value in settings.items() if key not in FREE and old.get(key) != value]
         done = checkpoints(output)
         longer = bool(done) and step_of(done[-1]) > args.steps
         if args.resume == "no" or other or longer:
@@ -50,7 +52,7 @@ def open_run(args):
             print(f"{args.output} held {why}: moved to {aside}")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "args.json", asdict(args))
+        write_json(output / "args.json", settings)
     except OSError as error:
         raise InputError(f"--output {args.output!r} cannot be written ({error.strerror}); choose another folder") from error
     for torn in output.glob(".checkpoint-*.tmp"):                   # of a kill while it was written

@@ -182,11 +182,14 @@ def check(args, world):
 
 def open_data(args):
     """(training questions, held-out questions). Built-in questions have a test split; a file gives up every fifth
-    question at most, drawn by the seed."""
+    question at most, drawn by the seed; each of its questions must have a picture."""
     if args.data == "synthetic":
         held_out = data.load("synthetic", "test", args.eval_size, args.seed) if args.eval_size else []
         return data.load("synthetic", "train", None, args.seed), held_out
-    samples = data.load(args.data, answered=True)
+    samples = list(data.load(args.data, answered=True))
+    for sample in samples:
+        if not sample.images:
+            raise InputError(f"question {sample.id!r} has no picture; training noises one, give it or remove the row")
     order = list(range(len(samples)))
     random.Random(f"hold out {args.seed}").shuffle(order)
     size = min(args.eval_size, len(samples) // 5)
@@ -212,11 +215,9 @@ class Order:
 
 
 def check_prompts(vlm, samples, max_new_tokens, progress, reflect=False):
-    """Before training: every question has pictures that open, every prompt and its completion fit the model's context.
-    Else InputError that names the question: a truncated prompt would cut image tokens."""
+    """Before training: every question's pictures open, every prompt and its completion fit the model's context. Else
+    InputError that names the question: a truncated prompt would cut image tokens."""
     for sample in tqdm(samples, desc="checking questions", unit="question", leave=False, disable=not progress or not samples):
-        if not sample.images:
-            raise InputError(f"question {sample.id!r} has no picture; training noises one, give it or remove the row")
         text = with_critique(sample, data.golds(sample)[0]) if reflect else data.prompt(sample)
         length = vlm.prompt_length(sample.pictures(), text)
         if length + max_new_tokens > vlm.context:

@@ -510,7 +510,10 @@ def test_a_dry_run_prints_what_is_needed_and_refuses_what_cannot_fit(tmp_path, c
     train_cdrl.main(["--output", str(tmp_path / "run"), "--dry_run"])
     printed = capsys.readouterr().out
     assert "1,242,688 parameters" in printed and "16 of them pictures" in printed and not (tmp_path / "run").exists()
-    for flags, why in ((["--memory", "0.1"], "do not fit into 0.1"), (["--max_new_tokens", "5000"], "context is 4096")):
+    (tmp_path / "blind.jsonl").write_text('{"id": "q1", "question": "1 + 1?", "answer": "2"}\n')
+    for flags, why in ((["--memory", "0.1"], "do not fit into 0.1"), (["--max_new_tokens", "5000"], "context is 4096"),
+                       (["--clip", "no/clip"], "CLIP model 'no/clip' cannot be loaded"),
+                       (["--data", str(tmp_path / "blind.jsonl")], "question 'q1' has no picture")):
         with pytest.raises(SystemExit) as stop:
             train_cdrl.main(["--dry_run", *flags])
         assert stop.value.code == 2 and why in capsys.readouterr().err
@@ -545,6 +548,18 @@ def test_other_settings_move_an_earlier_run_aside_and_finished_runs_stay(tmp_pat
     assert len(log(output)) == 2 and not (tmp_path / "run-1").exists()
     train_cdrl.main([*args, "--steps", "1", "--lr", "1e-3"])
     assert len(log(tmp_path / "run-1")) == 2 and len(log(output)) == 1 and "moved to" in capsys.readouterr().out
+
+
+def test_a_run_of_a_data_file_that_has_changed_is_moved_aside(tmp_path, capsys):
+    file, output = tmp_path / "train.jsonl", tmp_path / "run"
+    file.write_text("1\n")
+    args = parse(["--data", str(file), "--output", str(output)])
+    run_folder.open_run(args)
+    run_folder.open_run(args)
+    assert not (tmp_path / "run-1").exists()
+    file.write_text("2\n")
+    run_folder.open_run(args)
+    assert (tmp_path / "run-1").exists() and "other settings (data_checksum)" in capsys.readouterr().out
 
 
 def test_mu_and_kl_run_and_are_logged(tmp_path):
