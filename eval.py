@@ -211,24 +211,28 @@ def by_method(rows, n, settings):
 CALIBRATED = "pass@1, c"
 
 
-def methods_of(votes, settings, scale):
-    """{model name: stored rows} -> {model name: `by_method`}. scale: the map of a training run's confidence.json, or None;
-    with it, `CALIBRATED` is pass@1 once more, its confidence c = sigmoid(slope * C + intercept): the probability that the
-    run trained, by a map that was fitted on the base before the first step and is the same for every model here."""
+def methods_of(votes, settings, scales):
+    """{model name: stored rows} -> {model name: `by_method`}. scales: {model name: a map of `stored_scales`}; with one,
+    `CALIBRATED` is pass@1 once more, its confidence c = sigmoid(slope * C + intercept): the probability that a run trained."""
     found = {}
     for name, rows in votes.items():
         found[name] = by_method(rows, settings.samples, settings)
-        if scale:
+        if scales.get(name):
             drawn = [(row["id"], s) for row in rows for s in row["samples"][:settings.samples]]
-            c = calibrated([s["confidence"]["mean"] for _, s in drawn], scale)
+            c = calibrated([s["confidence"]["mean"] for _, s in drawn], scales[name])
             found[name][CALIBRATED] = [Outcome(i, p, s["correct"], s["tokens"]) for (i, s), p in zip(drawn, c.tolist())]
     return found
 
 
-def stored_scale(paths):
-    """confidence.json of the first of the model directories that has one and judged C of Eq. 3, else None."""
-    found = (json.loads(file.read_text()) for path in paths if (file := Path(path) / "confidence.json").is_file())
-    return next((scale for scale in found if scale.get("judged") == "topk"), None)
+def stored_scales(paths):
+    """The map from C to c of each model directory, fixed before the first step -> list of dicts, or of None where there is
+    none: its confidence.json, of a training run that judged C of Eq. 3; of a model that no such run has left, that of the
+    last which one has, as it was fitted on the base."""
+    files = [Path(path) / "confidence.json" for path in paths]
+    found = [json.loads(file.read_text()) if file.is_file() else {} for file in files]
+    found = [scale if scale.get("judged") == "topk" else None for scale in found]
+    known = next(filter(None, reversed(found)), None)
+    return [scale or (known and probe.as_fitted(known)) for scale in found]
 
 
 def arrays(some):
@@ -373,13 +377,13 @@ def share_of_questions(ids, values):
     return (mean, 0.0, bound) if mean == 0 else (mean, 1 - bound, 1.0) if mean == 1 else (mean, low, high)
 
 
-def make_tables(votes, probes, settings, sizes, drawn, regions, ts, risk, scale=None):
+def make_tables(votes, probes, settings, sizes, drawn, regions, ts, risk, scales):
     """Everything that is reported, from stored rows. votes, probes: {model name: rows}; sizes: where every module voted;
-    drawn: samples a question; scale: see `methods_of`."""
+    drawn: samples a question; scales: see `methods_of`."""
     n, last, names = settings.samples, max(ts), list(votes)
-    methods = methods_of(votes, settings, scale)
+    methods = methods_of(votes, settings, scales)
     best = f"{method_of(modules_of(votes[names[-1]][0], n))}@{n}"
-    shown = list(dict.fromkeys(["pass@1", *([CALIBRATED] if scale else []), f"majority@{n}", best]))
+    shown = list(dict.fromkeys(["pass@1", *([CALIBRATED] if scales[names[-1]] else []), f"majority@{n}", best]))
     boots = {name: {method: resampled(some) for method, some in found.items()} for name, found in methods.items()}
     tables = {"methods": {name: {method: summarise(some, boots[name][method]) for method, some in found.items()}
                           for name, found in methods.items()}}
@@ -407,8 +411,8 @@ def make_tables(votes, probes, settings, sizes, drawn, regions, ts, risk, scale=
     tables["abstention"] = {name: {"method": best} | abstention(found[best], risk) for name, found in methods.items()
                             if best in found}
     tables["probe"] = {f"{name}, {region}, {part}": row for name, rows in probes.items() for region in regions
-                       for part, row in probe.within_skills(probed(rows, region, 0), probed(rows, region, last), scale,
-                                                            probe.summary_intervals).items()}
+                       for part, row in probe.within_skills(probed(rows, region, 0), probed(rows, region, last),
+                                                            scales[name], probe.summary_intervals).items()}
     tables["curves"] = {name: {region: curves_of({t: probed(rows, region, t) for t in ts}) for region in regions}
                         for name, rows in probes.items()}
     return tables
@@ -514,14 +518,14 @@ def main(argv=None):
     expected = [catts.SOURCE[m] for m in controller.modules if m != "self_check" or controller.checker is not None]
     for rows in votes.values():
         check_rows(rows, args.sizes, drawn, expected)
-    scale = stored_scale(paths[::-1])
-    tables = make_tables(votes, probes, settings, args.sizes, drawn, args.regions, ts, args.target_risk, scale)
+    scales = dict(zip(names, stored_scales(paths)))
+    tables = make_tables(votes, probes, settings, args.sizes, drawn, args.regions, ts, args.target_risk, scales)
     kept, left_out = len(votes[names[-1]]), len(ids) - len(votes[names[-1]]) + getattr(samples, "broken", 0)
     about = (f"{kept} questions of {args.data or 'the built-in test split'}{f' ({left_out} left out)' if left_out else ''}, "
              f"N = {settings.samples}, noise at t = {max(ts)}, seed {settings.seed}; {' and '.join(map(data.shown, paths))}; "
              f"Expert {data.shown(args.expert)}; torch {torch.__version__}.")
-    if scale:
-        about += f" c = sigmoid({scale['slope']:.3g} C {scale['intercept']:+.3g}), a map fixed before the training began."
+    about += "".join(f" {name}: c = sigmoid({scale['slope']:.3g} C {scale['intercept']:+.3g}), fixed before the training began."
+                     for name, scale in scales.items() if scale)
     data.write_atomically(output / "tables.json", data.strict_json({"about": about, **tables}, indent=1))
     threshold = tables["abstention"][names[-1]] | {"settings": catts.deciding(settings), "sources": catts.sources_of(args)}
     data.write_atomically(output / "threshold.json", data.strict_json(threshold, indent=1))

@@ -258,6 +258,13 @@ def calibrated(confidences, scale):
     return probability(torch.as_tensor(confidences), scale["slope"], scale["intercept"]).double().numpy()
 
 
+def as_fitted(scale):
+    """The map of a training run before it was made steeper (`--steepness`): how the c of a model that was not trained by it is
+    read."""
+    steepness = scale.get("steepness", 1.0)
+    return scale | {"slope": scale["slope"] / steepness, "intercept": scale["intercept"] / steepness}
+
+
 def columns_of(answers):
     """List of Answer -> {field: (N,) array}."""
     return {field: np.array([getattr(a, field) for a in answers]) for field in (

@@ -45,7 +45,6 @@ from vlm import VLM
 
 HERE = Path(__file__).resolve().parent
 PROBE_SAMPLES = 4               # answers to each held-out question, before and after
-SCALED = 64                     # questions on which the scale of the confidence is measured
 TIED = 0.1                      # a mean spread of rewards below it is that of a batch of ties
 KINDS = ("topk", "logprob", "entropy")          # confidences of a token
 
@@ -117,6 +116,10 @@ class Args:
                               ("linear", "brier", "log", "none"))
     probability: str = option("sigmoid", "that probability: sigmoid(aC + b), fitted on the base once; exp(C), of logprob "
                               "or entropy", ("sigmoid", "exp"))
+    scale_questions: int = option(64, "of the first steps; the base's answers to them on both views give the scale of C and "
+                                  "that map; from few, its slope is a matter of luck")
+    steepness: float = option(1.0, "that map is made so many times steeper, about c = .5: the model has to move C less, and "
+                              "flattens less of what it samples from, to say the same; 1 = as fitted")
     learn_noised: bool = option(True, "rollouts on the noised picture get a reward and a gradient of their own")
     noised_policy: float = option(0.0, "weight of their policy gradient beside the original's; 0: they teach through their "
                                   "confidence alone, since a policy gradient there teaches to guess")
@@ -151,10 +154,10 @@ def check(args, world):
         raise InputError(f"--seed is {args.seed}; it must fit into 64 bits")
     if args.clip_low > 1:
         raise InputError(f"--clip_low is {args.clip_low}; the ratio's lower bound 1 - clip_low must not be negative")
-    for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "save_every", "keep", "mu"):
+    for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "save_every", "keep", "mu", "scale_questions"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    for name in ("lr", "temperature", "beta", "max_grad_norm"):
+    for name in ("lr", "temperature", "beta", "max_grad_norm", "steepness"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be above 0")
     for name in ("alpha", "kl_beta", "pathwise", "noised_policy", "eval_size", "clip_low", "clip_high", "micro_tokens",
@@ -252,17 +255,17 @@ def scored_confidence(scores, args, group_size):
                  for kind in (args.confidence, args.judged))
 
 
-def measure_scale(groups, noised, samples, kind):
-    """The base model's confidence, once, before step 0 -> {"lo", "hi", "slope", "intercept"}.
+def measure_scale(original, noised, steepness):
+    """The base model's confidence, once, before step 0 -> {"lo", "hi", "slope", "intercept", "steepness"}.
 
-    lo, hi: 5th and 95th percentile of C on original pictures (`--cnorm range`). slope, intercept: the logistic map from
-    C to the probability of being right, fitted on both views (`--calibration brier|log`).
+    original, noised: (C, R_out) of its rollouts on each view, (N,) each. lo, hi: 5th and 95th percentile of C on original
+    pictures (`--cnorm range`). slope, intercept: the logistic map from C to the probability of being right, fitted on both
+    views, times steepness (`--calibration brier|log`).
     """
-    clean_c, noised_c = (rollout_confidence(view, kind).flatten() for view in (groups, noised))
-    correct = [outcomes(view, samples).flatten() for view in (groups, noised)]
-    lo, hi = torch.quantile(clean_c, torch.tensor([0.05, 0.95])).tolist()
-    slope, intercept = reward.fit_platt(torch.cat([clean_c, noised_c]), torch.cat(correct))
-    return {"lo": lo, "hi": max(hi, lo + 1e-6), "slope": slope, "intercept": intercept}
+    lo, hi = torch.quantile(original[0], torch.tensor([0.05, 0.95])).tolist()
+    slope, intercept = reward.fit_platt(*(torch.cat(both) for both in zip(original, noised)))
+    return {"lo": lo, "hi": max(hi, lo + 1e-6), "slope": steepness * slope, "intercept": steepness * intercept,
+            "steepness": steepness}
 
 
 def outcomes(groups, samples):
@@ -613,7 +616,7 @@ def train(args):
         before = load_or(output / "before.json", lambda: run_probe(vlm, held_out, clip, args, rank, world, "before"), rank) \
             if held_out else None
         if checkpoint is None:
-            start, scale = 0, base_scale(vlm, clip, train_set, order, args)
+            start, scale = 0, base_scale(vlm, clip, train_set, order, args, rank, world)
     if checkpoint is not None:
         start, scale = load_checkpoint(checkpoint, policy, optimiser)
     if main_rank:
@@ -670,17 +673,16 @@ def train(args):
     return finish(vlm, policy, compute, clip, held_out, before, output, scale, args, rank, world)
 
 
-def base_scale(vlm, clip, train_set, order, args):
-    """Roll out the base model on the questions of the first steps to measure its confidence (`measure_scale`); every
-    rank does the same, so that all hold the same numbers."""
+def base_scale(vlm, clip, train_set, order, args, rank=0, world=1):
+    """Roll out the base model on the questions of the first steps, split over ranks, to measure its confidence
+    (`measure_scale`)."""
     pair = Args(**{**asdict(args), "alpha": 1.0, "noised": "rollout", "controls": 0.0, "reflect": 0.0})
-    views, questions = [], []
-    for step in range(max(1, SCALED // args.batch_size)):
-        samples = [train_set[i] for i in order(step)]
-        views.append(roll_out(vlm, clip, samples, f"scale {step}", pair)[0])
-        questions += samples
-    original, noised = ([group for pair in views for group in pair[side].rollouts] for side in (0, 1))
-    return measure_scale(original, noised, questions, args.judged)
+    found = []
+    for step in range(max(1, args.scale_questions // args.batch_size)):
+        samples = [train_set[i] for i in order(step)[rank::world]]
+        views, _ = roll_out(vlm, clip, samples, f"scale {step}", pair)
+        found.append(torch.stack([torch.stack([view.judged, view.correct]) for view in views]))       # (2, 2, Q, G)
+    return measure_scale(*torch.cat(gathered(found), 2).flatten(2), args.steepness)
 
 
 def log_row(step, stats, updates, lr, device, world):
@@ -722,8 +724,9 @@ def finish(vlm, policy, compute, clip, held_out, before, output, scale, args, ra
     if held_out:
         draw_report(output, before, after, args)
         t = noise.parse_t(args.noise_t)[1]
-        known = scale if args.judged == "topk" else None
-        rows = probe.before_after(*(probe.within_skills(found[0], found[t], known) for found in (before, after)))
+        maps = (probe.as_fitted(scale), scale) if args.judged == "topk" else (None, None)
+        rows = probe.before_after(*(probe.within_skills(found[0], found[t], known)
+                                    for found, known in zip((before, after), maps)))
         print(f"\n{len(held_out)} held-out questions x {PROBE_SAMPLES} answers; noised = t {t} on the {args.region} region")
         print(data.table(rows))
         print(f"\nwrote {output}/: the model, metrics.jsonl, samples.jsonl, report.png")

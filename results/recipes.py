@@ -10,10 +10,10 @@ noise on key, random and inverse regions, and the votes of CA-TTS. One record a 
 which all tables and pictures are made; a run whose record is there, made with the same flags from the same base, is not
 repeated. Models, answers and votes stay under runs/recipes (delete both when the code has changed).
 
-Confidences: C (Eq. 3) ranks; c = sigmoid(aC + b) is the probability that training shapes, a and b fitted on the base's
-answers to training questions before the first step, the same for every row; p = exp(mean log-prob); for CA-TTS the winner's
-share of the votes. "abstains": the share of answers with c below one half. "CA-TTS, tuned" votes with the weights tau that
-`--split val` found best there, on average over its rows, and left in results/recipes/taus.json.
+Confidences: C (Eq. 3) ranks; c = sigmoid(aC + b) is the probability that training shapes, a and b those of the run, fitted on
+the base's answers to training questions before the first step (and steeper with `--steepness`); p = exp(mean log-prob); for
+CA-TTS the winner's share of the votes. "abstains": the share of answers with c below one half. "CA-TTS, tuned" votes with the
+weights tau that `--split val` found best there, on average over its rows, and left in results/recipes/taus.json.
 """
 import argparse
 import json
@@ -66,6 +66,7 @@ ROWS = {
     "ours, no calibration": "--calibration none",
     "ours, advantages by std": "--adv_norm std",
     "ours, no controls": "--controls 0",
+    "ours, steeper map": "--steepness 1.75 --scale_questions 256 --pathwise 3 --alpha .08",
     "ours, 16 questions x 8": "--batch_size 16 --group_size 8",
     "ours, reflection": "--reflect 0.15",
     "ours, noise everywhere": "--region all --controls 0",
@@ -114,12 +115,14 @@ def train(row, seed, flags):
     return output, output, json.loads(seconds.read_text())
 
 
-def scale_of(seed):
-    """The map from C to a probability that `ours` fits on the base with this seed, before its first step; every row's c is
-    read by it."""
+def scale_of(seed, folder):
+    """The map from C to a probability, fixed before the first step, by which a run's c is read: the one that it was trained
+    with, or, where it was not trained or judged another confidence, the one fitted on the base with this seed."""
+    if own := evaluation.stored_scales([folder])[0]:
+        return own
     file = RUNS / f"scale-{seed}.json"
     if not file.exists():
-        args = train_cdrl.parse(["--seed", str(seed), "--eval_size", "0"])
+        args = train_cdrl.parse(["--seed", str(seed), "--eval_size", "0", "--steepness", "1"])
         questions, _ = train_cdrl.open_data(args)
         order = train_cdrl.Order(len(questions), args.batch_size, seed)
         clip = noise.ClipAttention.from_pretrained()
@@ -225,7 +228,7 @@ def record_of(row, seed, args, samples):
     if file.exists() and frame.items() <= (old := json.loads(file.read_text())).items():
         return old
     path, folder, seconds = train(row, seed, args.flags.split())
-    found, scale = ask(path, samples, folder / f"{args.split}-{args.questions}.json"), scale_of(seed)
+    found, scale = ask(path, samples, folder / f"{args.split}-{args.questions}.json"), scale_of(seed, folder)
     skills = {"all": found} | {skill: {view: [a for a in answers if a.skill == skill] for view, answers in found.items()}
                                for skill in data.SKILLS}
     clean = probe.columns_of(found["clean"])

@@ -174,16 +174,18 @@ def test_recomputed_votes_are_those_of_the_controller(measured, base, clip):
 
 
 def test_the_calibrated_confidence_is_the_stored_map_of_c(measured, tmp_path):
-    """The row "pass@1, c" ranks as C does, and its probabilities are those of the run's confidence.json."""
+    """The row "pass@1, c" ranks as C does, and its probabilities are those of the run's confidence.json; of the base, by the
+    map as it was before it was made steeper."""
     rows, settings = stored(measured), catts.Settings(samples=4)
-    (tmp_path / "confidence.json").write_text(json.dumps({"slope": 1.5, "intercept": -18.0, "judged": "topk"}))
-    scale = evaluation.stored_scale([ROOT / "tiny" / "base", tmp_path])
-    found = evaluation.methods_of({"base": rows}, settings, scale)["base"]
+    (tmp_path / "confidence.json").write_text(json.dumps({"slope": 1.5, "intercept": -18., "steepness": 2., "judged": "topk"}))
+    scales = dict(zip(("base", "run"), evaluation.stored_scales([ROOT / "tiny" / "base", tmp_path])))
     c = np.array([s["confidence"]["mean"] for row in rows for s in row["samples"][:4]])
-    ids, confidence, correct = evaluation.arrays(found[evaluation.CALIBRATED])
-    assert (ids, list(correct)) == (evaluation.arrays(found["pass@1"])[0], list(evaluation.arrays(found["pass@1"])[2]))
-    np.testing.assert_allclose(confidence, 1 / (1 + np.exp(18 - 1.5 * c)), atol=1e-6)
-    assert evaluation.stored_scale([ROOT / "tiny" / "base"]) is None
+    for name, slope, intercept in (("run", 1.5, -18), ("base", 0.75, -9)):
+        found = evaluation.methods_of({name: rows}, settings, scales)[name]
+        ids, confidence, correct = evaluation.arrays(found[evaluation.CALIBRATED])
+        assert (ids, list(correct)) == (evaluation.arrays(found["pass@1"])[0], list(evaluation.arrays(found["pass@1"])[2]))
+        np.testing.assert_allclose(confidence, 1 / (1 + np.exp(-intercept - slope * c)), atol=1e-6)
+    assert evaluation.stored_scales([ROOT / "tiny" / "base"]) == [None]
 
 
 def test_a_module_whose_votes_are_gone_has_no_row(measured):

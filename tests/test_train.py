@@ -26,7 +26,8 @@ from data import InputError
 from train_cdrl import Order, group_advantages, kl_k3, learn, parse, policy_loss
 from vlm import VLM
 
-TINY = ["--steps", "3", "--batch_size", "8", "--group_size", "2", "--eval_size", "0", "--max_new_tokens", "24"]
+TINY = ["--steps", "3", "--batch_size", "8", "--group_size", "2", "--eval_size", "0", "--max_new_tokens", "24",
+        "--scale_questions", "16"]
 
 
 def run(output, *flags, ranks=0, check=True, script="train_cdrl.py", **kwargs):
@@ -537,7 +538,8 @@ def test_a_torn_probe_is_named_and_a_batch_of_ties_does_not_explode(tmp_path, fr
 
 def test_other_settings_move_an_earlier_run_aside_and_finished_runs_stay(tmp_path, capsys):
     output = tmp_path / "run"
-    args = ["--output", str(output), "--batch_size", "16", "--group_size", "2", "--max_new_tokens", "16", "--eval_size", "4"]
+    args = ["--output", str(output), "--batch_size", "16", "--group_size", "2", "--max_new_tokens", "16", "--eval_size", "4",
+            "--scale_questions", "16"]
     train_cdrl.main([*args, "--steps", "1"])
     printed = capsys.readouterr().out
     assert "all, before" in printed and "next: python eval.py" in printed and (output / "report.png").stat().st_size > 10_000
@@ -579,5 +581,5 @@ def test_real_questions_run_through(real, tmp_path):
                 images = row["image"] if isinstance(row["image"], list) else [row["image"]]
                 file.write(json.dumps({**row, "image": [str(real / image) for image in images]}) + "\n")
     train_cdrl.main(["--data", str(path), "--output", str(tmp_path / "run"), "--steps", "2", "--batch_size", "4",
-                     "--group_size", "2", "--eval_size", "4", "--max_new_tokens", "16"])
+                     "--group_size", "2", "--eval_size", "4", "--max_new_tokens", "16", "--scale_questions", "4"])
     assert len(log(tmp_path / "run")) == 2
