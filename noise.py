@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import os
 import random
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -85,29 +86,28 @@ class ClipAttention:
     def from_pretrained(cls, path=CLIP, device=None, layers=1, cache=None):
         """A CLIPModel directory or hub id (`openai/clip-vit-large-patch14-336`). layers: how many of the last are
         averaged. cache: a folder in which each map is kept. Raises InputError when it cannot be opened."""
-        try:
-            config = cls._config(path)
+        with cls._opening(path) as config:
             # sdpa does not return attention weights; eager does.
             model = CLIPModel.from_pretrained(path, config=config, attn_implementation="eager", dtype=torch.float32)
             images, tokenizer = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"CLIP model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), images, tokenizer, layers, cache)
 
     @staticmethod
-    def _config(path):
-        if (config := AutoConfig.from_pretrained(path)).model_type != "clip":
-            raise ValueError(f"it is a {config.model_type} model")
-        return config
+    @contextmanager
+    def _opening(path):
+        """Yields the settings of the CLIPModel at path; what cannot be opened meanwhile is an InputError."""
+        try:
+            if (config := AutoConfig.from_pretrained(path)).model_type != "clip":
+                raise ValueError(f"it is a {config.model_type} model")
+            yield config
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"CLIP model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
     @classmethod
     def count(cls, path=CLIP):
         """How many parameters it has (int); no weight is read. InputError as `from_pretrained`."""
-        try:
-            with torch.device("meta"):
-                return sum(p.numel() for p in CLIPModel(cls._config(path)).parameters())
-        except (OSError, ValueError) as error:
-            raise InputError(f"CLIP model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        with cls._opening(path) as config, torch.device("meta"):
+            return sum(p.numel() for p in CLIPModel(config).parameters())
 
     def map(self, image, question=None):
         """(H, W) float64 array that sums to 1: where a picture's evidence lies, for the question if one is given.

@@ -7,6 +7,7 @@ Exact: weights, gradients, optimiser state, CLIP, keys and values of the rollout
 blocks with fused attention and a gated MLP. Fragmentation and the CUDA context are a flat tenth on top.
 """
 import math
+import os
 import random
 import tempfile
 from collections import defaultdict
@@ -51,6 +52,11 @@ def parameters(vlm, frozen_vision=False):
     """-> (all, those that train)."""
     total = sum(p.numel() for p in vlm.model.parameters())
     return total, total - (sum(p.numel() for p in vlm.vision_parameters()) if frozen_vision else 0)
+
+
+def host_memory():
+    """GiB of this machine's own memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
 def device_memory(args, device):
@@ -190,12 +196,17 @@ def dry_run(args, samples, views, world):
     columns = [c for c in ("device", "CPU", "rolling out", "learning") if any(c in cells for cells in rows.values())]
     print("\nGiB a rank")
     print(data.table({name: {c: cells.get(c, "") for c in columns} for name, cells in rows.items()}))
-    memory = device_memory(args, device)
+    memory, here = device_memory(args, device), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    waiting = here * sum(value for (where, _), value in state.items() if where == "CPU") / GIB
     print(f"\npeak: {peak['rolling out']:.2f} GiB while rolling out, {peak['learning']:.2f} while learning"
-          + (f", of {memory:g}" if memory else "; --memory N says what a device has"))
+          + (f", of {memory:g}" if memory else "; --memory N says what a device has")
+          + (f"; in the CPU's memory {waiting:.2f}" if waiting else ""))
     if memory and max(peak.values()) > memory:
         more = [flag for flag, used in (("--shard fsdp over more ranks", False), ("--offload", args.offload),
                                         ("--activation_checkpointing on", again), ("--freeze_vision", args.freeze_vision),
                                         ("--micro_batch 1", part == 1)) if not used]
         raise InputError(f"{max(peak.values()):.2f} GiB a rank do not fit into {memory:g}; try {', '.join(more)}, or a smaller "
                          "--batch_size, --group_size or --max_new_tokens")
+    if waiting > host_memory() and not args.memory:                 # --memory: the plan is for another machine
+        raise InputError(f"--offload puts {waiting:.2f} GiB into the CPU's memory, {here} ranks of this machine together, "
+                         f"which has {host_memory():.2f}; try --shard fsdp over more machines, or --freeze_vision")

@@ -8,5 +8,5 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600      # Ctrl-C: time for the step under
 data=${1:?give a .jsonl file of questions}
 torchrun --standalone --nproc-per-node 8 train_cdrl.py --recipe paper --model Qwen/Qwen2.5-VL-7B-Instruct \
     --clip openai/clip-vit-large-patch14-336 --data "$data" --clip_cache runs/clip_maps --shard fsdp \
-    --group_size 4 --batch_size 16 --micro_batch 1 --max_new_tokens 1024 --lr 1e-6 --steps 500 \
+    --group_size 4 --batch_size 16 --micro_batch 1 --scale_questions 64 --max_new_tokens 1024 --lr 1e-6 --steps 500 \
     --save_every 50 --keep 1 --output runs/qwen7b "${@:2}"

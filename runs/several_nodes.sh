@@ -9,5 +9,5 @@ nodes=${NODES:?how many nodes}
 torchrun --nnodes "$nodes" --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "${HEAD:?host:port of the first node}" \
     --rdzv-id cdrl train_cdrl.py --model Qwen/Qwen2.5-VL-7B-Instruct --clip openai/clip-vit-large-patch14-336 \
     --data "$data" --clip_cache runs/clip_maps --shard fsdp --group_size 4 \
-    --batch_size $((16 * nodes)) --micro_batch 1 --max_new_tokens 1024 --lr 1e-6 --steps 500 \
+    --batch_size $((16 * nodes)) --micro_batch 1 --scale_questions 64 --max_new_tokens 1024 --lr 1e-6 --steps 500 \
     --save_every 50 --keep 1 --output runs/qwen7b "${@:2}"

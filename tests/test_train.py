@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
 import parallel
+import plan
 import reward
 import run_folder
 import train_cdrl
@@ -518,6 +519,11 @@ def test_a_dry_run_prints_what_is_needed_and_refuses_what_cannot_fit(tmp_path, c
         with pytest.raises(SystemExit) as stop:
             train_cdrl.main(["--dry_run", *flags])
         assert stop.value.code == 2 and why in capsys.readouterr().err
+    monkeypatch.setattr(plan, "host_memory", lambda: 0.01)
+    with pytest.raises(SystemExit):
+        train_cdrl.main(["--dry_run", "--offload"])
+    assert "--offload puts 0.02 GiB into the CPU's memory" in capsys.readouterr().err
+    train_cdrl.main(["--dry_run", "--offload", "--memory", "1"])                # a plan for another machine
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(SystemExit):
         train_cdrl.main(["--dry_run"])
