@@ -566,11 +566,11 @@ class Controller:
             for turn in turns:
                 turn.result.skipped["self_check"] = "the base model is a server; --check_model names a local one"
             return
-        noised = [noise.make_pair(t.pictures, t.sample.question, self.clip, noise.parse_t(settings.noise_t), settings.region,
-                                  settings.mass, self._seed(t)) for t in turns]
-        rollouts = self.checker.contrast([t.pictures for t in turns], noised, [data.prompt(t.sample) for t in turns],
-                                         alpha=settings.check_alpha, beta=settings.check_beta,
-                                         max_new_tokens=settings.max_new_tokens)
+        images = [t.pictures for t in turns]
+        noised = noise.make_pairs(images, [t.sample.question for t in turns], self.clip, noise.parse_t(settings.noise_t),
+                                  [settings.region] * len(turns), settings.mass, [self._seed(t) for t in turns])
+        rollouts = self.checker.contrast(images, noised, [data.prompt(t.sample) for t in turns], alpha=settings.check_alpha,
+                                         beta=settings.check_beta, max_new_tokens=settings.max_new_tokens)
         for turn, rollout in zip(turns, rollouts):
             self._vote(turn, "self_check", rollout, views=2)
 

@@ -25,6 +25,7 @@ from data import InputError, command
 
 STEPS = 1000
 MODES = ("key", "all", "random", "inverse")
+ATTENTION = 2**28           # attention weights in memory at once, 1 GiB: two pictures of ViT-L/14-336, hundreds of tiny/clip
 CLIP = str(Path(__file__).resolve().parent / "tiny" / "clip")
 
 
@@ -71,6 +72,9 @@ class ClipAttention:
     def __init__(self, model, image_processor, tokenizer, layers=1, cache=None):
         self.model, self.image_processor, self.tokenizer, self.layers = model.eval(), image_processor, tokenizer, layers
         self._text = lru_cache(4096)(self._text)        # questions come again: in other epochs, and about other pictures
+        sight = model.config.vision_config              # all attention weights of a batch are held, (heads, 1 + P, 1 + P)
+        tokens = 1 + (sight.image_size // sight.patch_size)**2
+        self.batch = max(1, ATTENTION // (sight.num_hidden_layers * sight.num_attention_heads * tokens**2))
         self.cache = Path(cache) if cache else None
         if cache:
             try:
@@ -110,45 +114,54 @@ class ClipAttention:
             return sum(p.numel() for p in CLIPModel(config).parameters())
 
     def map(self, image, question=None):
-        """(H, W) float64 array that sums to 1: where a picture's evidence lies, for the question if one is given.
+        """`maps` of one picture."""
+        return next(self.maps([(image, question)]))
+
+    def maps(self, asked):
+        """Where the evidence of pictures lies. asked: list of (PIL image, question or None) -> iterator over (H, W) float64
+        arrays that sum to 1.
 
         Attention of the class token, heads and the last `layers` averaged; with a question, times each patch's cosine
         similarity to the question's text embedding, scaled to [0, 1] over the picture.
         """
-        grid = self._grid(image, question) if self.cache is None else self._kept(image, question)
-        return _spread(grid, image.width, image.height)
+        files = [self._file(*pair) if self.cache else None for pair in asked]
+        grids = [_read(file) if file else None for file in files]
+        missing = [i for i, grid in enumerate(grids) if grid is None]
+        for start in range(0, len(missing), self.batch):
+            part = missing[start:start + self.batch]
+            for i, grid in zip(part, self._grids([asked[i] for i in part])):
+                grids[i] = grid
+                if files[i]:
+                    own = files[i].with_suffix(f".{os.getpid()}.tmp")
+                    with open(own, "wb") as stream:
+                        np.save(stream, grid)
+                    os.replace(own, files[i])       # ranks that write the same map do not see each other's half
+        return (_spread(grid, image.width, image.height) for grid, (image, _) in zip(grids, asked))
 
-    def _kept(self, image, question):
-        """`_grid` from the cache, or made and put there: one .npy a map, named by all that it follows from."""
+    def _file(self, image, question):
+        """Where a map is kept: one .npy, named by all that it follows from."""
         said = f"{self.identity} {image.size} {question}".encode()
-        file = self.cache / f"{hashlib.sha256(said + image.convert('RGB').tobytes()).hexdigest()}.npy"
-        try:
-            return np.load(file)
-        except (OSError, ValueError, EOFError):     # not there, or torn by a machine that went down
-            grid = self._grid(image, question)
-            own = file.with_suffix(f".{os.getpid()}.tmp")
-            with open(own, "wb") as stream:
-                np.save(stream, grid)
-            os.replace(own, file)                   # ranks that write the same map do not see each other's half
-            return grid
+        return self.cache / f"{hashlib.sha256(said + image.convert('RGB').tobytes()).hexdigest()}.npy"
 
     @torch.inference_mode()
-    def _grid(self, image, question):
-        """What each patch weighs, (h, w) float32 array."""
+    def _grids(self, asked):
+        """What each patch weighs: B pairs of picture and question -> (B, h, w) float32 array."""
         vision = self.model.vision_model
         side = self.model.config.vision_config.image_size
         # The whole picture is squeezed into CLIP's square: its usual centre crop would hide the margins.
-        pixels = self.image_processor(images=image.convert("RGB"), size={"height": side, "width": side},
-                                      do_center_crop=False, return_tensors="pt")["pixel_values"]
+        pixels = self.image_processor(images=[image.convert("RGB") for image, _ in asked], do_center_crop=False,
+                                      size={"height": side, "width": side}, return_tensors="pt")["pixel_values"]
         output = vision(pixels.to(self.model.device), output_attentions=True)
-        attention = torch.stack(output.attentions[-self.layers:])             # (layers, 1, heads, 1 + P, 1 + P)
-        weights = attention[:, 0, :, 0, 1:].mean((0, 1))                      # (P,)
-        if question:
-            patches = self.model.visual_projection(vision.post_layernorm(output.last_hidden_state[0, 1:]))   # (P, E)
-            similarity = torch.cosine_similarity(patches, self._text(question), dim=-1)                      # (P,)
-            low, high = similarity.min(), similarity.max()
-            weights = weights * (similarity - low) / (high - low).clamp(min=1e-9)
-        return weights.view(side // vision.config.patch_size, -1).cpu().numpy()
+        attention = torch.stack(output.attentions[-self.layers:])             # (layers, B, heads, 1 + P, 1 + P)
+        weights = attention[:, :, :, 0, 1:].mean((0, 2))                      # (B, P)
+        guided = [b for b, (_, question) in enumerate(asked) if question]
+        if guided:
+            patches = self.model.visual_projection(vision.post_layernorm(output.last_hidden_state[guided, 1:]))   # (., P, E)
+            texts = torch.stack([self._text(asked[b][1]) for b in guided])                                        # (., 1, E)
+            similarity = torch.cosine_similarity(patches, texts, dim=-1)                                          # (., P)
+            low, high = similarity.amin(-1, keepdim=True), similarity.amax(-1, keepdim=True)
+            weights[guided] *= (similarity - low) / (high - low).clamp(min=1e-9)
+        return weights.view(len(asked), side // vision.config.patch_size, -1).cpu().numpy()
 
     @torch.inference_mode()
     def _text(self, question):
@@ -156,6 +169,14 @@ class ClipAttention:
         tokens = self.tokenizer(question, truncation=True, return_tensors="pt",
                                 max_length=self.model.config.text_config.max_position_embeddings)
         return self.model.text_projection(self.model.text_model(**tokens.to(self.model.device)).pooler_output)
+
+
+def _read(file):
+    """A kept map, or None where it is not there or was torn by a machine that went down."""
+    try:
+        return np.load(file)
+    except (OSError, ValueError, EOFError):
+        return None
 
 
 def _spread(grid, width, height):
@@ -202,20 +223,28 @@ def parse_t(text):
 
 
 def make_pair(images, question, clip, t=(999, 999), mode="key", mass=0.5, seed=0, text_guidance=True):
-    """The noised twins i' of one question's images (paper 3.2.1) -> list of PIL images.
+    """`make_pairs` of one question -> list of PIL images."""
+    return make_pairs([images], [question], clip, t, [mode], mass, [seed], text_guidance)[0]
 
-    clip: a ClipAttention, unused when mode is "all". t: (low, high), one step drawn for the question, both included.
-    seed: any value; noise, step and random region follow from it.
+
+def make_pairs(images, questions, clip, t, modes, mass, seeds, text_guidance=True):
+    """The noised twins i' of Q questions' images (paper 3.2.1): Q lists of PIL images -> Q lists of PIL images.
+
+    clip: a ClipAttention, unused where the mode is "all". t: (low, high), one step drawn for each question, both included.
+    modes, seeds: Q each; a seed is any value, from which noise, step and random region follow.
     """
-    rng = random.Random(f"pair {seed}")
-    step = rng.randint(*t)
+    asked = [(image, question if text_guidance else None)
+             for pictures, question, mode in zip(images, questions, modes, strict=True) if mode != "all" for image in pictures]
+    maps = clip.maps(asked) if asked else None
     noised = []
-    for image in images:
-        own = rng.getrandbits(63)
-        mask = None
-        if mode != "all":
-            mask = region(clip.map(image, question if text_guidance else None), mass, mode, own)
-        noised.append(diffuse(image, step, mask=mask, seed=own))
+    for pictures, mode, seed in zip(images, modes, seeds, strict=True):
+        rng = random.Random(f"pair {seed}")
+        step = rng.randint(*t)
+        noised.append([])
+        for image in pictures:
+            own = rng.getrandbits(63)
+            mask = region(next(maps), mass, mode, own) if mode != "all" else None
+            noised[-1].append(diffuse(image, step, mask=mask, seed=own))
     return noised
 
 

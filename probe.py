@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import data
 from judge import extract_answer, is_correct
-from noise import make_pair
+from noise import make_pairs
 from reward import fit_platt, probability
 
 PROBE_STEPS = (0, 300, 500, 700, 850, 999)
@@ -225,7 +225,8 @@ def answer(vlm, samples, images, n=4, *, seed=0, batch_size=32, progress=None, *
 
 def noised_answers(vlm, samples, clip, t, mode, mass, n, seed, progress=None, **sampling):
     """Answers to the same questions on pictures noised at step t on a region -> list of Answer."""
-    images = [make_pair(s.pictures(), s.question, clip, (t, t), mode if t else "all", mass, f"{seed} {s.id}") for s in samples]
+    images = make_pairs([s.pictures() for s in samples], [s.question for s in samples], clip, (t, t),
+                        [mode if t else "all"] * len(samples), mass, [f"{seed} {s.id}" for s in samples])
     return answer(vlm, samples, images, n, seed=f"{seed} {t}", progress=progress, **sampling)
 
 

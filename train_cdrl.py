@@ -108,7 +108,7 @@ class Args:
     # Reward (paper Eq. 4)
     confidence: str = option("topk", "C of the perception term: Eq. 3, or mean log-prob, or minus mean entropy", KINDS)
     judged: str = option("topk", "the confidence that the calibration term judges", KINDS)
-    alpha: float = option(0.05, "weight of the perception term tanh(beta (C - C')); 0 = no term")
+    alpha: float = option(0.08, "weight of the perception term tanh(beta (C - C')); 0 = no term")
     beta: float = option(0.5, "its steepness, per nat")
     cnorm: str = option("range", "scale of C in the linear term: the base's 5th-95th percentile, or the group's min-max",
                         ("range", "group"))
@@ -116,21 +116,22 @@ class Args:
                               ("linear", "brier", "log", "none"))
     probability: str = option("sigmoid", "that probability: sigmoid(aC + b), fitted on the base once; exp(C), of logprob "
                               "or entropy", ("sigmoid", "exp"))
-    scale_questions: int = option(64, "of the first steps; the base's answers to them on both views give the scale of C and "
+    scale_questions: int = option(256, "of the first steps; the base's answers to them on both views give the scale of C and "
                                   "that map; from few, its slope is a matter of luck")
-    steepness: float = option(1.0, "that map is made so many times steeper, about c = .5: the model has to move C less, and "
+    steepness: float = option(1.6, "that map is made so many times steeper, about c = .5: the model has to move C less, and "
                               "flattens less of what it samples from, to say the same; 1 = as fitted")
     learn_noised: bool = option(True, "rollouts on the noised picture get a reward and a gradient of their own")
     noised_policy: float = option(0.0, "weight of their policy gradient beside the original's; 0: they teach through their "
                                   "confidence alone, since a policy gradient there teaches to guess")
-    pathwise: float = option(8.0, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
+    pathwise: float = option(3.5, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
 
 
 RECIPES = {
     "ours": {},
     "paper": dict(alpha=0.5, beta=1.0, cnorm="group", calibration="linear", learn_noised=False, noised_policy=1.0,
-                  pathwise=0.0, controls=0.0, adv_norm="std", lr=1e-4),
-    "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0, controls=0.0, adv_norm="std"),
+                  pathwise=0.0, controls=0.0, adv_norm="std", lr=1e-4, steepness=1.0),
+    "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0, controls=0.0, adv_norm="std",
+                 steepness=1.0),
 }
 
 
@@ -218,7 +219,7 @@ class Order:
 
 
 def check_prompts(vlm, samples, max_new_tokens, progress, reflect=False):
-    """Before training: every question's pictures open, every prompt and its completion fit the model's context. Else
+    """Before training: the questions' pictures open, every prompt and its completion fit the model's context. Else
     InputError that names the question: a truncated prompt would cut image tokens."""
     for sample in tqdm(samples, desc="checking questions", unit="question", leave=False, disable=not progress or not samples):
         text = with_critique(sample, data.golds(sample)[0]) if reflect else data.prompt(sample)
@@ -394,10 +395,14 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
         part = parts[min(number, len(parts) - 1)]
         policy.sum_gradients(number == passes - 1)
         loss, confidences, judged, weights, counts = 0.0, {}, {}, {}, dict.fromkeys(stats, 0.0)
-        for view in views:
-            flat = [r for q in part for r in view.rollouts[q]]
-            completions, asked = [r.tokens for r in flat], ([view.images[q] for q in part], [prompts[q] for q in part])
-            scores = policy.score(*asked, completions, temperature=args.temperature)
+        rollouts = [[r for q in part for r in view.rollouts[q]] for view in views]
+        asked = [view.images[q] for view in views for q in part], [prompts[q] for _ in views for q in part]
+        completions = [r.tokens for flat in rollouts for r in flat]
+        both = policy.score(*asked, completions, temperature=args.temperature).split(len(views))      # all views in one pass
+        if reference is not None:
+            with torch.no_grad():
+                anchors = reference.score(*asked, completions, temperature=args.temperature).split(len(views))
+        for place, (view, flat, scores) in enumerate(zip(views, rollouts, both)):
             used = used_mask(flat, args).to(device)
             token_weights, weights[view.name] = weights_of(scores.mask & used[:, None], args)
             weights[view.name] = weights[view.name] * used
@@ -408,9 +413,7 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
             advantages = view.advantages[part].reshape(-1, 1).to(device)
             per_token, clipped = policy_loss(scores.logprobs, old, advantages, args.clip_low, args.clip_high)
             if reference is not None:
-                with torch.no_grad():
-                    anchor = reference.score(*asked, completions, temperature=args.temperature)
-                kl = kl_k3(scores.logprobs, anchor.logprobs)
+                kl = kl_k3(scores.logprobs, anchors[place].logprobs)
                 per_token = per_token + args.kl_beta * kl
                 counts["kl"] += (kl.detach() * scores.mask).sum()
             share = 1.0 if view.name == "original" else args.noised_policy
@@ -496,12 +499,12 @@ def roll_out(vlm, clip, samples, step, args):
     # ---- I. image pairs (paper 3.2.1)
     control = torch.tensor([random.Random(f"control {args.seed} {step} {s.id}").random() < args.controls for s in samples])
     control |= reflects                     # with a critique the answer is known without the picture
-    noised = [noise.make_pair(pictures, s.question, clip, noise.parse_t(args.noise_t), "random" if spared else args.region,
-                              args.mass, f"{args.seed} {step} {s.id}", args.text_guidance)
-              for pictures, s, spared in zip(images, samples, control)] if needs_noised(args) else None
+    seeds = [f"{args.seed} {step} {s.id}" for s in samples]
+    regions = ["random" if spared else args.region for spared in control]
+    noised = noise.make_pairs(images, [s.question for s in samples], clip, noise.parse_t(args.noise_t), regions, args.mass,
+                              seeds, args.text_guidance) if needs_noised(args) else None
     # ---- II. rollouts: y_j on i, y'_j on i', in one batch; III. confidences (Eq. 3), online while sampling
     paired = noised is not None and args.noised == "rollout"
-    seeds = [f"{args.seed} {step} {s.id}" for s in samples]
     rollouts = vlm.sample(images + (noised if paired else []), prompts * (1 + paired), n=args.group_size,
                           seed=seeds + [f"{seed} noised" for seed in seeds if paired],
                           max_new_tokens=args.max_new_tokens, temperature=args.temperature,
@@ -590,8 +593,9 @@ def train(args):
     compute = plan.dtype_of(args, device)
     vlm = load_model(args.model, device, compute)
     spread, again = plan.choices(args, device, world, vlm)
+    # Built-in questions are made, not read, and alike in length: the first stand for all.
     wanted = (range(len(train_set)) if isinstance(train_set, list)
-              else sorted({i for s in range(args.steps) for i in order(s)}))
+              else sorted({i for s in range(min(args.steps, 16)) for i in order(s)}))
     check_prompts(vlm, [train_set[i] for i in list(wanted)[rank::world]], args.max_new_tokens, main_rank, args.reflect > 0)
     check_prompts(vlm, [held_out[i] for i in range(rank, len(held_out), world)], args.max_new_tokens, main_rank)
     if main_rank:

@@ -64,6 +64,10 @@ class Scores:
     entropy: torch.Tensor
     mask: torch.Tensor
 
+    def split(self, n):
+        """-> list of n Scores, of as many rows each."""
+        return [Scores(*parts) for parts in zip(*(value.chunk(n) for value in vars(self).values()))]
+
 
 @dataclass
 class _Prefill:
@@ -471,7 +475,7 @@ class VLM:
         completions: B*n lists of token ids, n after each other for each of the B prompts (n = 1: one each), which are
         read once. temperature divides the logits of `logprobs` alone; confidence and entropy stay raw.
         Positions and prompts are those of `sample`; the vocabulary head sees completion tokens only, in chunks
-        whose logits are recomputed in the backward pass.
+        whose logits are recomputed in the backward pass where one chunk is not enough.
         """
         n, rest = divmod(len(completions), len(prompts))
         if rest or not n or not all(len(ids) for ids in completions):
@@ -491,8 +495,8 @@ class VLM:
             hidden = torch.cat([hidden, after], 1)                                                 # (B*n, T, D)
         rows, targets = hidden[mask], ids[mask]                                                    # (N, D), (N,)
         size = max(1, CHUNK_LOGITS // self.vocabulary)
-        parts = [checkpoint(self._head_scores, h, y, temperature, use_reentrant=False)
-                 for h, y in zip(rows.split(size), targets.split(size))]
+        parts = [(checkpoint(self._head_scores, h, y, temperature, use_reentrant=False) if len(rows) > size
+                  else self._head_scores(h, y, temperature)) for h, y in zip(rows.split(size), targets.split(size))]
         fields = [torch.zeros(ids.shape, device=self.device).masked_scatter(mask, torch.cat(part))
                   for part in zip(*parts)]
         return Scores(*fields, mask)

@@ -66,7 +66,7 @@ def profile(rounds):
             finally:
                 spent[label] = spent.get(label, 0.0) + time.perf_counter() - start
         setattr(owner, name, wrapper)
-    timed(noise, "make_pair", "pictures: key regions and noise")
+    timed(noise, "make_pairs", "pictures: key regions and noise")
     timed(vlm, "encode", "pictures and prompts: pre-processing")
     timed(train_cdrl, "outcomes", "judge")
 

@@ -114,6 +114,24 @@ def test_question_moves_the_map_and_any_size_works(clip):
     assert wide.shape == (50, 333) and abs(wide.sum() - 1) < 1e-9
 
 
+def test_maps_of_a_batch_are_those_of_each_picture(clip, monkeypatch):
+    """Whatever a batch holds, and however many it may hold: pictures of other sizes, with and without a question."""
+    samples = [data.synthetic("test", 0, i) for i in range(5)]
+    asked = [(s.images[0].resize((60 + 20 * i, 112)), s.question if i % 2 else None) for i, s in enumerate(samples)]
+    alone = [clip.map(*pair) for pair in asked]
+    for batch in (2, 100):
+        monkeypatch.setattr(clip, "batch", batch)
+        for found, wanted in zip(clip.maps(asked), alone, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-9)
+    pictures, questions = [[image] for image, _ in asked] + [[image for image, _ in asked[:2]]], ["Where?"] * 6
+    modes, seeds = ["key", "all", "random", "inverse", "key", "key"], list(range(6))
+    together = noise.make_pairs(pictures, questions, clip, (300, 999), modes, 0.5, seeds)
+    for found, images, mode, seed in zip(together, pictures, modes, seeds, strict=True):
+        wanted = noise.make_pair(images, "Where?", clip, (300, 999), mode, 0.5, seed)
+        for one, other in zip(found, wanted, strict=True):      # a last bit of a map may move an edge of its region by a pixel
+            assert (np.asarray(one) != np.asarray(other)).mean() < 0.01
+
+
 def test_maps_on_disk_are_the_maps(clip, tmp_path, monkeypatch):
     """Kept maps are equal to the bit, are not made twice, are of their picture, question and model alone; a torn file is
     made again."""
@@ -126,7 +144,7 @@ def test_maps_on_disk_are_the_maps(clip, tmp_path, monkeypatch):
     assert len(files) == 3
     again = noise.ClipAttention.from_pretrained(cache=tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(again, "_grid", None)             # calling it would be a TypeError
+        patch.setattr(again, "_grids", None)            # calling it would be a TypeError
         for pair, attention in zip(asked, wanted):
             np.testing.assert_array_equal(again.map(*pair), attention)
     for file in files:
