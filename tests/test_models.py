@@ -108,6 +108,33 @@ def idefics3():
     return config, images, words, "Idefics3Processor", dict(image_seq_len=4)
 
 
+def llava_next():
+    """Pictures in tiles, of which the padding is cut away again."""
+    words = tokenizer("<image>", bos="<bos>")
+    grid = [[32, 64], [64, 32], [64, 64]]
+    config = tf.LlavaNextConfig(
+        text_config=dict(TEXT, model_type="mistral", vocab_size=len(words)), image_grid_pinpoints=grid,
+        vision_config=dict(VISION, model_type="clip_vision_model", projection_dim=32), image_token_index=words.image_token_id)
+    images = tf.LlavaNextImageProcessor(size=dict(shortest_edge=32), crop_size=SQUARE, image_grid_pinpoints=grid)
+    return config, images, words, "LlavaNextProcessor", dict(patch_size=8, vision_feature_select_strategy="default",
+                                                             num_additional_image_tokens=1)
+
+
+def glm4v():
+    named = {name: f"<|{word}|>" for name, word in dict(
+        image="image", image_start="begin_of_image", image_end="end_of_image", video="video", video_start="begin_of_video",
+        video_end="end_of_video").items()}
+    words = tokenizer(named["image"], *named.values(), shown="".join(map(named.get, ("image_start", "image", "image_end"))),
+                      video_token=named["video"])
+    images = tf.Glm4vImageProcessor(patch_size=14, size=dict(shortest_edge=56**2, longest_edge=112**2))
+    config = tf.Glm4vConfig(
+        text_config=dict(TEXT, vocab_size=len(words), rope_parameters=dict(MROPE, partial_rotary_factor=1.0)),
+        vision_config=dict(depth=2, hidden_size=32, num_heads=2, out_hidden_size=32, intermediate_size=64, patch_size=14,
+                           image_size=56),
+        **{f"{name}_token_id": words.convert_tokens_to_ids(token) for name, token in named.items()})
+    return config, images, words, "Glm4vProcessor", {}
+
+
 def paligemma2():
     """Caps its logits and takes no prompt without a picture."""
     words = tokenizer("<image>", bos="<bos>")
@@ -140,7 +167,7 @@ def qwen3_5():
     return config, images, words, name, {}
 
 
-FAMILIES = (qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, llava_onevision, gemma3, idefics3)
+FAMILIES = (qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, llava_onevision, gemma3, idefics3, llava_next, glm4v)
 REFUSED = {mllama: "cross-attention", qwen3_5: "LinearAttentionLayer"}
 
 
