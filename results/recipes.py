@@ -285,6 +285,21 @@ def differences(records, against="ours", rounds=1000):
     return table
 
 
+def bounds(record):
+    """What bounds the AUROC of C: how it ranks the answers to one question, how its mean ranks questions, and how an oracle
+    would that knows which share of a question's other answers is right."""
+    ids, right, value = arrays(record)
+    c, groups = value["C"], probe.clusters(ids)
+    mean, others, within, pairs = np.empty_like(c), np.empty_like(c), [], []
+    for group in groups:
+        mean[group], others[group] = c[group].mean(), (right[group].sum() - right[group]) / (len(group) - 1)
+        if 0 < right[group].sum() < len(group):
+            within.append(auroc(c[group], right[group]))
+            pairs.append(right[group].sum() * (1 - right[group]).sum())
+    return {"AUROC": auroc(c, right), "within questions": float(np.average(within, weights=pairs)),
+            "the questions' mean C": auroc(mean, right), "oracle": auroc(others, right)}
+
+
 def mean_of(records, *path):
     """The mean over seeds of a number that lies at `path` in each record; nan where one has none."""
     values = []
@@ -308,6 +323,9 @@ def make_tables(records):
             f"{row} ({len(found)})": {**{name: mean_of(found, part, name) for name in found[0][part]},
                                       **({"seconds": mean_of(found, "seconds")} if part == "all" else {})}
             for row, found in records.items()}
+    bound = {row: [bounds(record) for record in found] for row, found in records.items()}
+    tables["what bounds the AUROC of C"] = {row: {name: mean_of(found, name) for name in found[0]}
+                                            for row, found in bound.items()}
     tables["standard deviation over seeds"] = {
         row: {name: float(np.std([mean_of([r], "all", name) for r in found], ddof=1)) for name in found[0]["all"]}
         for row, found in records.items() if len(found) > 1} or {"-": {"-": 0}}
