@@ -188,7 +188,8 @@ def whole_state(policy, dtype):
     call it. A weight that two modules share (a head tied to the word embeddings) is there once, by its first name."""
     found = get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     names, first = ({name for name, _ in policy.model.named_parameters(remove_duplicate=once)} for once in (False, True))
-    return {name: weight.to(dtype) for name, weight in found.items() if name not in names - first}
+    # popped: two copies of one weight at a time
+    return {name: found.pop(name).to(dtype) for name in list(found) if name not in names - first}
 
 
 def _state(policy, optimiser):

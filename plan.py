@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 8 train_cdrl.py --model Qwen/Qwen2.5-VL-7B-Instruct --data train.jsonl --dry_run
     WORLD_SIZE=8 python train_cdrl.py --model ... --dtype bfloat16 --memory 80 --dry_run       # the same without the GPUs
 
-Exact: weights, gradients, optimiser state, CLIP, keys and values of the rollouts. Estimated: activations, from the sizes of the
-blocks with fused attention and a gated MLP. Fragmentation and the CUDA context are a flat tenth on top.
+Exact: weights, gradients, optimiser state, CLIP. From above: keys and values of the rollouts (samples of a prompt share its
+part where the model lets them). Estimated: activations, from the sizes of the blocks with fused attention and a gated MLP.
+Fragmentation and the CUDA context are a flat tenth on top.
 """
 import math
 import os
@@ -160,13 +161,15 @@ def dry_run(args, samples, views, world):
         raise InputError(f"a prompt takes {prompt} tokens and --max_new_tokens {args.max_new_tokens} more, but the model's "
                          f"context is {vlm.context}")
     questions = args.batch_size // world
-    rollouts, length = questions * args.group_size * views, prompt + args.max_new_tokens
+    # Both views, whatever a step rolls out: so the base's confidence is measured, and the probe asks no more at once.
+    rollouts, length = questions * args.group_size * 2, prompt + args.max_new_tokens
     part = min(questions, args.micro_batch)
     if args.micro_tokens:
-        part = max(1, min(part, args.micro_tokens // (prompt + args.group_size * args.max_new_tokens)))
+        part = max(1, min(part, args.micro_tokens // (views * (prompt + args.group_size * args.max_new_tokens))))
     block = max(sum(p.numel() for p in b.parameters()) for b in parallel.blocks(vlm.model)) if sharded else 0
     left = total - sum(p.numel() for b in parallel.blocks(vlm.model) for p in b.parameters()) if sharded else 0
     state = state_bytes(total, trained, ranks, args.offload)
+    state["CPU", "a checkpoint's weights, first rank"] = 4 * total
     state["device", "CLIP, fp32"] = 4 * noise.ClipAttention.count(args.clip)
     if args.kl_beta:
         state["CPU" if args.offload else "device", "reference model"] = 4 * total / ranks
@@ -186,21 +189,23 @@ def dry_run(args, samples, views, world):
         for name, value in parts.items():
             rows[name][phase] = value / GIB
     held = sum(value for (where, _), value in state.items() if where == "device")
-    peak = {phase: 1.1 * (held + sum(parts.values())) / GIB
-            for phase, parts in (("rolling out", rolling), ("learning", learning))}
+    idle = state.get(("device", "gradients, fp32"), 0)              # there are none while rolling out
+    peak = {"rolling out": 1.1 * (held - idle + sum(rolling.values())) / GIB,
+            "learning": 1.1 * (held + sum(learning.values())) / GIB}
     print(f"{data.shown(args.model)}: {total:,} parameters ({vision:,} of them vision), {trained:,} train")
     print(f"{describe(compute, spread, again, world)}{', offload' if args.offload else ''}")
     print(f"tokens: longest of {len(chosen)} prompts {prompt}, {picture} of them pictures; completion {args.max_new_tokens}")
-    print(f"rollouts a step: {rollouts * world} ({args.batch_size} questions x {args.group_size} x {views} views), a rank "
-          f"{rollouts}; questions a forward pass when learning: {part}")
+    a_rank = questions * args.group_size * views
+    print(f"rollouts a step: {a_rank * world} ({args.batch_size} questions x {args.group_size} x {views} views), a rank "
+          f"{a_rank}; questions a forward pass when learning: {part}")
     columns = [c for c in ("device", "CPU", "rolling out", "learning") if any(c in cells for cells in rows.values())]
     print("\nGiB a rank")
     print(data.table({name: {c: cells.get(c, "") for c in columns} for name, cells in rows.items()}))
     memory, here = device_memory(args, device), int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    waiting = here * sum(value for (where, _), value in state.items() if where == "CPU") / GIB
+    waiting = (here * sum(value for (where, _), value in state.items() if where == "CPU") - (here - 1) * 4 * total) / GIB
     print(f"\npeak: {peak['rolling out']:.2f} GiB while rolling out, {peak['learning']:.2f} while learning"
           + (f", of {memory:g}" if memory else "; --memory N says what a device has")
-          + (f"; in the CPU's memory {waiting:.2f}" if waiting else ""))
+          + f"; {waiting:.2f} of the CPU's memory")
     if memory and max(peak.values()) > memory:
         more = [flag for flag, used in (("--shard fsdp over more ranks", False), ("--offload", args.offload),
                                         ("--activation_checkpointing on", again), ("--freeze_vision", args.freeze_vision),
@@ -208,5 +213,5 @@ def dry_run(args, samples, views, world):
         raise InputError(f"{max(peak.values()):.2f} GiB a rank do not fit into {memory:g}; try {', '.join(more)}, or a smaller "
                          "--batch_size, --group_size or --max_new_tokens")
     if waiting > host_memory() and not args.memory:                 # --memory: the plan is for another machine
-        raise InputError(f"--offload puts {waiting:.2f} GiB into the CPU's memory, {here} ranks of this machine together, "
-                         f"which has {host_memory():.2f}; try --shard fsdp over more machines, or --freeze_vision")
+        raise InputError(f"{waiting:.2f} GiB of the CPU's memory are needed, by {here} ranks together, and this machine has "
+                         f"{host_memory():.2f}; try more machines, --freeze_vision, or do without --offload")

@@ -66,7 +66,8 @@ class Args:
     batch_size: int = option(32, "questions a step, over all ranks")
     group_size: int = option(4, "rollouts a question on each view, G (the paper: 4 pairs)")
     micro_batch: int = option(16, "questions a forward pass when learning; less saves memory, the gradient is the same")
-    micro_tokens: int = option(0, "and at most so many tokens, prompts and all completions, padding included; 0 = no limit")
+    micro_tokens: int = option(0, "and at most so many tokens, prompts and all completions on each view, padding "
+                               "included; 0 = no limit")
     max_new_tokens: int = option(64, "longest completion")
     save_every: int = option(20, "steps between checkpoints")
     keep: int = option(2, "newest checkpoints that stay")
@@ -371,7 +372,7 @@ def micro_batches(vlm, views, prompts, args):
     found = [[]]
     for q in sorted(range(len(prompts)), key=longest.__getitem__):
         part = [*found[-1], q]
-        tokens = len(part) * (max(lengths[i] for i in part) + args.group_size * longest[q])
+        tokens = len(views) * len(part) * (max(lengths[i] for i in part) + args.group_size * longest[q])
         if found[-1] and (len(part) > args.micro_batch or args.micro_tokens and tokens > args.micro_tokens):
             found.append([q])
         else:
@@ -444,8 +445,13 @@ def run_probe(vlm, held_out, clip, args, rank, world, name):
     ts = sorted({*probe.PROBE_STEPS, t})
     mine = [held_out[i] for i in range(rank, len(held_out), world)]
     found = probe.probe(vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed, name=name,
-                             max_new_tokens=args.max_new_tokens)
+                        max_new_tokens=args.max_new_tokens, batch_size=probed(args, world))
     return {t: gathered(found[t]) for t in ts}
+
+
+def probed(args, world):
+    """How many questions the probe asks at once: with no more rollouts than a step has on two views (int)."""
+    return max(1, min(32, args.batch_size // world * args.group_size * 2 // PROBE_SAMPLES))
 
 
 def load_or(path, make, rank):
@@ -649,13 +655,13 @@ def train(args):
             parts = micro_batches(vlm, used, prompts, args)
             divisor = batch_weight(used, args, device)
             for _ in range(args.mu):                                                   # VI. loss and update
-                optimiser.zero_grad()
                 updates.append(learn(policy, reference, used, prompts, parts, scale, divisor, args, device))
                 updates[-1]["grad_norm"] = parallel.clip_gradients(parameters, args.max_grad_norm)
                 if not math.isfinite(updates[-1]["grad_norm"]):
                     raise InputError(f"the gradient of step {step} is not finite; lower --lr ({args.lr:g}) or the reward's "
                                      f"weights, the checkpoints in {output} are from before it")
                 optimiser.step()
+                optimiser.zero_grad()               # their memory is free while rolling out
             learned = time.perf_counter()
             row = log_row(step, statistics(views, device), updates, group["lr"], device, world)    # VII. log
             row |= {"seconds/sample": sampled - clock, "seconds/learn": learned - sampled}

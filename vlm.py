@@ -147,7 +147,7 @@ class VLM:
                    *(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)}
         self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
         # Whether prompts of one picture each that were encoded together are not encoded again, in parts or in another order.
-        # Told by the objects that hold the pictures: whoever sets this must not change a picture that was looked at.
+        # Told by the pictures' identity: whoever sets this must not change a picture that was looked at.
         self.encodes_once, self._encoded = False, ((), (), {})
         # transformers 5.20 renamed past_key_values to cache.
         names = inspect.signature(self.backbone.forward).parameters
@@ -314,15 +314,15 @@ class VLM:
             raise InputError(f"{type(self.processor).__name__} does not take these prompts: {error}") from error
         inputs = {key: value.to(self.device) for key, value in inputs.items()}
         if self.encodes_once:
-            self._encoded = [*images], [*prompts], inputs
+            self._encoded = [[*pictures] for pictures in images], [*prompts], inputs
         return inputs
 
     def _encoded_before(self, images, prompts):
         """These prompts' rows of what `encode` made last, without columns of padding alone -> inputs, or None where they are
         not all in there or cannot be told apart."""
         before, said, inputs = self._encoded
-        place = {(id(pictures), prompt): b for b, (pictures, prompt) in enumerate(zip(before, said))}
-        rows = [place.get(pair) for pair in zip(map(id, images), prompts)]
+        place = {(*map(id, pictures), prompt): b for b, (pictures, prompt) in enumerate(zip(before, said))}
+        rows = [place.get((*map(id, pictures), prompt)) for pictures, prompt in zip(images, prompts)]
         if None in rows or any(len(pictures) != 1 for pictures in before):
             return None
         count, length = inputs["input_ids"].shape
@@ -487,12 +487,13 @@ class VLM:
                                               padding_value=-1).to(self.device)                    # (B*n, T)
         mask, width = ids >= 0, ids.shape[1]
         hidden = state.hidden[:, None]                                                             # (B*n, 1, D)
-        if width > 1:
-            steps = torch.arange(1, width, device=self.device)
-            after = self._forward(state.cache, input_ids=ids[:, :-1].clamp(min=0),
-                                  attention_mask=torch.cat([state.mask, mask[:, :-1].long()], 1),
-                                  position_ids=state.position + steps)
-            hidden = torch.cat([hidden, after], 1)                                                 # (B*n, T, D)
+        # Made even where every completion is one word, whose last is not needed: ranks that share a model gather its weights at
+        # each pass, and must make as many.
+        read = max(1, width - 1)
+        after = self._forward(state.cache, input_ids=ids[:, :read].clamp(min=0),
+                              attention_mask=torch.cat([state.mask, mask[:, :read].long()], 1),
+                              position_ids=state.position + torch.arange(1, read + 1, device=self.device))
+        hidden = torch.cat([hidden, after], 1)[:, :width]                                          # (B*n, T, D)
         rows, targets = hidden[mask], ids[mask]                                                    # (N, D), (N,)
         size = max(1, CHUNK_LOGITS // self.vocabulary)
         parts = [(checkpoint(self._head_scores, h, y, temperature, use_reentrant=False) if len(rows) > size

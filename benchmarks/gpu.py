@@ -1,6 +1,7 @@
 """On one GPU: decoding against the memory's bandwidth, and a whole training step, at the sizes of Qwen2.5-VL 3B and 7B.
 
     python benchmarks/gpu.py --sizes 3B 7B                            # random weights, real shapes; some ten minutes
+    python benchmarks/gpu.py --sizes 7B --only train --offload        # 7B's state of training in the CPU's memory
     python benchmarks/gpu.py --sizes tiny --device cpu --dtype float32 --new_tokens 8 --rows 4 --pixels 112     # a dry run
     python benchmarks/gpu.py --write 7B runs/7B && python train_cdrl.py --model runs/7B --dry_run --memory 80
 
@@ -11,6 +12,7 @@ Training: one question, 8 rollouts on each of two views, --completion tokens; se
 FLOP a trained parameter and token, the vision tower's at its patches, without what activation checkpointing runs again.
 """
 import argparse
+import gc
 import json
 import sys
 import time
@@ -148,6 +150,12 @@ def training(vlm, size, args):
     return rows
 
 
+def keep(tables, args):
+    """Write what has been measured so far."""
+    if args.json:
+        data.write_atomically(ROOT / args.json, json.dumps(tables, indent=1))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=["3B", "7B"], choices=["tiny", *SIZES])
@@ -177,14 +185,19 @@ def main():
         if args.only != "train":
             tables[f"{size}, decoding"] = {k: v for rows in args.rows for k, v in decoding(vlm, rows, args).items()}
             print(data.table(tables[f"{size}, decoding"]))
+            keep(tables, args)
         if args.only != "decode":
-            tables[f"{size}, training"] = training(vlm, size, args)
-            print(data.table(tables[f"{size}, training"]))
+            try:
+                tables[f"{size}, training"] = training(vlm, size, args)
+                print(data.table(tables[f"{size}, training"]))
+            except torch.OutOfMemoryError as error:
+                tables[f"{size}, training"] = {"out of memory": str(error).splitlines()[0]}
+                print(f"{size}: a training step does not fit ({str(error).splitlines()[0]}); try --offload")
+            keep(tables, args)
         del vlm
+        gc.collect()                    # blocks and the functions that run them again hold each other
         if args.device != "cpu":
             torch.cuda.empty_cache()
-        if args.json:
-            data.write_atomically(ROOT / args.json, json.dumps(tables, indent=1))
 
 
 if __name__ == "__main__":

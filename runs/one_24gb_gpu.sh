@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Qwen2.5-VL-3B-Instruct on one 24 GB GPU: the language model trains, its state waits in the CPU's memory.
 #   runs/one_24gb_gpu.sh train.jsonl
-# Memory, computed by --dry_run, not yet measured: 11 GiB on the GPU, 48 GiB in the CPU's memory.
+# Memory, computed by --dry_run, not yet measured: 11 GiB on the GPU, 62 GiB in the CPU's memory.
 set -euo pipefail
 data=${1:?give a .jsonl file of questions}
 python train_cdrl.py --model Qwen/Qwen2.5-VL-3B-Instruct --clip openai/clip-vit-large-patch14-336 \

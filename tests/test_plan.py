@@ -36,8 +36,9 @@ def flags_of(script, folder):
     return flags, ranks[0] * ranks[-1] if len(ranks) == 2 else ranks[0] if ranks else 1
 
 
-@pytest.mark.parametrize("name", ["one_24gb_gpu", "one_80gb_gpu", "eight_gpus", "several_nodes"])
-def test_the_stated_memory_is_what_a_dry_run_computes(name, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name, offloaded", [("one_24gb_gpu", ""), ("one_80gb_gpu", ""), ("one_80gb_gpu", "7B"),
+                                             ("eight_gpus", ""), ("several_nodes", "")])
+def test_the_stated_memory_is_what_a_dry_run_computes(name, offloaded, tmp_path, capsys, monkeypatch):
     script = ROOT / "runs" / f"{name}.sh"
     LARGE_CLIP.save_pretrained(tmp_path / "clip")
     CLIPImageProcessor().save_pretrained(tmp_path / "clip")
@@ -45,18 +46,22 @@ def test_the_stated_memory_is_what_a_dry_run_computes(name, tmp_path, capsys, mo
     rows = [{"id": str(i), "image": "a.png", "question": "How many red circles are there?", "answer": "1"} for i in range(5)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags, ranks = flags_of(script, tmp_path)
-    size = re.search("[37]B", flags[flags.index("--model") + 1])[0]
+    size = offloaded or re.search("[37]B", flags[flags.index("--model") + 1])[0]
     for part in settings(size, 896):
         part.save_pretrained(tmp_path / "model")
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     train_cdrl.main([*flags, "--model", str(tmp_path / "model"), "--clip", str(tmp_path / "clip"), "--dtype", "bfloat16",
-                     "--memory", "24" if "24" in name else "80", "--dry_run"])
+                     "--memory", "24" if "24" in name else "80", "--dry_run", *["--offload"] * bool(offloaded)])
     printed = capsys.readouterr().out
     assert f"{PARAMETERS[size]} parameters" in printed and "1024 of them pictures" in printed
     peak = round(max(map(float, re.search(r"peak: ([\d.]+) GiB while rolling out, ([\d.]+)", printed).groups())))
-    stated = re.search(r"not yet measured: (\d+) GiB(?:.*?(\d+) GiB in the CPU)?", script.read_text())
-    assert int(stated[1]) == peak
+    waiting = round(float(re.search(r"([\d.]+) of the CPU's memory", printed)[1]))
+    said = " ".join(line.lstrip("# ") for line in script.read_text().splitlines())
     row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `runs/{name}.sh"))
-    assert row.split("|")[3].strip() == str(peak)
-    if stated[2]:
-        assert round(float(re.search(r"CPU's memory ([\d.]+)", printed)[1])) == int(stated[2])
+    if offloaded:
+        assert f"--offload: {peak} GiB on the GPU, {waiting} GiB in the CPU's memory" in said
+        assert f"`--offload`: {peak} and {waiting} GiB of the CPU's memory" in row
+        return
+    assert f"not yet measured: {peak} GiB" in said and row.split("|")[3].strip() == str(peak)
+    if "--offload" in flags:
+        assert f"{waiting} GiB in the CPU's memory" in said and f"({waiting} GiB)" in row
