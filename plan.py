@@ -169,7 +169,6 @@ def dry_run(args, samples, views, world):
     block = max(sum(p.numel() for p in b.parameters()) for b in parallel.blocks(vlm.model)) if sharded else 0
     left = total - sum(p.numel() for b in parallel.blocks(vlm.model) for p in b.parameters()) if sharded else 0
     state = state_bytes(total, trained, ranks, args.offload)
-    state["CPU", "a checkpoint's weights, first rank"] = 4 * total
     state["device", "CLIP, fp32"] = 4 * noise.ClipAttention.count(args.clip)
     if args.kl_beta:
         state["CPU" if args.offload else "device", "reference model"] = 4 * total / ranks
@@ -185,6 +184,7 @@ def dry_run(args, samples, views, world):
     rows = defaultdict(dict)
     for (where, name), value in state.items():
         rows[name][where] = value / GIB
+    rows["a checkpoint's weights, first rank"]["CPU"] = 4 * total / GIB
     for phase, parts in (("rolling out", rolling), ("learning", learning)):
         for name, value in parts.items():
             rows[name][phase] = value / GIB
@@ -202,7 +202,7 @@ def dry_run(args, samples, views, world):
     print("\nGiB a rank")
     print(data.table({name: {c: cells.get(c, "") for c in columns} for name, cells in rows.items()}))
     memory, here = device_memory(args, device), int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    waiting = (here * sum(value for (where, _), value in state.items() if where == "CPU") - (here - 1) * 4 * total) / GIB
+    waiting = (here * sum(value for (where, _), value in state.items() if where == "CPU") + 4 * total) / GIB
     print(f"\npeak: {peak['rolling out']:.2f} GiB while rolling out, {peak['learning']:.2f} while learning"
           + (f", of {memory:g}" if memory else "; --memory N says what a device has")
           + f"; {waiting:.2f} of the CPU's memory")
