@@ -400,10 +400,11 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
         asked = [view.images[q] for view in views for q in part], [prompts[q] for _ in views for q in part]
         completions = [r.tokens for flat in rollouts for r in flat]
         both = policy.score(*asked, completions, temperature=args.temperature).split(len(views))      # all views in one pass
+        anchors = [None] * len(views)
         if reference is not None:
             with torch.no_grad():
                 anchors = reference.score(*asked, completions, temperature=args.temperature).split(len(views))
-        for place, (view, flat, scores) in enumerate(zip(views, rollouts, both)):
+        for view, flat, scores, anchor in zip(views, rollouts, both, anchors):
             used = used_mask(flat, args).to(device)
             token_weights, weights[view.name] = weights_of(scores.mask & used[:, None], args)
             weights[view.name] = weights[view.name] * used
@@ -413,8 +414,8 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
             old = view.old_logprobs.setdefault(part[0], scores.logprobs.detach())    # mu = 1: ratio 1, with gradient
             advantages = view.advantages[part].reshape(-1, 1).to(device)
             per_token, clipped = policy_loss(scores.logprobs, old, advantages, args.clip_low, args.clip_high)
-            if reference is not None:
-                kl = kl_k3(scores.logprobs, anchors[place].logprobs)
+            if anchor is not None:
+                kl = kl_k3(scores.logprobs, anchor.logprobs)
                 per_token = per_token + args.kl_beta * kl
                 counts["kl"] += (kl.detach() * scores.mask).sum()
             share = 1.0 if view.name == "original" else args.noised_policy
