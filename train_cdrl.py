@@ -125,14 +125,16 @@ class Args:
     noised_policy: float = option(0.0, "weight of their policy gradient beside the original's; 0: they teach through their "
                                   "confidence alone, since a policy gradient there teaches to guess")
     pathwise: float = option(3.5, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
+    within: float = option(8.0, "in the calibration term's part of that gradient, what sets an answer's C apart from the other "
+                           "answers' to its question weighs so many times more; 1 = exact")
 
 
 RECIPES = {
     "ours": {},
     "paper": dict(alpha=0.5, beta=1.0, cnorm="group", calibration="linear", learn_noised=False, noised_policy=1.0,
-                  pathwise=0.0, controls=0.0, adv_norm="std", lr=1e-4, steepness=1.0),
-    "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0, controls=0.0, adv_norm="std",
-                 steepness=1.0),
+                  pathwise=0.0, within=1.0, controls=0.0, adv_norm="std", lr=1e-4, steepness=1.0),
+    "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0, within=1.0, controls=0.0,
+                 adv_norm="std", steepness=1.0),
 }
 
 
@@ -162,8 +164,8 @@ def check(args, world):
     for name in ("lr", "temperature", "beta", "max_grad_norm", "steepness"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be above 0")
-    for name in ("alpha", "kl_beta", "pathwise", "noised_policy", "eval_size", "clip_low", "clip_high", "micro_tokens",
-                 "memory"):
+    for name in ("alpha", "kl_beta", "pathwise", "within", "noised_policy", "eval_size", "clip_low", "clip_high",
+                 "micro_tokens", "memory"):
         if not getattr(args, name) >= 0:
             raise InputError(f"--{name} is {getattr(args, name)}; it must not be negative")
     if args.group_size < 2:
@@ -296,6 +298,15 @@ def confidence_reward(c, c_other, control, judged, correct, scale, args):
     return perception, proper(probability, correct)
 
 
+def set_apart(c, weight):
+    """The values of c (Q, G), with weight times the gradient of each one's distance from the mean of its group. In the mean
+    over rollouts a proper score is still best where c is the true rate: each part of its gradient is 0 there. Answers to one
+    question share the picture, and nearly all of C with it: at weight 1 C learns which questions are hard, and nothing about
+    which of the answers is right."""
+    apart = c - c.mean(-1, keepdim=True)
+    return c + (weight - 1) * (apart - apart.detach())
+
+
 @dataclass
 class View:
     """One side of the image pairs in a step: Q questions, G rollouts each, and what they earned."""
@@ -424,8 +435,11 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
             counts["tokens"] += scores.mask.sum()
         if args.pathwise:
             for view in (view for view in views if view.learns):
-                terms = confidence_reward(confidences["original"], confidences.get("noised"), view.control[part],
-                                          judged[view.name], view.correct[part].to(device), scale, args)
+                own = judged[view.name]
+                if view.name == "original":             # on a noised picture what is right is luck
+                    own = set_apart(own, args.within)
+                terms = confidence_reward(confidences["original"], confidences.get("noised"), view.control[part], own,
+                                          view.correct[part].to(device), scale, args)
                 value = sum(terms) / view.spread
                 pathwise = -args.pathwise * (value * weights[view.name].view_as(value)).sum() / divisor
                 loss, counts["pathwise"] = loss + pathwise, counts["pathwise"] + pathwise.detach()

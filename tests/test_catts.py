@@ -39,7 +39,7 @@ KEY = "sk-very-secret-0123"
 
 @pytest.fixture(scope="module")
 def expert():
-    return LocalExpert(VLM.load(ROOT / "tiny" / "expert"), 96)
+    return LocalExpert(VLM.load(ROOT / "tiny" / "expert"), 192)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_abstention_and_confidence(base, expert, clip, questions, off, tmp_path)
 
 
 def test_the_base_can_play_the_roles_itself(base, clip, questions):
-    results = Controller(base, None, clip, Settings(expert_tokens=96)).answer_all(questions[:6])
+    results = Controller(base, None, clip, Settings(expert_tokens=192)).answer_all(questions[:6])
     assert all(r.ledger.expert_calls >= 3 and "critic" in r.said for r in results)
 
 

@@ -137,7 +137,8 @@ def test_gradient_from_the_noised_view(fresh, clip, recipe, flows):
 def test_pathwise_agrees_with_finite_differences(fresh, clip, settings):
     """The pathwise part of the gradient along a random direction = the change of the confidence reward itself, on fixed
     words, through C and through C', whichever confidence the calibration term judges."""
-    args, views, prompts, scale = step_views(fresh, clip, pathwise=1.0, adv_norm="std", calibration="brier", **settings)
+    args, views, prompts, scale = step_views(fresh, clip, pathwise=1.0, within=1.0, adv_norm="std",
+                                                calibration="brier", **settings)
     for view in views:
         spreads = sum(view.terms.values()).std(-1) + 1e-4
         assert view.spread == pytest.approx(spreads.mean().item())          # one for the batch: no group's 0 blows it up
@@ -169,6 +170,27 @@ def test_pathwise_agrees_with_finite_differences(fresh, clip, settings):
         values.append(objective())
     numeric = (values[0] - values[1]) / (2 * eps)
     assert abs(numeric - float(analytic @ direction)) < 0.03 * abs(numeric), (numeric, float(analytic @ direction))
+
+
+def test_set_apart_changes_the_gradient_within_a_group_alone():
+    c = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    seen = torch.randn(5, 4, dtype=torch.float64)                   # d loss / d c
+    again = train_cdrl.set_apart(c, 7.0)
+    assert torch.equal(again, c)
+    (again * seen).sum().backward()
+    mean = seen.mean(-1, keepdim=True)
+    torch.testing.assert_close(c.grad, mean + 7 * (seen - mean))
+
+
+def test_within_weighs_the_calibration_term_on_original_pictures(fresh, clip):
+    """The gradient is affine in --within, and what it multiplies is silent without a calibration term."""
+    args, views, prompts, scale = step_views(fresh, clip)
+    one, two, five = (gradient(fresh, views, prompts, scale, replace(args, within=w)) for w in (1.0, 2.0, 5.0))
+    assert (two - one).norm() > 1e-3 * one.norm()
+    torch.testing.assert_close(five - one, 4 * (two - one), atol=1e-5 * one.abs().max().item(), rtol=1e-2)
+    args, views, prompts, scale = step_views(fresh, clip, calibration="none")
+    assert torch.equal(gradient(fresh, views, prompts, scale, replace(args, within=1.0)),
+                       gradient(fresh, views, prompts, scale, replace(args, within=5.0)))
 
 
 @pytest.mark.parametrize("settings", [{}, {"loss_norm": "sequence", "truncated": "mask"},
