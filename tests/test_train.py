@@ -104,7 +104,7 @@ def test_order_visits_every_question_once_an_epoch_from_any_step():
 
 def step_views(vlm, clip, **settings):
     args = replace(parse([]), **{"group_size": 3, "max_new_tokens": 24, "batch_size": 4, "mass": 0.7, "reflect": 0.0,
-                                   **settings})
+                                   "pairs": 1.0, **settings})
     samples = [data.synthetic("train", 5, i) for i in range(4)]
     views, prompts = train_cdrl.roll_out(vlm, clip, samples, 0, args)
     scale = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}
@@ -193,7 +193,7 @@ def test_within_weighs_the_calibration_term_on_original_pictures(fresh, clip):
                        gradient(fresh, views, prompts, scale, replace(args, within=5.0)))
 
 
-@pytest.mark.parametrize("settings", [{}, {"loss_norm": "sequence", "truncated": "mask"},
+@pytest.mark.parametrize("settings", [{"pairs": 0.5}, {"loss_norm": "sequence", "truncated": "mask"},
                                       {"adv_norm": "none", "noised": "rescore", "learn_noised": False}])
 def test_micro_batches_do_not_change_the_gradient(fresh, clip, settings):
     args, views, prompts, scale = step_views(fresh, clip, **settings)
@@ -202,6 +202,23 @@ def test_micro_batches_do_not_change_the_gradient(fresh, clip, settings):
     assert whole.abs().max() > 1e-3
     for pieces in (one, few):
         assert (whole - pieces).abs().max() < 1e-6 and (whole - pieces).norm() < 1e-5 * whole.norm()     # another order
+
+
+@pytest.mark.parametrize("noised", ["rollout", "rescore"])
+def test_the_first_questions_have_a_noised_twin(fresh, clip, noised):
+    """--pairs .5: the noised view is the first half of that of --pairs 1, and the other half earns no perception term."""
+    settings = {"controls": 0.0, "noised": noised, "learn_noised": noised == "rollout"}
+    _, whole, _, _ = step_views(fresh, clip, **settings)
+    _, half, _, _ = step_views(fresh, clip, **settings, pairs=0.3)          # of 4 questions: 2
+    assert half[1].images == whole[1].images[:2] and [len(view.rollouts) for view in half] == [4, 2]
+    said = [[[r.text for r in group] for group in view.rollouts[:2]] for view in (half[1], whole[1])]
+    assert said[0] == said[1]
+    torch.testing.assert_close(half[1].confidence, whole[1].confidence[:2], atol=1e-4, rtol=0)
+    for name, term in half[0].terms.items():
+        rest = torch.zeros_like(term[2:]) if name == "perception" else whole[0].terms[name][2:]
+        torch.testing.assert_close(term, torch.cat([whole[0].terms[name][:2], rest]), atol=1e-4, rtol=0)
+    both = train_cdrl.statistics(whole), train_cdrl.statistics(half)
+    assert both[0].keys() == both[1].keys() and both[0]["original/outcome"] == both[1]["original/outcome"]
 
 
 def test_rescored_confidence_is_that_of_the_same_words(fresh, clip):
