@@ -62,7 +62,7 @@ class Args:
     resume: str = option("auto", "auto: go on where the run folder stopped; no: move an earlier run aside", ("auto", "no"))
     seed: int = option(0, "decides questions, noise and samples")
     # Scale
-    steps: int = option(400, "optimisation steps")
+    steps: int = option(500, "optimisation steps")
     batch_size: int = option(32, "questions a step, over all ranks")
     group_size: int = option(4, "rollouts a question on each view, G (the paper: 4 pairs)")
     micro_batch: int = option(16, "questions a forward pass when learning; less saves memory, the gradient is the same")
@@ -111,7 +111,7 @@ class Args:
     # Reward (paper Eq. 4)
     confidence: str = option("topk", "C of the perception term: Eq. 3, or mean log-prob, or minus mean entropy", KINDS)
     judged: str = option("topk", "the confidence that the calibration term judges", KINDS)
-    alpha: float = option(0.08, "weight of the perception term tanh(beta (C - C')); 0 = no term")
+    alpha: float = option(0.12, "weight of the perception term tanh(beta (C - C')); 0 = no term")
     beta: float = option(0.5, "its steepness, per nat")
     cnorm: str = option("range", "scale of C in the linear term: the base's 5th-95th percentile, or the group's min-max",
                         ("range", "group"))
@@ -127,7 +127,7 @@ class Args:
     noised_policy: float = option(0.0, "weight of their policy gradient beside the original's; 0: they teach through their "
                                   "confidence alone, since a policy gradient there teaches to guess")
     pathwise: float = option(3.5, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
-    within: float = option(8.0, "in the calibration term's part of that gradient, what sets an answer's C apart from the other "
+    within: float = option(4.0, "in the calibration term's part of that gradient, what sets an answer's C apart from the other "
                            "answers' to its question weighs so many times more; 1 = exact")
 
 

@@ -66,6 +66,8 @@ ROWS = {
     "ours, no calibration": "--calibration none",
     "ours, advantages by std": "--adv_norm std",
     "ours, no controls": "--controls 0",
+    "ours, within 1": "--within 1",
+    "ours, a twin for every question": "--pairs 1",
     "ours, map as fitted": "--steepness 1",
     "ours, map as fitted, pathwise 8": "--steepness 1 --pathwise 8 --alpha .05",
     "ours, 16 questions x 8": "--batch_size 16 --group_size 8",
