@@ -195,9 +195,10 @@ def dry_run(args, samples, views, world):
     print(f"{data.shown(args.model)}: {total:,} parameters ({vision:,} of them vision), {trained:,} train")
     print(f"{describe(compute, spread, again, world)}{', offload' if args.offload else ''}")
     print(f"tokens: longest of {len(chosen)} prompts {prompt}, {picture} of them pictures; completion {args.max_new_tokens}")
-    a_rank = questions * args.group_size * views
-    print(f"rollouts a step: {a_rank * world} ({args.batch_size} questions x {args.group_size} x {views} views), a rank "
-          f"{a_rank}; questions a forward pass when learning: {part}")
+    noised = math.ceil(args.pairs * questions) if views > 1 else 0
+    a_rank = (questions + noised) * args.group_size
+    print(f"rollouts a step: {a_rank * world} ({args.batch_size} questions and {noised * world} noised twins x "
+          f"{args.group_size}), a rank {a_rank}; questions a forward pass when learning: {part}")
     columns = [c for c in ("device", "CPU", "rolling out", "learning") if any(c in cells for cells in rows.values())]
     print("\nGiB a rank")
     print(data.table({name: {c: cells.get(c, "") for c in columns} for name, cells in rows.items()}))

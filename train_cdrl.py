@@ -62,7 +62,7 @@ class Args:
     resume: str = option("auto", "auto: go on where the run folder stopped; no: move an earlier run aside", ("auto", "no"))
     seed: int = option(0, "decides questions, noise and samples")
     # Scale
-    steps: int = option(400, "optimisation steps")
+    steps: int = option(500, "optimisation steps")
     batch_size: int = option(32, "questions a step, over all ranks")
     group_size: int = option(4, "rollouts a question on each view, G (the paper: 4 pairs)")
     micro_batch: int = option(16, "questions a forward pass when learning; less saves memory, the gradient is the same")
@@ -99,7 +99,9 @@ class Args:
     noise_t: str = option("999", "diffusion step 0 to 1000, or a range such as 500-999 to draw from")
     region: str = option("key", "where the noise goes", noise.MODES)
     mass: float = option(0.5, "share of CLIP's attention that the key region holds")
-    controls: float = option(0.3, "share of questions whose noise goes on a random region of the same area instead: no "
+    pairs: float = option(0.5, "share of a step's questions, rounded up on each rank, that are asked on a noised picture as "
+                          "well; 1 = the paper")
+    controls: float = option(0.3, "share of those whose noise goes on a random region of the same area instead: no "
                              "perception term there, so that C learns to fall with the evidence, not with noise")
     reflect: float = option(0.0, "share of questions asked with an earlier answer and a critique of it, right or wrong, no "
                             "perception term there, so that Self-Reflection is not unlearned")
@@ -109,7 +111,7 @@ class Args:
     # Reward (paper Eq. 4)
     confidence: str = option("topk", "C of the perception term: Eq. 3, or mean log-prob, or minus mean entropy", KINDS)
     judged: str = option("topk", "the confidence that the calibration term judges", KINDS)
-    alpha: float = option(0.08, "weight of the perception term tanh(beta (C - C')); 0 = no term")
+    alpha: float = option(0.12, "weight of the perception term tanh(beta (C - C')); 0 = no term")
     beta: float = option(0.5, "its steepness, per nat")
     cnorm: str = option("range", "scale of C in the linear term: the base's 5th-95th percentile, or the group's min-max",
                         ("range", "group"))
@@ -125,14 +127,16 @@ class Args:
     noised_policy: float = option(0.0, "weight of their policy gradient beside the original's; 0: they teach through their "
                                   "confidence alone, since a policy gradient there teaches to guess")
     pathwise: float = option(3.5, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
+    within: float = option(4.0, "in the calibration term's part of that gradient, what sets an answer's C apart from the other "
+                           "answers' to its question weighs so many times more; 1 = exact")
 
 
 RECIPES = {
     "ours": {},
     "paper": dict(alpha=0.5, beta=1.0, cnorm="group", calibration="linear", learn_noised=False, noised_policy=1.0,
-                  pathwise=0.0, controls=0.0, adv_norm="std", lr=1e-4, steepness=1.0),
-    "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0, controls=0.0, adv_norm="std",
-                 steepness=1.0),
+                  pathwise=0.0, within=1.0, pairs=1.0, controls=0.0, adv_norm="std", lr=1e-4, steepness=1.0),
+    "grpo": dict(alpha=0.0, calibration="none", learn_noised=False, pathwise=0.0, within=1.0, pairs=1.0,
+                 controls=0.0, adv_norm="std", steepness=1.0),
 }
 
 
@@ -159,11 +163,11 @@ def check(args, world):
     for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "save_every", "keep", "mu", "scale_questions"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    for name in ("lr", "temperature", "beta", "max_grad_norm", "steepness"):
+    for name in ("lr", "temperature", "beta", "max_grad_norm", "steepness", "pairs"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be above 0")
-    for name in ("alpha", "kl_beta", "pathwise", "noised_policy", "eval_size", "clip_low", "clip_high", "micro_tokens",
-                 "memory"):
+    for name in ("alpha", "kl_beta", "pathwise", "within", "noised_policy", "eval_size", "clip_low", "clip_high",
+                 "micro_tokens", "memory"):
         if not getattr(args, name) >= 0:
             raise InputError(f"--{name} is {getattr(args, name)}; it must not be negative")
     if args.group_size < 2:
@@ -172,7 +176,7 @@ def check(args, world):
         raise InputError(f"--batch_size {args.batch_size} does not divide over {world} ranks; use a multiple of {world}")
     if not 0 < args.mass <= 1:
         raise InputError(f"--mass is {args.mass}; a number above 0 and at most 1 is expected")
-    for name in ("controls", "reflect"):
+    for name in ("pairs", "controls", "reflect"):
         if not 0 <= getattr(args, name) <= 1:
             raise InputError(f"--{name} is {getattr(args, name)}; a share from 0 to 1 is expected")
     if args.probability == "exp" and args.judged == "topk" and args.calibration in ("brier", "log"):
@@ -276,15 +280,16 @@ def outcomes(groups, samples):
 
 
 def confidence_reward(c, c_other, control, judged, correct, scale, args):
-    """R_conf's two terms (paper Eq. 4), differentiable in the confidences -> perception, calibration, (Q, G) each.
+    """R_conf's two terms (paper Eq. 4), differentiable in the confidences -> perception, calibration, like judged each.
 
-    c, c_other: C and C' of the perception term, the same for both views; c_other None = no noised view. control (Q,) bool:
-    questions whose noise spares the evidence; no perception term. judged: the confidence that the calibration term holds
-    against `correct`, each view's own.
+    c (Q, G), c_other (P, G): C and C' of the perception term, the same for both views; the first P of the Q questions have a
+    noised view, None = no question. control (P,) bool: of those, the ones whose noise spares the evidence; no perception
+    term. judged (Q, G) or (P, G): the confidence that the calibration term holds against `correct`, each view's own.
     """
     perception = torch.zeros_like(judged)
     if args.alpha and c_other is not None:
-        perception = reward.perception_term(c, c_other, args.alpha, args.beta).masked_fill(control[:, None].to(c.device), 0)
+        term = reward.perception_term(c[:len(c_other)], c_other, args.alpha, args.beta)
+        perception[:len(c_other)] = term.masked_fill(control[:, None].to(c.device), 0)
     if args.calibration == "none":
         return perception, torch.zeros_like(judged)
     if args.calibration == "linear":
@@ -296,9 +301,19 @@ def confidence_reward(c, c_other, control, judged, correct, scale, args):
     return perception, proper(probability, correct)
 
 
+def set_apart(c, weight):
+    """The values of c (Q, G), with weight times the gradient of each one's distance from the mean of its group. In the mean
+    over rollouts a proper score is still best where c is the true rate: each part of its gradient is 0 there. Answers to one
+    question share the picture, and nearly all of C with it: at weight 1 C learns which questions are hard, and nothing about
+    which of the answers is right."""
+    apart = c - c.mean(-1, keepdim=True)
+    return c + (weight - 1) * (apart - apart.detach())
+
+
 @dataclass
 class View:
-    """One side of the image pairs in a step: Q questions, G rollouts each, and what they earned."""
+    """One side of the image pairs in a step: Q questions, G rollouts each, and what they earned. The noised one's are the
+    first of the original's (`--pairs`)."""
     name: str                       # "original" or "noised"
     images: list                    # Q lists of PIL images
     rollouts: list                  # Q lists of G Rollouts (the original's words when --noised rescore)
@@ -306,7 +321,7 @@ class View:
     judged: torch.Tensor            # (Q, G), of --judged
     correct: torch.Tensor           # (Q, G)
     learns: bool                    # it has a policy gradient
-    control: torch.Tensor           # (Q,) bool, no perception term (--controls, --reflect); the same for both views
+    control: torch.Tensor           # bool, pairs without a perception term (--controls, --reflect); the same for both views
     terms: dict = field(default_factory=dict)        # reward terms by name, (Q, G) each
     advantages: torch.Tensor | None = None           # (Q, G)
     spread: float = 1.0             # the mean, over the batch's groups, of what advantages were divided by
@@ -366,13 +381,14 @@ def micro_batches(vlm, views, prompts, args):
     """Which questions are learned from in one forward and backward pass -> lists of their indices: at most --micro_batch, and
     as many as --micro_tokens allows, at least one. Questions with completions of like length go together: a pass is as wide
     as its longest."""
-    longest = [max(len(r.tokens) for view in views for r in view.rollouts[q]) for q in range(len(prompts))]
-    lengths = [max(vlm.prompt_length(view.images[q], prompt) for view in views) if args.micro_tokens else 0
+    seen = [[view for view in views if q < len(view.images)] for q in range(len(prompts))]
+    longest = [max(len(r.tokens) for view in seen[q] for r in view.rollouts[q]) for q in range(len(prompts))]
+    lengths = [max(vlm.prompt_length(view.images[q], prompt) for view in seen[q]) if args.micro_tokens else 0
                for q, prompt in enumerate(prompts)]
     found = [[]]
     for q in sorted(range(len(prompts)), key=longest.__getitem__):
         part = [*found[-1], q]
-        tokens = len(views) * len(part) * (max(lengths[i] for i in part) + args.group_size * longest[q])
+        tokens = sum(len(seen[i]) for i in part) * (max(lengths[i] for i in part) + args.group_size * longest[q])
         if found[-1] and (len(part) > args.micro_batch or args.micro_tokens and tokens > args.micro_tokens):
             found.append([q])
         else:
@@ -393,18 +409,19 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
     stats = dict.fromkeys(("loss", "pathwise", "kl", "clipped", "tokens"), 0.0)
     passes = int(summed([len(parts)], device, largest=True)[0])
     for number in range(passes):
-        part = parts[min(number, len(parts) - 1)]
+        part = sorted(parts[min(number, len(parts) - 1)])           # those with a noised view come first
         policy.sum_gradients(number == passes - 1)
         loss, confidences, judged, weights, counts = 0.0, {}, {}, {}, dict.fromkeys(stats, 0.0)
-        rollouts = [[r for q in part for r in view.rollouts[q]] for view in views]
-        asked = [view.images[q] for view in views for q in part], [prompts[q] for _ in views for q in part]
-        completions = [r.tokens for flat in rollouts for r in flat]
-        both = policy.score(*asked, completions, temperature=args.temperature).split(len(views))      # all views in one pass
-        anchors = [None] * len(views)
+        seen = [(view, some) for view in views if (some := [q for q in part if q < len(view.images)])]
+        rollouts = [[r for q in some for r in view.rollouts[q]] for view, some in seen]
+        asked = [view.images[q] for view, some in seen for q in some], [prompts[q] for _, some in seen for q in some]
+        completions, sizes = [r.tokens for flat in rollouts for r in flat], [len(flat) for flat in rollouts]
+        both = policy.score(*asked, completions, temperature=args.temperature).split(sizes)           # all views in one pass
+        anchors = [None] * len(seen)
         if reference is not None:
             with torch.no_grad():
-                anchors = reference.score(*asked, completions, temperature=args.temperature).split(len(views))
-        for view, flat, scores, anchor in zip(views, rollouts, both, anchors):
+                anchors = reference.score(*asked, completions, temperature=args.temperature).split(sizes)
+        for (view, some), flat, scores, anchor in zip(seen, rollouts, both, anchors):
             used = used_mask(flat, args).to(device)
             token_weights, weights[view.name] = weights_of(scores.mask & used[:, None], args)
             weights[view.name] = weights[view.name] * used
@@ -412,7 +429,7 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
             if not view.learns:
                 continue
             old = view.old_logprobs.setdefault(part[0], scores.logprobs.detach())    # mu = 1: ratio 1, with gradient
-            advantages = view.advantages[part].reshape(-1, 1).to(device)
+            advantages = view.advantages[some].reshape(-1, 1).to(device)
             per_token, clipped = policy_loss(scores.logprobs, old, advantages, args.clip_low, args.clip_high)
             if anchor is not None:
                 kl = kl_k3(scores.logprobs, anchor.logprobs)
@@ -423,9 +440,13 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
             counts["clipped"] += (clipped * scores.mask).sum()
             counts["tokens"] += scores.mask.sum()
         if args.pathwise:
-            for view in (view for view in views if view.learns):
-                terms = confidence_reward(confidences["original"], confidences.get("noised"), view.control[part],
-                                          judged[view.name], view.correct[part].to(device), scale, args)
+            for view, some in ((view, some) for view, some in seen if view.learns):
+                own = judged[view.name]
+                if view.name == "original":             # on a noised picture what is right is luck
+                    own = set_apart(own, args.within)
+                paired = [q for q in part if q < len(view.control)]
+                terms = confidence_reward(confidences["original"], confidences.get("noised"), view.control[paired], own,
+                                          view.correct[some].to(device), scale, args)
                 value = sum(terms) / view.spread
                 pathwise = -args.pathwise * (value * weights[view.name].view_as(value)).sum() / divisor
                 loss, counts["pathwise"] = loss + pathwise, counts["pathwise"] + pathwise.detach()
@@ -452,7 +473,7 @@ def run_probe(vlm, held_out, clip, args, rank, world, name):
 
 def probed(args, world):
     """How many questions the probe asks at once: with no more rollouts than a step has on two views (int)."""
-    return max(1, min(32, args.batch_size // world * args.group_size * 2 // PROBE_SAMPLES))
+    return max(1, min(32, int(args.batch_size // world * args.group_size * (1 + args.pairs)) // PROBE_SAMPLES))
 
 
 def load_or(path, make, rank):
@@ -502,21 +523,24 @@ def asked(samples, step, args):
 def roll_out(vlm, clip, samples, step, args):
     """Image pairs, rollouts on each view, confidences -> views (original first), prompts."""
     prompts, reflects = asked(samples, step, args)
-    images = [s.pictures() for s in samples]
-    # ---- I. image pairs (paper 3.2.1)
-    control = torch.tensor([random.Random(f"control {args.seed} {step} {s.id}").random() < args.controls for s in samples])
-    control |= reflects                     # with a critique the answer is known without the picture
-    seeds = [f"{args.seed} {step} {s.id}" for s in samples]
+    images, seeds = [s.pictures() for s in samples], [f"{args.seed} {step} {s.id}" for s in samples]
+    # ---- I. image pairs (paper 3.2.1), of the first questions: they come in a random order
+    some = math.ceil(args.pairs * len(samples))
+    twins = samples[:some] if needs_noised(args) else []
+    control = torch.tensor([random.Random(f"control {args.seed} {step} {s.id}").random() < args.controls for s in twins],
+                           dtype=torch.bool)
+    control |= reflects[:len(twins)]        # with a critique the answer is known without the picture
     regions = ["random" if spared else args.region for spared in control]
-    noised = noise.make_pairs(images, [s.question for s in samples], clip, noise.parse_t(args.noise_t), regions, args.mass,
-                              seeds, args.text_guidance) if needs_noised(args) else None
+    noised = noise.make_pairs(images[:some], [s.question for s in twins], clip, noise.parse_t(args.noise_t), regions, args.mass,
+                              seeds[:some], args.text_guidance) if twins else None
     # ---- II. rollouts: y_j on i, y'_j on i', in one batch; III. confidences (Eq. 3), online while sampling
     paired = noised is not None and args.noised == "rollout"
-    rollouts = vlm.sample(images + (noised if paired else []), prompts * (1 + paired), n=args.group_size,
-                          seed=seeds + [f"{seed} noised" for seed in seeds if paired],
+    again = twins if paired else []
+    rollouts = vlm.sample(images + (noised if paired else []), prompts + prompts[:len(again)], n=args.group_size,
+                          seed=seeds + [f"{seed} noised" for seed in seeds[:len(again)]],
                           max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                           entropy="entropy" in (args.confidence, args.judged))
-    groups, others = rollouts[:len(samples)], rollouts[len(samples):] if paired else rollouts
+    groups, others = rollouts[:len(samples)], rollouts[len(samples):] if paired else rollouts[:len(twins)]
     views = [View("original", images, groups, rollout_confidence(groups, args.confidence),
                   rollout_confidence(groups, args.judged), outcomes(groups, samples), True, control)]
     if noised is not None:
@@ -524,9 +548,9 @@ def roll_out(vlm, clip, samples, step, args):
             confidences = rollout_confidence(others, args.confidence), rollout_confidence(others, args.judged)
         else:
             with torch.no_grad():
-                scores = vlm.score(noised, prompts, [r.tokens for group in groups for r in group])
+                scores = vlm.score(noised, prompts[:some], [r.tokens for group in others for r in group])
             confidences = (c.cpu() for c in scored_confidence(scores, args, args.group_size))
-        views.append(View("noised", noised, others, *confidences, outcomes(others, samples), args.learn_noised, control))
+        views.append(View("noised", noised, others, *confidences, outcomes(others, twins), args.learn_noised, control))
     return views, prompts
 
 
@@ -570,7 +594,7 @@ def statistics(views, device="cpu"):
                "words": len(set(gathered(sorted({word for r in flat for word in r.text.split()}))))}
         stats |= {f"{view.name}/{name}": float(value) for name, value in row.items()}
     if len(views) > 1:
-        gap = (views[0].confidence - views[1].confidence).mean(-1)                                          # (Q,)
+        gap = (views[0].confidence[:len(views[1].confidence)] - views[1].confidence).mean(-1)               # (P,)
         for name, chosen in (("gap", ~views[0].control), ("gap/controls", views[0].control)):
             total, ranks = summed([chosen.sum(), 1], device)
             if total:                   # the mean over all ranks' questions, once the ranks' values are averaged
@@ -687,7 +711,7 @@ def train(args):
 def base_scale(vlm, clip, train_set, order, args, rank=0, world=1):
     """Roll out the base model on the questions of the first steps, split over ranks, to measure its confidence
     (`measure_scale`)."""
-    pair = Args(**{**asdict(args), "alpha": 1.0, "noised": "rollout", "controls": 0.0, "reflect": 0.0})
+    pair = Args(**{**asdict(args), "alpha": 1.0, "noised": "rollout", "pairs": 1.0, "controls": 0.0, "reflect": 0.0})
     found = []
     for step in range(max(1, args.scale_questions // args.batch_size)):
         samples = [train_set[i] for i in order(step)[rank::world]]
@@ -714,7 +738,7 @@ def write_step(output, row, samples, views):
         file.write(json.dumps(row) + "\n")
     with open(output / "samples.jsonl", "a") as file:
         for view in views:
-            for q, sample in enumerate(samples[:2]):
+            for q, sample in enumerate(samples[:min(2, len(view.rollouts))]):
                 terms = {name: float(term[q, 0]) for name, term in view.terms.items()}
                 record = {"step": row["step"], "view": view.name, "id": sample.id, "text": view.rollouts[q][0].text,
                           "answer": sample.answer, "confidence": float(view.confidence[q, 0]), **terms}

@@ -64,9 +64,9 @@ class Scores:
     entropy: torch.Tensor
     mask: torch.Tensor
 
-    def split(self, n):
-        """-> list of n Scores, of as many rows each."""
-        return [Scores(*parts) for parts in zip(*(value.chunk(n) for value in vars(self).values()))]
+    def split(self, sizes):
+        """-> list of Scores, of so many rows each."""
+        return [Scores(*parts) for parts in zip(*(value.split(sizes) for value in vars(self).values()))]
 
 
 @dataclass

@@ -7,8 +7,8 @@
 
 Each run is `train_cdrl.py` with the row's flags, then answers of the trained model to held-out questions, clean and with
 noise on key, random and inverse regions, and the votes of CA-TTS. One record a run, results/recipes/SPLIT-ROW-SEED.json, from
-which all tables and pictures are made; a run whose record is there, made with the same flags from the same base, is not
-repeated. Models, answers and votes stay under runs/recipes (delete both when the code has changed).
+which all tables and pictures are made; a run whose record is there, with the same flags, base and Expert, is not repeated.
+Models, answers and votes stay under runs/recipes (delete both when the code has changed).
 
 Confidences: C (Eq. 3) ranks; c = sigmoid(aC + b) is the probability that training shapes, a and b those of the run, fitted on
 the base's answers to training questions before the first step (and steeper with `--steepness`); p = exp(mean log-prob); for
@@ -66,6 +66,8 @@ ROWS = {
     "ours, no calibration": "--calibration none",
     "ours, advantages by std": "--adv_norm std",
     "ours, no controls": "--controls 0",
+    "ours, within 1": "--within 1",
+    "ours, a twin for every question": "--pairs 1",
     "ours, map as fitted": "--steepness 1",
     "ours, map as fitted, pathwise 8": "--steepness 1 --pathwise 8 --alpha .05",
     "ours, 16 questions x 8": "--batch_size 16 --group_size 8",
@@ -225,7 +227,7 @@ def record_of(row, seed, args, samples):
     loose = {"model", "clip", *FREE} - {"steps"}
     frame = {"settings": {key: value for key, value in settings.items() if key not in loose},
              "seed": seed, "questions": len(samples), "voted": len(voters), "taus": taus,
-             "base": f"{data.checksum(ROOT / 'tiny' / 'base'):08x}"}
+             **{name: f"{data.checksum(ROOT / 'tiny' / name):08x}" for name in ("base", "expert")}}
     if file.exists() and frame.items() <= (old := json.loads(file.read_text())).items():
         return old
     path, folder, seconds = train(row, seed, args.flags.split())

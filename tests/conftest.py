@@ -14,7 +14,7 @@ import data  # noqa: E402
 from noise import ClipAttention  # noqa: E402
 from vlm import VLM  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 REAL = ROOT.parent / "shared" / "data"
 
 

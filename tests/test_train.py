@@ -104,7 +104,7 @@ def test_order_visits_every_question_once_an_epoch_from_any_step():
 
 def step_views(vlm, clip, **settings):
     args = replace(parse([]), **{"group_size": 3, "max_new_tokens": 24, "batch_size": 4, "mass": 0.7, "reflect": 0.0,
-                                   **settings})
+                                   "pairs": 1.0, **settings})
     samples = [data.synthetic("train", 5, i) for i in range(4)]
     views, prompts = train_cdrl.roll_out(vlm, clip, samples, 0, args)
     scale = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}
@@ -137,7 +137,8 @@ def test_gradient_from_the_noised_view(fresh, clip, recipe, flows):
 def test_pathwise_agrees_with_finite_differences(fresh, clip, settings):
     """The pathwise part of the gradient along a random direction = the change of the confidence reward itself, on fixed
     words, through C and through C', whichever confidence the calibration term judges."""
-    args, views, prompts, scale = step_views(fresh, clip, pathwise=1.0, adv_norm="std", calibration="brier", **settings)
+    args, views, prompts, scale = step_views(fresh, clip, pathwise=1.0, within=1.0, adv_norm="std",
+                                                calibration="brier", **settings)
     for view in views:
         spreads = sum(view.terms.values()).std(-1) + 1e-4
         assert view.spread == pytest.approx(spreads.mean().item())          # one for the batch: no group's 0 blows it up
@@ -171,7 +172,28 @@ def test_pathwise_agrees_with_finite_differences(fresh, clip, settings):
     assert abs(numeric - float(analytic @ direction)) < 0.03 * abs(numeric), (numeric, float(analytic @ direction))
 
 
-@pytest.mark.parametrize("settings", [{}, {"loss_norm": "sequence", "truncated": "mask"},
+def test_set_apart_changes_the_gradient_within_a_group_alone():
+    c = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    seen = torch.randn(5, 4, dtype=torch.float64)                   # d loss / d c
+    again = train_cdrl.set_apart(c, 7.0)
+    assert torch.equal(again, c)
+    (again * seen).sum().backward()
+    mean = seen.mean(-1, keepdim=True)
+    torch.testing.assert_close(c.grad, mean + 7 * (seen - mean))
+
+
+def test_within_weighs_the_calibration_term_on_original_pictures(fresh, clip):
+    """The gradient is affine in --within, and what it multiplies is silent without a calibration term."""
+    args, views, prompts, scale = step_views(fresh, clip)
+    one, two, five = (gradient(fresh, views, prompts, scale, replace(args, within=w)) for w in (1.0, 2.0, 5.0))
+    assert (two - one).norm() > 1e-3 * one.norm()
+    torch.testing.assert_close(five - one, 4 * (two - one), atol=1e-5 * one.abs().max().item(), rtol=1e-2)
+    args, views, prompts, scale = step_views(fresh, clip, calibration="none")
+    assert torch.equal(gradient(fresh, views, prompts, scale, replace(args, within=1.0)),
+                       gradient(fresh, views, prompts, scale, replace(args, within=5.0)))
+
+
+@pytest.mark.parametrize("settings", [{"pairs": 0.5}, {"loss_norm": "sequence", "truncated": "mask"},
                                       {"adv_norm": "none", "noised": "rescore", "learn_noised": False}])
 def test_micro_batches_do_not_change_the_gradient(fresh, clip, settings):
     args, views, prompts, scale = step_views(fresh, clip, **settings)
@@ -180,6 +202,23 @@ def test_micro_batches_do_not_change_the_gradient(fresh, clip, settings):
     assert whole.abs().max() > 1e-3
     for pieces in (one, few):
         assert (whole - pieces).abs().max() < 1e-6 and (whole - pieces).norm() < 1e-5 * whole.norm()     # another order
+
+
+@pytest.mark.parametrize("noised", ["rollout", "rescore"])
+def test_the_first_questions_have_a_noised_twin(fresh, clip, noised):
+    """--pairs .5: the noised view is the first half of that of --pairs 1, and the other half earns no perception term."""
+    settings = {"controls": 0.0, "noised": noised, "learn_noised": noised == "rollout"}
+    _, whole, _, _ = step_views(fresh, clip, **settings)
+    _, half, _, _ = step_views(fresh, clip, **settings, pairs=0.3)          # of 4 questions: 2
+    assert half[1].images == whole[1].images[:2] and [len(view.rollouts) for view in half] == [4, 2]
+    said = [[[r.text for r in group] for group in view.rollouts[:2]] for view in (half[1], whole[1])]
+    assert said[0] == said[1]
+    torch.testing.assert_close(half[1].confidence, whole[1].confidence[:2], atol=1e-4, rtol=0)
+    for name, term in half[0].terms.items():
+        rest = torch.zeros_like(term[2:]) if name == "perception" else whole[0].terms[name][2:]
+        torch.testing.assert_close(term, torch.cat([whole[0].terms[name][:2], rest]), atol=1e-4, rtol=0)
+    both = train_cdrl.statistics(whole), train_cdrl.statistics(half)
+    assert both[0].keys() == both[1].keys() and both[0]["original/outcome"] == both[1]["original/outcome"]
 
 
 def test_rescored_confidence_is_that_of_the_same_words(fresh, clip):

@@ -67,13 +67,27 @@ def named_cells(sample):
             for c, what in enumerate(row.split(", "))]
 
 
+def counted_out(sample):
+    """A worked solution that, where it counts, says what stands in every cell and keeps count: place to thing is looked up
+    without fail, thing to places is a cell off in four boards of ten (see the log in results/README.md)."""
+    if sample.meta["skill"] != "count":
+        return sample.meta["solution"]
+    wanted = dict(named_cells(sample))[sample.meta["solution"].split()[1].strip(",")]
+    said, count = [], 0
+    for place, what in named_cells(sample):
+        count += what == wanted
+        said.append(f"{place} {what} {count}" if what == wanted else f"{place} {what}")
+    return f"See {', '.join(said)}, total {count}. \\boxed{{{sample.answer}}}"
+
+
 ROLES = ("voter", "critic", "reflect", "planner")
 
 
-def ballot(sample, rng, held):
-    """The Voter's last forms: 1 to 8 candidates, near misses and far ones, in one of twelve ballots without the right one, each
-    judged on a line that begins as the prompt's does (in a row they got lost from three on). held: and with the answer that
-    was worked out beside it, since a two-digit number was not found equal to one that stood further away."""
+def ballot(sample, rng, solution, held):
+    """The Voter's last forms: 1 to 8 candidates, near misses and far ones, in one of twelve without the right one; after
+    the worked solution each is judged on a line that begins as the prompt's does (in a row they got lost from three on).
+    held: and with the answer that was worked out beside it, since a two-digit number was not found equal to one that stood
+    further away."""
     gold, width = sample.answer, rng.choice((2, 4, 12))
     pool = list(data.COLORS) if gold in data.COLORS else [str(max(0, int(gold) + by)) for by in range(-width, width + 1)]
     pool = [value for value in dict.fromkeys(pool) if value != gold]
@@ -85,7 +99,7 @@ def ballot(sample, rng, held):
                        for i, answer in enumerate(candidates, 1))
     even = int(100 / len(candidates) * (0.4 if gold in candidates else 1))
     rest = [even + (100 - even * len(candidates)) * (answer == gold) for answer in candidates]
-    shown = sample.meta["solution"].split(". \\boxed")[0]
+    shown = solution.split(". \\boxed")[0]
     return data.voter_prompt(sample, candidates), f"{shown}.\n{judged}\n{json.dumps([value / 100 for value in rest])}"
 
 
@@ -94,8 +108,10 @@ def lesson(sample, rng, share, describe=0.0, roles=ROLES, late=False, lines=""):
     in a random order, place before thing or thing before place: a dozen look-ups a reply, from which a small text model
     learns soonest to find its way among the image tokens; late: as in `practise_roles`, where the Voter works the answer
     out and judges each of 1 to 5 candidates in words before its list, the Critic names the answer that it judges, and
-    the base takes over what the critique found without working it out again; lines: "" or the form of its `ballot`."""
-    solution = sample.meta["solution"]
+    the base takes over what the critique found without working it out again; lines: "" or the form of its `ballot`: "plain",
+    "held", or "counted": held, and both it and plain answers count as in `counted_out`. A critique never does: the base, to
+    whom it is shown, was taught on short ones and takes a list of all cells for noise."""
+    solution = counted_out(sample) if lines == "counted" else sample.meta["solution"]
     if rng.random() < describe:
         cells = named_cells(sample)
         rng.shuffle(cells)
@@ -104,11 +120,11 @@ def lesson(sample, rng, share, describe=0.0, roles=ROLES, late=False, lines=""):
         return "Where is what?", "See " + ", ".join(f"{what} {place}" for place, what in cells if what != "none")
     role = rng.choice(roles) if rng.random() < share else "answer"
     current = sample.answer if rng.random() < 0.5 else wrong_answer(sample, rng)
-    shown = solution.split(". \\boxed")[0]
+    shown = sample.meta["solution"].split(". \\boxed")[0]
     verdict = "correct" if current == sample.answer else "wrong"
     critique = data.critique(sample, current) if late else f"{shown}. {verdict}"
     if role == "voter" and lines:
-        return ballot(sample, rng, lines == "held")
+        return ballot(sample, rng, solution, lines != "plain")
     if role == "voter":
         others = (wrong_answer(sample, rng) for _ in range(rng.randint(0, 4) if late else rng.randint(1, 3)))
         candidates = list(dict.fromkeys([sample.answer, *others]))
@@ -173,7 +189,9 @@ LAST = {"base": [dict(steps=500, share=0.75, roles=("reflect",) * 7 + ("voter", 
                    dict(steps=2500, share=0.6, roles=("voter",) * 6 + ("critic",) * 4 + ("planner",), lines="plain",
                         weights=(2.2, 0.6, 0.7, 1.0)),
                    dict(steps=1000, share=0.75, roles=("voter",) * 7 + ("critic",) * 4 + ("planner",), lines="held",
-                        weights=(2.2, 0.6, 0.7, 1.0))]}
+                        weights=(2.2, 0.6, 0.7, 1.0)),
+                   dict(steps=800, share=0.8, roles=("voter",) * 6 + ("critic",) * 4 + ("planner",), lines="counted",
+                        weights=(2.6, 0.45, 0.5, 0.8))]}
 SHAPE = {"base": dict(vision=96, text=128, layers=3), "expert": dict(vision=128, text=192, layers=4)}
 
 
@@ -290,8 +308,9 @@ def warm_up(name, see_steps, steps, weights=(1, 1, 1, 1), batch_size=32, lr=2e-3
 
 def practise_roles(name, stage, steps, roles, weights=(1, 1, 1, 1), share=0.9, lines="", batch_size=32, lr=1e-3):
     """A last stage, from the saved checkpoint: a share of the lessons is roles, in the `late` form. The Expert practises its
-    own three, and in later stages counting, which it did worst, and ballots in lines; the base above all to take over what a
-    critique has seen. weights: of the skills, as in `warm_up`; lines: "plain" or "held", see `ballot`."""
+    own three, and in later stages counting, which it did worst, and ballots in lines, at the end with every cell written
+    out; the base above all to take over what a critique has seen. weights: of the skills, as in `warm_up`; lines: see
+    `lesson`."""
     torch.manual_seed(SEED)
     rng = random.Random(f"roles {SEED}{f' {stage}' if stage else ''}")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(HERE / name, dtype=torch.float32).train()
@@ -472,8 +491,9 @@ def write_card(name, questions=240):
                         "area of evidence": float(np.mean([found[s.id][1] for s in part]))} for skill, part in skills.items()}
     else:
         model = VLM.load(HERE / name)
-        clean = probe.answer(model, samples, [s.images for s in samples], 8, max_new_tokens=64)
-        noised = {mode: probe.probe(model, samples, clip, (999,), mode, mass, 8, max_new_tokens=64)[999]
+        longest = train_cdrl.Args.max_new_tokens if name == "base" else catts.Settings.expert_tokens
+        clean = probe.answer(model, samples, [s.images for s in samples], 8, max_new_tokens=longest)
+        noised = {mode: probe.probe(model, samples, clip, (999,), mode, mass, 8, max_new_tokens=longest)[999]
                   for mode in ("key", "random")}
         rows = {}
         for skill, part in skills.items():
@@ -504,7 +524,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=RECIPES)
     parser.add_argument("--card", action="store_true", help="measure the checkpoint that is there; train nothing")
-    parser.add_argument("--roles", type=int, metavar="STAGE", help="only the last stages, from this one on (0, 1, 2), from the "
+    parser.add_argument("--roles", type=int, metavar="STAGE", help="only the last stages, from this one on (0 to 3), from the "
                         "checkpoint that is there")
     args = parser.parse_args()
     stages = LAST.get(args.name, [])
