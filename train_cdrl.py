@@ -472,7 +472,7 @@ def run_probe(vlm, held_out, clip, args, rank, world, name):
 
 
 def probed(args, world):
-    """How many questions the probe asks at once: with no more rollouts than a step has on two views (int)."""
+    """How many questions the probe asks at once: with no more rollouts than a step with noised twins has (int)."""
     return max(1, min(32, int(args.batch_size // world * args.group_size * (1 + args.pairs)) // PROBE_SAMPLES))
 
 

@@ -22,7 +22,7 @@ from common import ROOT, VLM, data, versions
 import train_cdrl
 
 QUESTIONS, GROUP, TOKENS, LR = 16, 8, 64, 1e-4
-OURS = {"ours, grpo": "grpo", "ours, paper (two views)": "paper", "ours, ours (two views, both learn)": "ours"}
+OURS = {"ours, grpo": "grpo", "ours, paper (two views)": "paper", "ours, ours (half with two views, both learn)": "ours"}
 
 
 def ours(recipe, steps):

@@ -44,7 +44,7 @@ def expert():
 
 @pytest.fixture(scope="module")
 def questions():
-    return list(data.load("synthetic", "test", 100))
+    return list(data.load("synthetic", "test", 160))
 
 
 def controller(base, expert, clip, **settings):
@@ -159,7 +159,7 @@ def test_exact_equals_off_under_other_settings(base, expert, clip, questions, se
 
 
 def test_modules_commute(base, expert, clip, questions):
-    part = questions[:6]
+    part = questions[:12]
     first = in_batches(controller(base, expert, clip, order="planner"), part)
     for order in itertools.permutations(MODULES):
         results = in_batches(controller(base, expert, clip, order=",".join(order)), part)
@@ -184,7 +184,7 @@ def test_the_voter_beats_chance(off, questions):
         right = [v.share for v in votes if v.answer == sample.answer]
         if len(votes) > 1 and right:
             gains.append(right[0] - 1 / len(votes))
-    assert len(gains) > 40
+    assert len(gains) > 60
     mean, error = torch.tensor(gains).mean(), torch.tensor(gains).std() / len(gains) ** 0.5
     print(f"voter: +{mean:.3f} over an even split, {len(gains)} questions")
     assert mean > 3 * error and mean > 0.1
