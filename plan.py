@@ -37,8 +37,9 @@ class Paper(VLM):
         try:
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
-        except (OSError, ValueError) as error:
-            raise InputError(f"model {str(path)!r} has no settings that can be read: {str(error).splitlines()[0]}") from error
+        except (ImportError, OSError, ValueError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise InputError(f"model {str(path)!r} has no settings that can be read: {why}") from error
         paper = cls(model, load_processor(path))
         try:
             paper.trial()
@@ -154,7 +155,8 @@ def dry_run(args, samples, views, world):
     for s in chosen:
         inputs = vlm.encode([s.pictures()], [data.prompt(s)])
         ids = inputs["input_ids"]
-        counts.append((ids.shape[1], int((ids == image_id).sum()), patches(inputs.get("pixel_values"), sight)))
+        seen = sum(patches(value, sight) for key, value in inputs.items() if "pixel_values" in key)
+        counts.append((ids.shape[1], int((ids == image_id).sum()), seen))
     prompt, picture, seen = (max(column) for column in zip(*counts))
 
     if prompt + args.max_new_tokens > vlm.context:

@@ -24,7 +24,7 @@ import random
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -221,6 +221,16 @@ class Order:
                 random.Random(f"order {self.seed} {epoch}").shuffle(self.permutation)
             indices.append(self.permutation[place])
         return indices
+
+
+def questions_of(train_set, order, step, rank=0, world=1):
+    """A rank's questions of a step (list of Sample). One that comes again within the step, as it does where --batch_size is
+    more than the questions of a file, has another id there, and with it other noise and other rollouts."""
+    indices, samples = order(step), []
+    for place in range(rank, len(indices), world):
+        sample, earlier = train_set[indices[place]], indices[:place].count(indices[place])
+        samples.append(replace(sample, id=f"{sample.id} again {earlier}") if earlier else sample)
+    return samples
 
 
 def check_prompts(vlm, samples, max_new_tokens, progress, reflect=False):
@@ -670,7 +680,7 @@ def train(args):
             for group in optimiser.param_groups:
                 group["lr"] = args.lr * min(1.0, (step + 1) / 5)
                 group["lr"] *= 1 - step / args.steps if args.lr_schedule == "linear" else 1.0
-            samples = [train_set[i] for i in order(step)[rank::world]]
+            samples = questions_of(train_set, order, step, rank, world)
             clock = time.perf_counter()
             with policy.whole():
                 views, prompts = roll_out(vlm, clip, samples, step, args)              # I - III
@@ -714,8 +724,7 @@ def base_scale(vlm, clip, train_set, order, args, rank=0, world=1):
     pair = Args(**{**asdict(args), "alpha": 1.0, "noised": "rollout", "pairs": 1.0, "controls": 0.0, "reflect": 0.0})
     found = []
     for step in range(max(1, args.scale_questions // args.batch_size)):
-        samples = [train_set[i] for i in order(step)[rank::world]]
-        views, _ = roll_out(vlm, clip, samples, f"scale {step}", pair)
+        views, _ = roll_out(vlm, clip, questions_of(train_set, order, step, rank, world), f"scale {step}", pair)
         found.append(torch.stack([torch.stack([view.judged, view.correct]) for view in views]))       # (2, 2, Q, G)
     return measure_scale(*torch.cat(gathered(found), 2).flatten(2), args.steepness)
 

@@ -94,13 +94,36 @@ class _Prefill:
         self.position = self.position.index_select(-2, rows)
 
 
+class _ImagesOnly(ProcessorMixin):
+    """Stands behind a class of processor and takes its video processor, which needs torchvision, out of its parts."""
+
+    def __init__(self, *args, **kwargs):
+        named = {**dict(zip(super().get_attributes(), args)), **kwargs}
+        super().__init__(**{name: value for name, value in named.items() if "video" not in name})
+
+    @classmethod
+    def get_attributes(cls):
+        return [name for name in super().get_attributes() if "video" not in name]
+
+    @classmethod
+    def from_args_and_dict(cls, args, *rest, **kwargs):
+        found = dict(zip(cls.get_attributes(), args))           # the class takes its parts in an order of its own
+        return super().from_args_and_dict([found.get(name) for name in super().get_attributes()], *rest, **kwargs)
+
+
 def load_processor(path):
     """AutoProcessor; where it insists on a video processor, which needs torchvision, the same class without one."""
     blind = InputError(f"model {str(path)!r} has no image processor that can be opened; a vision-language model with "
                        "preprocessor_config.json or processor_config.json is needed")
     if Path(path).is_dir() and not list(Path(path).glob("*processor_config.json")):
         raise blind                 # transformers would take its class's defaults, which are not this model's
-    broken = (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError)
+    broken = (AttributeError, ImportError, KeyError, OSError, RecursionError, TypeError, ValueError)
+
+    def closed(what, error, named):
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if re.search("torchvision|video_processor", str(error), re.IGNORECASE):
+            why = f"{named} needs torchvision; pip install torchvision, or use another model"
+        return InputError(f"model {str(path)!r} has {what} that cannot be opened here: {why}")
     try:
         processor = AutoProcessor.from_pretrained(path)
         if hasattr(processor, "image_processor"):
@@ -110,22 +133,17 @@ def load_processor(path):
     try:
         AutoImageProcessor.from_pretrained(path)
     except broken as error:
-        raise blind from error
+        raise (closed("an image processor", error, "its class") if "torchvision" in str(error) else blind) from error
     named = None
     try:
         # The class that the files name, which need not be the one its model's class is known by (Pixtral).
         named = ProcessorMixin.get_processor_dict(path)[0].get("processor_class") or \
             ImageProcessingMixin.get_image_processor_dict(path)[0].get("processor_class")
         whole = getattr(transformers, named) if named else PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
-        parts = [name for name in whole.get_attributes() if "video" not in name]
         # Of the same name, because that is what `save_pretrained` writes down.
-        images_only = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts)})
-        return images_only.from_pretrained(path)
+        return type(whole.__name__, (whole, _ImagesOnly), {}).from_pretrained(path)
     except broken as error:
-        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if re.search("torchvision|video_processor", str(error), re.IGNORECASE):
-            why = f"{named or 'its class'} needs torchvision; pip install torchvision, or use another model"
-        raise InputError(f"model {str(path)!r} has a processor that cannot be opened here: {why}") from error
+        raise closed("a processor", error, named or "its class") from error
 
 
 class VLM:
@@ -166,8 +184,8 @@ class VLM:
             raise InputError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name")
         try:
             model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        except (ImportError, OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"model {str(path)!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
         for p in model.parameters():
             # Memory of its own: mapped from a file it may lie at odd addresses, for which kernels sum in another order.
             p.data = p.data.clone()
@@ -186,31 +204,41 @@ class VLM:
             tokens = said.sequences[:, inputs["input_ids"].shape[1]:]                              # (2, T)
             theirs = torch.stack(said.logits, 1).float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
             ours = self.score(images, prompts, tokens.repeat_interleave(2, 0)).logprobs[::2]
+            alone = self.score(images[1:], prompts[1:], tokens[1:]).logprobs
             self.shares = self.shares and self._agrees(images, prompts, tokens, theirs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise self.refusal(error) from error
-        off = (theirs - ours).abs().max().item()
-        if not off < self._tolerance():                                             # not: nan is refused as well
-            raise self.refusal(f"its log-probs from a repeated cache are off from its own `generate` by {off:.2g}")
+        for wanted, found, what in ((theirs, ours, "from a repeated cache are off from its own `generate`"),
+                                    (alone, ours[1:], "of a prompt alone are off from those in a batch")):
+            off = (wanted - found).abs().max().item()
+            if not off < self._tolerance():                                         # not: nan is refused as well
+                raise self.refusal(f"its log-probs {what} by {off:.2g}")
 
     def trial(self):
         """Two pictures, two prompts and what the model takes for them (images, prompts, inputs). InputError for a class that
         keeps more than keys and values, or looks past them: what can be told without its weights."""
         images = [[Image.new("RGB", (64, 64), "gray")], [Image.new("RGB", (120, 40), "red")]]
         prompts = ["What is this?", "What colour is it?"]
+        if self.model.config.is_encoder_decoder:
+            raise InputError("it is an encoder and a decoder, whose cross-attention looks at the prompt past the cache")
         for layer in DynamicCache(config=self.text_config).layers:
             if not hasattr(layer, "batch_repeat_interleave"):
                 raise InputError(f"its cache holds more than keys and values ({type(layer).__name__})")
         inputs = self.encode(images, prompts)
         if any(value.ndim > 2 and value.shape[:2] == inputs["input_ids"].shape for value in inputs.values()):
             raise InputError("its tokens look at the pictures past the cache, by cross-attention")
+        alone = self._positions(self.encode(images[1:], prompts[1:]))
+        if not torch.equal(alone, self._positions(inputs)[..., 1:, -alone.shape[-1]:]):
+            raise InputError("it gives a prompt other positions alone than in a batch")
         return images, prompts, inputs
 
     def refusal(self, why):
         """The InputError for a class that cannot work. why: words, or the error it failed with."""
         why = (str(why).strip() or repr(why)).splitlines()[0]
+        if "no attribute 'video_processor'" in why:
+            why = "its processor needs one for videos, even for pictures, which takes torchvision; pip install torchvision"
         return InputError(f"model class {type(self.model).__name__} cannot be used here: {why}")
 
     def _tolerance(self):
@@ -280,8 +308,9 @@ class VLM:
         banned = torch.zeros(self.vocabulary, dtype=torch.bool, device=self.device)
         banned[len(self.tokenizer):] = True
         special = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
-        named = [value for key, value in vars(self.model.config).items() if key.endswith(("token_id", "token_index"))]
-        config = [i for value in named for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+        named = [value if isinstance(value, (list, tuple)) else [value] for key, value in vars(self.model.config).items()
+                 if key.endswith(("token_id", "token_ids", "token_index"))]
+        config = [i for value in named for i in value if isinstance(i, int)]
         banned[[i for i in special + config + self.tokenizer.all_special_ids if i < self.vocabulary]] = True
         banned[self.eos] = False
         return banned

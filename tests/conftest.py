@@ -1,6 +1,8 @@
-"""What the tests share: the shipped tiny models, a random one, and the optional folder of real questions."""
+"""What the tests share: the shipped tiny models, the optional folder of real questions, and runs that start ahead."""
 import os
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")          # nothing here may reach for a network
@@ -14,8 +16,35 @@ import data  # noqa: E402
 from noise import ClipAttention  # noqa: E402
 from vlm import VLM  # noqa: E402
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+# One core for the tests of this process, the other for what starts ahead; two threads of the tiny model gain little.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 REAL = ROOT.parent / "shared" / "data"
+AHEAD, FOUND, POOL, SCRATCH = {}, {}, ThreadPoolExecutor(1), tempfile.TemporaryDirectory(prefix="cdrl-tests-")
+
+
+def ahead(scenario):
+    """A scenario of whole programs, function(folder) -> what a test compares, as a fixture of its name. Those that the chosen
+    tests ask for run one after another from the start of the session, beside the tests of this process."""
+    name = scenario.__name__
+    AHEAD[name] = scenario
+
+    @pytest.fixture(scope="session", name=name)
+    def outcome():
+        return FOUND[name].result()
+    return outcome
+
+
+def pytest_collection_finish(session):
+    wanted = {name for item in session.items for name in item.fixturenames}
+    for name, scenario in AHEAD.items():
+        if name in wanted and not session.config.option.collectonly:
+            (folder := Path(SCRATCH.name) / name).mkdir()
+            FOUND[name] = POOL.submit(scenario, folder)
+
+
+def pytest_sessionfinish():
+    POOL.shutdown(wait=False, cancel_futures=True)
 
 
 @pytest.fixture(scope="session")

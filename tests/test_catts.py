@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, ahead
 from PIL import Image
 
 import catts
@@ -580,41 +580,47 @@ def test_bad_input_is_one_sentence(tmp_path):
     assert found.returncode == 2 and len(found.stderr.strip().split("\n")) == 1, found.stderr
 
 
-def test_a_file_resumes_repairs_and_splits_over_ranks(tmp_path):
-    (threshold := tmp_path / "threshold.json").write_text('{"threshold": 0.5}')
-    base = ["--data", "synthetic", "--limit", "20", "--batch_size", "4", "--modules", "self_check", "--samples", "4",
-            "--abstain", str(threshold)]
-
-    def rows(name):
-        found = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-        for row in found:
-            row["ledger"].pop("seconds")
-        return found
-    whole = command(*base, "--output", tmp_path / "whole.jsonl")
+@ahead
+def three_files(folder):
+    """The same questions answered at one go; to a file of which half was left; killed, then split over two ranks -> the
+    folder, the flags."""
+    (folder / "threshold.json").write_text('{"threshold": 0.5}')
+    flags = ["--data", "synthetic", "--limit", "20", "--batch_size", "4", "--modules", "self_check", "--samples", "4",
+             "--abstain", str(folder / "threshold.json")]
+    whole = command(*flags, "--output", folder / "whole.jsonl")
     assert whole.returncode == 0 and "accuracy" in whole.stdout and "next:" in whole.stdout, whole.stderr
-    # torn: half the lines, then half a line
-    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "torn.jsonl").write_text("".join(lines[:9]) + lines[9][:50])
-    assert command(*base, "--output", tmp_path / "torn.jsonl").returncode == 0
-    assert rows("torn.jsonl") == rows("whole.jsonl")
-    # killed, then split over two ranks
-    process = subprocess.Popen([sys.executable, str(ROOT / "catts.py"), *base, "--output", str(tmp_path / "killed[1].jsonl")],
+    lines = (folder / "whole.jsonl").read_text().splitlines(keepends=True)
+    (folder / "torn.jsonl").write_text("".join(lines[:9]) + lines[9][:50])
+    assert command(*flags, "--output", folder / "torn.jsonl").returncode == 0
+    process = subprocess.Popen([sys.executable, str(ROOT / "catts.py"), *flags, "--output", str(folder / "killed[1].jsonl")],
                                env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)
-    part = tmp_path / "killed[1].jsonl.rank0"
+    part = folder / "killed[1].jsonl.rank0"
     while process.poll() is None and not (part.exists() and part.stat().st_size):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    found = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29613",
-                            str(ROOT / "catts.py"), *base, "--output", str(tmp_path / "killed[1].jsonl")],
+    found = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                            str(ROOT / "catts.py"), *flags, "--output", str(folder / "killed[1].jsonl")],
                            capture_output=True, text=True, timeout=120,
                            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     assert found.returncode == 0, found.stderr
+    return folder, flags
+
+
+def test_a_file_resumes_repairs_and_splits_over_ranks(three_files):
+    folder, flags = three_files
+
+    def rows(name):
+        found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for row in found:
+            row["ledger"].pop("seconds")
+        return found
+    assert rows("torn.jsonl") == rows("whole.jsonl")
     for a, b in zip(rows("killed[1].jsonl"), rows("whole.jsonl"), strict=True):
         assert (a["id"], a["answer"], a["samples"][0]["text"]) == (b["id"], b["answer"], b["samples"][0]["text"])
-    assert not list(tmp_path.glob("*.rank*"))
+    assert not list(folder.glob("*.rank*"))
     with pytest.raises(InputError, match="tau1"):
-        catts.run([*base, "--output", str(tmp_path / "whole.jsonl"), "--tau1", "0.7"])
-    threshold.write_text('{"threshold": 0.6}')
+        catts.run([*flags, "--output", str(folder / "whole.jsonl"), "--tau1", "0.7"])
+    (folder / "threshold.json").write_text('{"threshold": 0.6}')
     with pytest.raises(InputError, match="abstain"):
-        catts.run([*base, "--output", str(tmp_path / "whole.jsonl")])
+        catts.run([*flags, "--output", str(folder / "whole.jsonl")])

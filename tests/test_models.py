@@ -33,12 +33,12 @@ def tokenizer(image, *more, shown=None, bos=None, **named):
     vocabulary = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     model = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    model.add_special_tokens(special)
     template = ("{% for m in messages %}U: {% for part in m['content'] %}{% if part['type'] == 'image' %}" + (shown or image)
                 + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}A:")
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=model, eos_token="<eos>", pad_token="<pad>", bos_token=bos, padding_side="left",
-        chat_template=(bos or "") + template, additional_special_tokens=list(more),
-        extra_special_tokens={"image_token": image, **named})
+        chat_template=(bos or "") + template, extra_special_tokens={"image_token": image, **named})
 
 
 def qwen(name, patch, **vision):
@@ -120,6 +120,17 @@ def llava_next():
                                                              num_additional_image_tokens=1)
 
 
+def llava_next_video():
+    """Its processor's parts come in an order of their own, the one for videos first."""
+    config, images, words, _, settings = llava_next()
+    words.add_special_tokens(dict(additional_special_tokens=["<video>"]))
+    config = tf.LlavaNextVideoConfig(
+        text_config=config.text_config, vision_config=config.vision_config, image_grid_pinpoints=config.image_grid_pinpoints,
+        image_token_index=config.image_token_index, video_token_index=words.convert_tokens_to_ids("<video>"))
+    config.text_config.vocab_size = len(words)
+    return config, images, words, "LlavaNextVideoProcessor", settings
+
+
 def glm4v():
     named = {name: f"<|{word}|>" for name, word in dict(
         image="image", image_start="begin_of_image", image_end="end_of_image", video="video", video_start="begin_of_video",
@@ -167,8 +178,45 @@ def qwen3_5():
     return config, images, words, name, {}
 
 
-FAMILIES = (qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, llava_onevision, gemma3, idefics3, llava_next, glm4v)
-REFUSED = {mllama: "cross-attention", qwen3_5: "LinearAttentionLayer"}
+def t5gemma2():
+    _, images, words, name, settings = gemma3()
+    part = dict(TEXT, vocab_size=len(words), sliding_window=24, query_pre_attn_scalar=16)
+    config = tf.T5Gemma2Config(
+        encoder=dict(text_config=part, vision_config=SIGLIP, mm_tokens_per_image=4, image_token_index=words.image_token_id),
+        decoder=part, image_token_index=words.image_token_id)
+    return config, images, words, name, settings
+
+
+def hunyuan_vl():
+    """Numbers pictures over the whole batch, and so gives a prompt other positions alone than in a batch."""
+    words = tokenizer("<image>", shown="<im_start><image><im_end>", image_start_token="<im_start>", image_end_token="<im_end>",
+                      image_newline_token="<im_newline>")
+    config = tf.HunYuanVLConfig(
+        text_config=dict(TEXT, vocab_size=len(words), rope_parameters=dict(MROPE, mrope_section=[2, 2, 2, 2])),
+        vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, out_hidden_size=32,
+                           patch_size=16, max_image_size=128, text_hidden_size=32),
+        image_token_id=words.image_token_id, im_start_id=words.image_start_token_id, im_end_id=words.image_end_token_id,
+        im_newline_id=words.image_newline_token_id)
+    images = tf.HunYuanVLImageProcessor(patch_size=16, size=dict(shortest_edge=32**2, longest_edge=128**2))
+    return config, images, words, "HunYuanVLProcessor", {}
+
+
+def emu3():
+    """Its words for a picture depend on the largest picture of the batch."""
+    visual = [f"<|visual token {i:06d}|>" for i in range(16)]
+    words = tokenizer("<image>", *visual, "<|extra_200|>", bos="<bos>", boi_token="<|image start|>",
+                      eoi_token="<|image end|>", image_wrapper_token="<|image token|>", eof_token="<|extra_201|>")
+    config = tf.Emu3Config(
+        text_config=dict(TEXT, vocab_size=len(words)),
+        vq_config=dict(codebook_size=16, embed_dim=4, latent_channels=4, base_channels=32, channel_multiplier=[1, 1, 1, 1],
+                       num_res_blocks=1, attn_resolutions=[4], hidden_size=32, temporal_downsample_factor=1),
+        vocabulary_map={token: words.convert_tokens_to_ids(token) for token in [*visual, "<image>", "<|extra_200|>"]})
+    return config, tf.Emu3ImageProcessor(min_pixels=32**2, max_pixels=64**2, spatial_factor=8), words, "Emu3Processor", {}
+
+
+FAMILIES = (qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, llava_onevision, gemma3, idefics3, llava_next, llava_next_video, glm4v)
+REFUSED = {mllama: "cross-attention", qwen3_5: "LinearAttentionLayer", t5gemma2: "encoder and a decoder",
+           hunyuan_vl: "other positions alone than in a batch"}
 
 
 def write(family, path):
@@ -231,6 +279,10 @@ def rollouts(vlm):
     return flat(vlm.sample(IMAGES, PROMPTS, n=2, max_new_tokens=6, seed=1, entropy=True))
 
 
+def pixels_of(inputs):
+    return next(value for key, value in inputs.items() if key.startswith("pixel_values"))
+
+
 def plain(vlm, images, prompt, completion):
     """Log-probs of a completion (T,) by one forward pass of transformers' own model: no cache, no padding, no batch. The
     loss of its labels path must be minus their mean."""
@@ -241,6 +293,7 @@ def plain(vlm, images, prompt, completion):
             more = {"input_ids": completion, "attention_mask": torch.ones(size)}.get(key, torch.zeros(size))
             inputs[key] = torch.cat([value, more[None].to(value.dtype)], 1)
     labels = inputs["input_ids"].clone()
+    inputs.pop("labels", None)                          # PaliGemma's processor makes some of its own
     labels[:, :length] = -100
     outputs = vlm.model(**inputs, labels=labels, use_cache=False)
     logp = outputs.logits[0, length - 1:-1].float().log_softmax(-1).gather(-1, completion[:, None])[:, 0]
@@ -286,7 +339,7 @@ def test_prompts_encoded_once_are_found_again_in_parts_and_in_another_order(vlm,
         vlm.sample(images, prompts, max_new_tokens=1)
         held = vlm._encoded
         # A picture cut into as many tiles as suit its shape (InternVL): whose is whose cannot be told
-        tiles = "image_grid_thw" not in held[2] and len(held[2]["pixel_values"]) != len(images)
+        tiles = "image_grid_thw" not in held[2] and len(pixels_of(held[2])) != len(images)
         for part, wanted in zip(parts, fresh):
             # in lists of their own: FSDP2 rebuilds those that pass through it
             found = vlm.score([[*images[i]] for i in part], [prompts[i] for i in part], [said] * len(part))
@@ -368,7 +421,7 @@ def test_the_plan_counts_what_the_vision_tower_sees(vlm):
     with torch.no_grad():
         vlm.score([IMAGES[3]], [PROMPTS[3]], [torch.tensor([5])])
     hook.remove()
-    pixels = vlm.encode([IMAGES[3]], [PROMPTS[3]])["pixel_values"]
+    pixels = pixels_of(vlm.encode([IMAGES[3]], [PROMPTS[3]]))
     tiles = 0 if pixels.ndim == 2 else pixels.shape[:-3].numel()
     assert 0 <= seen[0] - plan.patches(pixels, vlm.model.config.vision_config) <= tiles
 
@@ -423,3 +476,8 @@ def test_a_class_that_cannot_work_is_refused_by_name_when_loaded(family, tmp_pat
     for load in (VLM.load, plan.Paper.load):
         with pytest.raises(InputError, match=f"ForConditionalGeneration cannot be used here: .*{REFUSED[family]}"):
             load(path)
+
+
+def test_a_class_whose_log_probs_of_a_prompt_depend_on_its_batch_is_refused(tmp_path):
+    with pytest.raises(InputError, match="Emu3.* cannot be used here: its log-probs of a prompt alone are off from those in"):
+        VLM.load(write(emu3, tmp_path))

@@ -6,13 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, ahead
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -31,12 +30,15 @@ TINY = ["--steps", "3", "--batch_size", "8", "--group_size", "2", "--eval_size",
         "--scale_questions", "16"]
 
 
+def start_of(ranks):
+    return [sys.executable] if not ranks else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                               "--nproc-per-node", str(ranks)]
+
+
 def run(output, *flags, ranks=0, check=True, script="train_cdrl.py", **kwargs):
     """train_cdrl.py as a user starts it: plain, or by torchrun on several ranks."""
-    start = [sys.executable] if not ranks else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*start, str(script), "--output", str(output), *flags], cwd=ROOT, env=environment,
+    done = subprocess.run([*start_of(ranks), str(script), "--output", str(output), *flags], cwd=ROOT, env=environment,
                           capture_output=True, text=True, timeout=240, **kwargs)
     assert not check or done.returncode == 0, done.stderr[-2000:]
     return done
@@ -98,6 +100,17 @@ def test_order_visits_every_question_once_an_epoch_from_any_step():
     walked = [i for step in range(5) for i in order(step)]
     assert sorted(walked[:10]) == sorted(walked[10:]) == list(range(10)) and walked[:10] != walked[10:]
     assert Order(10, 4, 0)(3) == walked[12:16] != Order(10, 4, 1)(3)
+
+
+def test_a_question_that_comes_twice_in_a_step_has_rollouts_of_its_own(base, clip):
+    few = [data.synthetic("train", 5, i) for i in range(2)]
+    samples = train_cdrl.questions_of(few, Order(2, 5, 0), 0)
+    assert len({s.id for s in samples}) == 5 and {s.id for s in samples[:2]} == {s.id for s in few}
+    shares = [train_cdrl.questions_of(few, Order(2, 5, 0), 0, rank, 2) for rank in range(2)]
+    assert [[s.id for s in samples[rank::2]] for rank in range(2)] == [[s.id for s in share] for share in shares]
+    views, _ = train_cdrl.roll_out(base, clip, samples, 0, replace(parse([]), group_size=4, max_new_tokens=24, temperature=2.0))
+    first, again = ([group for group, s in zip(views[0].rollouts, samples) if s.question == few[0].question][i] for i in (0, 1))
+    assert [r.text for r in first] != [r.text for r in again]
 
 
 # ---- one step on the real model
@@ -338,18 +351,101 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, base, capsys):
 
 # ---- whole runs
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory):
-    output = tmp_path_factory.mktemp("runs") / "first"
-    run(output, *TINY)
-    return output
+UNEVEN = """
+import train_cdrl, vlm, parallel
+rank, world, device = parallel.start_ranks()
+sample, split, whole = vlm.VLM.sample, train_cdrl.micro_batches, []
+vlm.VLM.sample = lambda self, *a, **k: sample(self, *a, **{**k, "max_new_tokens": 24 if rank else 1})
+train_cdrl.micro_batches = lambda *a: whole.append(len(split(*a))) or split(*a)
+train_cdrl.main()
+open(f"{__file__}.{rank}", "w").write(str(sum(whole)))
+"""
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    output = tmp_path_factory.mktemp("runs") / "sharded"
-    run(output, *TINY, "--shard", "fsdp", ranks=2)
-    return output
+def killed(output, *flags, ranks=0):
+    """A run that is killed by -9 after its first checkpoint, while it writes the second."""
+    process = subprocess.Popen([*start_of(ranks), "train_cdrl.py", "--output", str(output), *flags, "--save_every", "1"],
+                               cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    for _ in range(2400):
+        if (output / "checkpoint-1").exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    subprocess.run(["pkill", "-KILL", "-f", str(output)], check=True)       # torchrun's workers as well
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and not (output / "model.safetensors").exists()
+    for later in run_folder.checkpoints(output)[1:]:                    # the machine was faster than the kill
+        shutil.rmtree(later)
+    (output / ".checkpoint-2.tmp").mkdir(exist_ok=True)
+    (output / ".checkpoint-2.tmp" / "model.safetensors").write_bytes(b"torn")
+    with open(output / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "torn')
+
+
+def killed_and_resumed(folder, ranks):
+    """kill -9, then the same command; and, from a copy of what was left, the same on another number of ranks."""
+    shard = ["--shard", "fsdp" if ranks else "none"]
+    killed(folder / "killed", *TINY, *shard, ranks=ranks)
+    shutil.copytree(folder / "killed", folder / "other")
+    run(folder / "killed", *TINY, "--save_every", "1", *shard, ranks=ranks)
+    run(folder / "other", *TINY, "--save_every", "1", ranks=2 - ranks)
+    return folder
+
+
+@ahead
+def first(folder):
+    run(folder / "first", *TINY)
+    return folder / "first"
+
+
+@ahead
+def sharded(folder):
+    run(folder / "sharded", *TINY, "--shard", "fsdp", ranks=2)
+    return folder / "sharded"
+
+
+@ahead
+def replicated(folder):
+    run(folder / "two", *TINY, "--micro_batch", "1", ranks=2)           # gradients are summed in the last of 4 passes
+    return folder / "two"
+
+
+@ahead
+def uneven(folder):
+    (folder / "uneven.py").write_text(UNEVEN)
+    run(folder / "run", *TINY, "--shard", "fsdp", "--micro_tokens", "580", ranks=2, script=folder / "uneven.py")
+    return folder
+
+
+@ahead
+def half_precision(folder):
+    run(folder / "bf16", *TINY, "--dtype", "bfloat16", "--offload", "--freeze_vision", "--activation_checkpointing", "on",
+        "--keep", "1", "--save_every", "1", "--lr", "1e-3")
+    return folder / "bf16"
+
+
+@ahead
+def resumed_alone(folder):
+    return killed_and_resumed(folder, 0)
+
+
+@ahead
+def resumed_on_two(folder):
+    return killed_and_resumed(folder, 2)
+
+
+@ahead
+def interrupted(folder):
+    """Ctrl-C after the first step -> (run folder, exit code, what it said)."""
+    output = folder / "stopped"
+    process = subprocess.Popen([sys.executable, "train_cdrl.py", "--output", str(output), *TINY, "--steps", "500"], cwd=ROOT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if (output / "metrics.jsonl").exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    return output, process.communicate(timeout=60)[1], process.returncode
 
 
 def test_the_learning_rate_warms_up_and_falls(first):
@@ -377,28 +473,6 @@ def test_a_run_opens_with_plain_transformers(first):
     assert "\\boxed" in processor.batch_decode(reply, skip_special_tokens=True)[0]
 
 
-def killed(output, *flags, ranks=0):
-    """A run that is killed by -9 after its first checkpoint, while it writes the second."""
-    start = [sys.executable] if not ranks else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                "--nproc-per-node", str(ranks)]
-    process = subprocess.Popen([*start, "train_cdrl.py", "--output", str(output), *flags, "--save_every", "1"], cwd=ROOT,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    for _ in range(2400):
-        if (output / "checkpoint-1").exists() or process.poll() is not None:
-            break
-        time.sleep(0.05)
-    subprocess.run(["pkill", "-KILL", "-f", str(output)], check=True)       # torchrun's workers as well
-    process.wait()
-    assert process.returncode == -signal.SIGKILL and not (output / "model.safetensors").exists()
-    for later in run_folder.checkpoints(output)[1:]:                    # the machine was faster than the kill
-        shutil.rmtree(later)
-    (output / ".checkpoint-2.tmp").mkdir(exist_ok=True)
-    (output / ".checkpoint-2.tmp" / "model.safetensors").write_bytes(b"torn")
-    with open(output / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "torn')
-
-
 def weights(path):
     return AutoModelForImageTextToText.from_pretrained(path).state_dict()
 
@@ -407,22 +481,15 @@ def furthest(a, b):
     return max((weights(a)[k] - weights(b)[k]).abs().max().item() for k in weights(a))
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_killed_and_resumed_equals_undisturbed_and_on_other_ranks_nearly(first, sharded, tmp_path, ranks):
+def test_killed_and_resumed_equals_undisturbed_and_on_other_ranks_nearly(first, sharded, resumed_alone, resumed_on_two):
     """kill -9, then the same command: the same log and weights as a run of its own, bit for bit. Then on another number of
     ranks."""
-    output, undisturbed = tmp_path / "killed", sharded if ranks else first
-    killed(output, *TINY, "--shard", "fsdp" if ranks else "none", ranks=ranks)
-    shutil.copytree(output, tmp_path / "other")
-    with ThreadPoolExecutor(2) as both:
-        same = both.submit(run, output, *TINY, "--save_every", "1", "--shard", "fsdp" if ranks else "none", ranks=ranks)
-        both.submit(run, tmp_path / "other", *TINY, "--save_every", "1", ranks=2 - ranks).result()
-        same.result()
-    assert log(output) == log(undisturbed)
-    for name in ("model.safetensors", "samples.jsonl"):
-        assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
-    assert furthest(tmp_path / "other", first) < 1e-5 and not (tmp_path / "other-1").exists()
-    assert len(log(tmp_path / "other")) == 3
+    for folder, undisturbed in ((resumed_alone, first), (resumed_on_two, sharded)):
+        assert log(folder / "killed") == log(undisturbed)
+        for name in ("model.safetensors", "samples.jsonl"):
+            assert (folder / "killed" / name).read_bytes() == (undisturbed / name).read_bytes()
+        assert furthest(folder / "other", first) < 1e-5 and not (folder / "other-1").exists()
+        assert len(log(folder / "other")) == 3
 
 
 def test_what_was_damaged_in_a_run_folder_is_named_and_a_first_torn_write_is_no_run(first, tmp_path):
@@ -452,28 +519,18 @@ def test_what_was_damaged_in_a_run_folder_is_named_and_a_first_torn_write_is_no_
     assert run_folder.open_run(args) == (tmp_path / "run", None)
 
 
-def test_ctrl_c_saves_the_step_under_way(tmp_path):
-    output = tmp_path / "stopped"
-    process = subprocess.Popen([sys.executable, "train_cdrl.py", "--output", str(output), *TINY, "--steps", "500"], cwd=ROOT,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
-    for _ in range(1200):
-        if (output / "metrics.jsonl").exists() or process.poll() is not None:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+def test_ctrl_c_saves_the_step_under_way(interrupted):
+    output, error, code = interrupted
     steps = len(log(output))
-    assert process.returncode == 130 and f"stopped after step {steps}" in error
+    assert code == 130 and f"stopped after step {steps}" in error
     assert (output / f"checkpoint-{steps}").is_dir()
 
 
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
-def test_two_ranks_equal_one(first, sharded, tmp_path, shard):
+def test_two_ranks_equal_one(first, replicated, sharded, shard):
     """The same global batch on two processes, each with all of the state or with a share of it: the same questions and
     words, the same losses, the same weights up to float noise."""
-    two = sharded
-    if shard == "none":
-        run(two := tmp_path / "two", *TINY, "--micro_batch", "1", ranks=2)      # gradients are summed in the last of 4 passes
+    two = replicated if shard == "none" else sharded
     for a, b in zip(log(first), log(two), strict=True):
         for key in ("original/outcome", "original/confidence", "original/confidence_std", "original/words", "noised/confidence",
                     "noised/entropy", "gap", "loss", "grad_norm"):
@@ -481,38 +538,22 @@ def test_two_ranks_equal_one(first, sharded, tmp_path, shard):
     assert furthest(first, two) < 1e-5
 
 
-UNEVEN = """
-import train_cdrl, vlm, parallel
-rank, world, device = parallel.start_ranks()
-sample, split, whole = vlm.VLM.sample, train_cdrl.micro_batches, []
-vlm.VLM.sample = lambda self, *a, **k: sample(self, *a, **{**k, "max_new_tokens": 24 if rank else 1})
-train_cdrl.micro_batches = lambda *a: whole.append(len(split(*a))) or split(*a)
-train_cdrl.main()
-open(f"{__file__}.{rank}", "w").write(str(sum(whole)))
-"""
-
-
-def test_ranks_with_uneven_work_wait_for_each_other(tmp_path):
+def test_ranks_with_uneven_work_wait_for_each_other(uneven):
     """One rank's completions are cut after one word, the other's are long and need more forward passes: `run` has a time
     limit."""
-    (tmp_path / "uneven.py").write_text(UNEVEN)
-    run(tmp_path / "run", *TINY, "--shard", "fsdp", "--micro_tokens", "580", ranks=2, script=tmp_path / "uneven.py")
-    few, many = (int((tmp_path / f"uneven.py.{rank}").read_text()) for rank in (0, 1))
-    assert len(log(tmp_path / "run")) == 3 <= few < many
+    few, many = (int((uneven / f"uneven.py.{rank}").read_text()) for rank in (0, 1))
+    assert len(log(uneven / "run")) == 3 <= few < many
 
 
-def test_bf16_with_fp32_weights_offloaded_frozen_vision_blocks_run_again(first, tmp_path):
+def test_bf16_with_fp32_weights_offloaded_frozen_vision_blocks_run_again(first, half_precision):
     """What a GPU does, in one process: close to fp32; the vision tower stays; the final model is bf16."""
-    flags = [*TINY, "--dtype", "bfloat16", "--offload", "--freeze_vision", "--activation_checkpointing", "on", "--keep", "1",
-             "--save_every", "1", "--lr", "1e-3"]
-    run(tmp_path / "bf16", *flags)
-    base, half = (weights(path) for path in (ROOT / "tiny" / "base", tmp_path / "bf16"))
+    base, half = (weights(path) for path in (ROOT / "tiny" / "base", half_precision))
     assert {str(value.dtype) for value in half.values()} == {"torch.bfloat16"}
-    config = json.loads((tmp_path / "bf16" / "config.json").read_text())
-    assert config["dtype"] == "bfloat16" and [p.name for p in run_folder.checkpoints(tmp_path / "bf16")] == ["checkpoint-3"]
+    config = json.loads((half_precision / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and [p.name for p in run_folder.checkpoints(half_precision)] == ["checkpoint-3"]
     assert all(torch.equal(half[name].float(), base[name]) for name in base if "visual" in name)
     assert any(not torch.equal(half[name].float(), base[name]) for name in base if "visual" not in name)
-    a, b = log(tmp_path / "bf16"), log(first)
+    a, b = log(half_precision), log(first)
     assert abs(a[0]["loss"] - b[0]["loss"]) < 0.05 and abs(a[0]["original/confidence"] - b[0]["original/confidence"]) < 0.2
 
 
