@@ -16,6 +16,7 @@ import argparse
 import ast
 import base64
 import csv
+import errno
 import io
 import json
 import math
@@ -54,6 +55,12 @@ def command(name, function):
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = error.filename or "the disk of the output"
+        print(f"{name}: {error.strerror}: {where}; make room, and the same command goes on", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"{name}: stopped; the same command starts again", file=sys.stderr)
         raise SystemExit(130) from None
@@ -71,6 +78,11 @@ def add_options(parser, settings):
         kind |= {"choices": f.metadata["choices"]} if f.metadata["choices"] else {}
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"),
                             default=f.default if parser.argument_default is None else parser.argument_default, **kind)
+
+
+def reason(error):
+    """The first line of what an error says, its class where it says nothing (str)."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def shown(path):
@@ -664,7 +676,7 @@ def _read_parquet(path):
     try:
         rows = parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise InputError(f"{path} is no sound parquet file ({str(error).splitlines()[0]}); fetch or write it again") from error
+        raise InputError(f"{path} is no sound parquet file ({reason(error)}); fetch or write it again") from error
     return Rows([(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)])
 
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from data import InputError, command
+from data import InputError, command, reason
 
 STEPS = 1000
 MODES = ("key", "all", "random", "inverse")
@@ -105,7 +105,7 @@ class ClipAttention:
                 raise ValueError(f"it is a {config.model_type} model")
             yield config
         except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"CLIP model {str(path)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise InputError(f"CLIP model {str(path)!r} cannot be loaded: {reason(error)}") from error
 
     @classmethod
     def count(cls, path=CLIP):

@@ -205,7 +205,12 @@ def save_state(policy, optimiser, path):
 def load_state(policy, optimiser, path):
     """The reverse, on any number of ranks, sharded or not: each reads its share. All ranks call it."""
     state = _state(policy, optimiser)
+    # Adam has no state of a weight that never had a gradient (a layer whose output is not used): neither then nor now.
+    stored = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
+    moments = state["optimiser"]["state"]
+    for name in [name for name in moments if f"optimiser.state.{name}.step" not in stored]:
+        del moments[name]
     with warnings.catch_warnings(action="ignore"):
         checkpoint.load(state, checkpoint_id=path)
     set_model_state_dict(policy, state["model"])
-    set_optimizer_state_dict(policy, optimiser, state["optimiser"])
+    set_optimizer_state_dict(policy, optimiser, state["optimiser"], options=StateDictOptions(strict=False))

@@ -38,8 +38,7 @@ class Paper(VLM):
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
         except (ImportError, OSError, ValueError) as error:
-            why = str(error).strip().splitlines()[0]
-            raise InputError(f"model {str(path)!r} has no settings that can be read: {why}") from error
+            raise InputError(f"model {str(path)!r} has no settings that can be read: {data.reason(error)}") from error
         paper = cls(model, load_processor(path))
         try:
             paper.trial()
@@ -88,7 +87,7 @@ def choices(args, device, world, vlm):
     spread, again = args.shard == "fsdp", args.activation_checkpointing == "on"
     if args.activation_checkpointing == "auto":
         again = total > LARGE
-    if args.shard == "auto" and world > 1 and not args.offload and (memory := device_memory(args, device)):
+    if args.shard == "auto" and world > 1 and (memory := device_memory(args, device)):
         spread = sum(state_bytes(total, trained, 1).values()) > COMFORTABLE * memory * GIB
     return spread, again
 
@@ -138,8 +137,9 @@ def key_values(config, repeated=False):
     return 2 * heads * width
 
 
-def dry_run(args, samples, views, world):
-    """Print what a run is made of and what it needs; InputError where that is more than a device has. views: 1 or 2."""
+def dry_run(args, samples, noised, world):
+    """Print what a run is made of and what it needs; InputError where that is more than a device has. noised: how many of a
+    step's questions have a noised twin."""
     vlm, device = Paper.load(args.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute, (spread, again) = dtype_of(args, device), choices(args, device, world, vlm)
     total, trained = parameters(vlm, args.freeze_vision)
@@ -162,7 +162,7 @@ def dry_run(args, samples, views, world):
     if prompt + args.max_new_tokens > vlm.context:
         raise InputError(f"a prompt takes {prompt} tokens and --max_new_tokens {args.max_new_tokens} more, but the model's "
                          f"context is {vlm.context}")
-    questions = args.batch_size // world
+    questions, views = args.batch_size // world, 1 + (noised > 0)
     # Both views, whatever a step rolls out: so the base's confidence is measured, and the probe asks no more at once.
     rollouts, length = questions * args.group_size * 2, prompt + args.max_new_tokens
     part = min(questions, args.micro_batch)
@@ -179,6 +179,7 @@ def dry_run(args, samples, views, world):
                "probabilities of a word": 32 * rollouts * vlm.vocabulary}
     tokens = part * views * (prompt + args.group_size * args.max_new_tokens)
     learning = {"weights of two blocks and the rest, gathered": size * (2 * block + left),
+                "gradients of a block or the rest, before they are summed": (size + 4) * max(block, left),
                 "activations, language": activations(text, tokens, size, again, part * views * args.group_size * length),
                 "activations, vision": 0 if args.freeze_vision else activations(
                     sight, part * views * seen, size, again, 0),
@@ -197,10 +198,9 @@ def dry_run(args, samples, views, world):
     print(f"{data.shown(args.model)}: {total:,} parameters ({vision:,} of them vision), {trained:,} train")
     print(f"{describe(compute, spread, again, world)}{', offload' if args.offload else ''}")
     print(f"tokens: longest of {len(chosen)} prompts {prompt}, {picture} of them pictures; completion {args.max_new_tokens}")
-    noised = math.ceil(args.pairs * questions) if views > 1 else 0
-    a_rank = (questions + noised) * args.group_size
-    print(f"rollouts a step: {a_rank * world} ({args.batch_size} questions and {noised * world} noised twins x "
-          f"{args.group_size}), a rank {a_rank}; questions a forward pass when learning: {part}")
+    a_rank = (questions + math.ceil(noised / world)) * args.group_size
+    print(f"rollouts a step: {(args.batch_size + noised) * args.group_size} ({args.batch_size} questions and {noised} noised "
+          f"twins x {args.group_size}), a rank at most {a_rank}; questions a forward pass when learning: {part}")
     columns = [c for c in ("device", "CPU", "rolling out", "learning") if any(c in cells for cells in rows.values())]
     print("\nGiB a rank")
     print(data.table({name: {c: cells.get(c, "") for c in columns} for name, cells in rows.items()}))
@@ -215,6 +215,9 @@ def dry_run(args, samples, views, world):
                                         ("--micro_batch 1", part == 1)) if not used]
         raise InputError(f"{max(peak.values()):.2f} GiB a rank do not fit into {memory:g}; try {', '.join(more)}, or a smaller "
                          "--batch_size, --group_size or --max_new_tokens")
-    if waiting > host_memory() and not args.memory:                 # --memory: the plan is for another machine
-        raise InputError(f"{waiting:.2f} GiB of the CPU's memory are needed, by {here} ranks together, and this machine has "
-                         f"{host_memory():.2f}; try more machines, --freeze_vision, or do without --offload")
+    computing = 0.0 if device.type == "cuda" else here * max(peak.values())
+    if waiting + computing > host_memory() and not args.memory:     # --memory: the plan is for another machine
+        less = ["more machines", *["--freeze_vision"] * (not args.freeze_vision), *["do without --offload"] * args.offload,
+                *["--memory N for a device that is not here"] * bool(computing)]
+        raise InputError(f"{waiting + computing:.2f} GiB of the CPU's memory are needed, by {here} ranks together, and this "
+                         f"machine has {host_memory():.2f}; try {' or '.join(less)}")

@@ -79,20 +79,31 @@ def save_checkpoint(output, vlm, policy, optimiser, step, scale, keep, dtype):
     call it; they share the file system."""
     final, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.tmp"
     main_rank = not dist.is_initialized() or dist.get_rank() == 0
-    if main_rank:
-        temporary.mkdir()
-    state, random_states = parallel.whole_state(policy, dtype), parallel.gathered([torch.get_rng_state()])
-    parallel.save_state(policy, optimiser, temporary / "state")
-    if main_rank:
-        vlm.save(temporary, state)
-        torch.save({"step": step, "scale": scale, "rng": random_states}, temporary / "training.pt")
-        for path in (*temporary.rglob("*"), temporary):
-            _to_disk(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        _to_disk(output)
-        for old in checkpoints(output)[:-keep]:
-            shutil.rmtree(old)
+    try:
+        if main_rank:
+            temporary.mkdir()
+        state, random_states = parallel.whole_state(policy, dtype), parallel.gathered([torch.get_rng_state()])
+        spoilt = [name for name, weight in state.items() if not weight.isfinite().all()]
+        if spoilt:
+            raise InputError(f"{spoilt[0]} is not finite after step {step}; lower --lr or the reward's weights, the "
+                             f"checkpoints in {data.shown(output)} are from before it")
+        parallel.save_state(policy, optimiser, temporary / "state")
+        if main_rank:
+            vlm.save(temporary, state)
+            torch.save({"step": step, "scale": scale, "rng": random_states}, temporary / "training.pt")
+            for path in (*temporary.rglob("*"), temporary):
+                _to_disk(path)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(temporary, final)
+            _to_disk(output)
+            for old in checkpoints(output)[:-keep]:
+                shutil.rmtree(old)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, CheckpointException) as error:           # a full disk raises each of them
+        raise InputError(f"{data.shown(final)} cannot be written ({data.reason(error)}); is the disk full? The checkpoints "
+                         "before it are whole, and the same command goes on from there") from error
+    parallel.gathered([None])                   # no rank goes on, or leaves, before it is there
 
 
 def _to_disk(path):

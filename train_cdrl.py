@@ -99,8 +99,8 @@ class Args:
     noise_t: str = option("999", "diffusion step 0 to 1000, or a range such as 500-999 to draw from")
     region: str = option("key", "where the noise goes", noise.MODES)
     mass: float = option(0.5, "share of CLIP's attention that the key region holds")
-    pairs: float = option(0.5, "share of a step's questions, rounded up on each rank, that are asked on a noised picture as "
-                          "well; 1 = the paper")
+    pairs: float = option(0.5, "share of a step's questions, rounded up, that are asked on a noised picture as well; 1 = the "
+                          "paper")
     controls: float = option(0.3, "share of those whose noise goes on a random region of the same area instead: no "
                              "perception term there, so that C learns to fall with the evidence, not with noise")
     reflect: float = option(0.0, "share of questions asked with an earlier answer and a critique of it, right or wrong, no "
@@ -174,6 +174,11 @@ def check(args, world):
         raise InputError(f"--group_size is {args.group_size}; a group needs at least 2 rollouts to compare")
     if args.batch_size % world:
         raise InputError(f"--batch_size {args.batch_size} does not divide over {world} ranks; use a multiple of {world}")
+    if needs_noised(args) and twins_of(args.pairs, args.batch_size) < world:
+        raise InputError(f"--pairs {args.pairs:g} of --batch_size {args.batch_size} leaves some of the {world} ranks without a "
+                         "noised question; raise either")
+    if args.lr > 1e30:
+        raise InputError(f"--lr is {args.lr:g}; AdamW moves every weight by about as much a step, 1e-6 suits a 7B model")
     if not 0 < args.mass <= 1:
         raise InputError(f"--mass is {args.mass}; a number above 0 and at most 1 is expected")
     for name in ("pairs", "controls", "reflect"):
@@ -507,6 +512,12 @@ def needs_noised(args):
     return bool(args.alpha) or args.learn_noised
 
 
+def twins_of(pairs, questions, rank=0, world=1):
+    """How many of a step's questions have a noised twin, of those that this rank asks (int). They are the first ones of all
+    ranks' questions, which are dealt out: no number of ranks changes which."""
+    return len(range(rank, math.ceil(pairs * questions - 1e-9), world))
+
+
 def with_critique(sample, answer):
     """The prompt of Self-Reflection, with the words of a Critic who knows the solution."""
     return data.reflect_prompt(sample, answer, data.critique(sample, answer))
@@ -535,7 +546,8 @@ def roll_out(vlm, clip, samples, step, args):
     prompts, reflects = asked(samples, step, args)
     images, seeds = [s.pictures() for s in samples], [f"{args.seed} {step} {s.id}" for s in samples]
     # ---- I. image pairs (paper 3.2.1), of the first questions: they come in a random order
-    some = math.ceil(args.pairs * len(samples))
+    rank, world = parallel.place()
+    some = twins_of(args.pairs, len(samples) * world, rank, world)
     twins = samples[:some] if needs_noised(args) else []
     control = torch.tensor([random.Random(f"control {args.seed} {step} {s.id}").random() < args.controls for s in twins],
                            dtype=torch.bool)
@@ -583,25 +595,28 @@ def reward_views(views, scale, args, device="cpu"):
 
 
 def statistics(views, device="cpu"):
-    """Every reward term, confidence, length and entropy, per view (dict of floats). Means over this rank's rollouts, of which
-    the ranks' are averaged later; what is no mean over rollouts (std, entropy, words) is that of all ranks' here."""
+    """Every reward term, confidence, length and entropy, per view (dict of floats). Means over this rank's rollouts, each
+    weighed so that the ranks' mean is that over all rollouts; what is no mean over rollouts (std, entropy, words) is that of
+    all ranks' here."""
     stats = {}
     for view in views:
         flat = [r for group in view.rollouts for r in group]
         total = sum(view.terms.values())
         c, logprobs = view.confidence.double(), torch.cat([r.logprobs for r in flat]).double()
-        count, c_sum, squares, tokens, logprob = summed([c.numel(), c.sum(), (c**2).sum(), len(logprobs), logprobs.sum()],
-                                                        device)
-        row = {"reward": total.mean(), **{name: term.mean() for name, term in view.terms.items()},
-               "confidence": view.confidence.mean(),
-               "confidence_std": math.sqrt(max(0.0, squares - c_sum**2 / count) / max(1, count - 1)),
-               # minus the mean log-prob of what was sampled: an unbiased estimate of the policy's entropy a token
-               "entropy": -logprob / tokens,
-               "length": sum(len(r.tokens) for r in flat) / len(flat),
-               "truncated": sum(not r.finished for r in flat) / len(flat),
-               "zero_variance": (total.std(-1) < 1e-6).float().mean(),
-               "distinct": sum(len({r.text for r in group}) / len(group) for group in view.rollouts) / len(view.rollouts),
-               "words": len(set(gathered(sorted({word for r in flat for word in r.text.split()}))))}
+        count, c_sum, squares, tokens, logprob, ranks = summed(
+            [c.numel(), c.sum(), (c**2).sum(), len(logprobs), logprobs.sum(), 1], device)
+        share = c.numel() * ranks / count                   # not 1 where ranks have unlike numbers of noised twins
+        means = {"reward": total.mean(), **{name: term.mean() for name, term in view.terms.items()},
+                 "confidence": view.confidence.mean(),
+                 "length": sum(len(r.tokens) for r in flat) / len(flat),
+                 "truncated": sum(not r.finished for r in flat) / len(flat),
+                 "zero_variance": (total.std(-1) < 1e-6).float().mean(),
+                 "distinct": sum(len({r.text for r in group}) / len(group) for group in view.rollouts) / len(view.rollouts)}
+        row = {name: value * share for name, value in means.items()}
+        row |= {"confidence_std": math.sqrt(max(0.0, squares - c_sum**2 / count) / max(1, count - 1)),
+                # minus the mean log-prob of what was sampled: an unbiased estimate of the policy's entropy a token
+                "entropy": -logprob / tokens,
+                "words": len(set(gathered(sorted({word for r in flat for word in r.text.split()}))))}
         stats |= {f"{view.name}/{name}": float(value) for name, value in row.items()}
     if len(views) > 1:
         gap = (views[0].confidence[:len(views[1].confidence)] - views[1].confidence).mean(-1)               # (P,)
@@ -622,7 +637,8 @@ def train(args):
     if args.dry_run:
         rank, world = parallel.place()
         check(args, world)
-        return None if rank else plan.dry_run(args, open_data(args)[0], 1 + needs_noised(args), world)
+        noised = twins_of(args.pairs, args.batch_size) if needs_noised(args) else 0
+        return None if rank else plan.dry_run(args, open_data(args)[0], noised, world)
     rank, world, device = parallel.start_ranks()
     check(args, world)
     main_rank = rank == 0

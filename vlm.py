@@ -34,7 +34,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 import prefix
-from data import InputError
+from data import InputError, reason
 from reward import token_confidence, token_entropy, top_k_for
 
 # Rows of the batch that have ended leave it every so many tokens (looking costs a synchronisation on a GPU).
@@ -120,7 +120,7 @@ def load_processor(path):
     broken = (AttributeError, ImportError, KeyError, OSError, RecursionError, TypeError, ValueError)
 
     def closed(what, error, named):
-        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        why = reason(error)
         if re.search("torchvision|video_processor", str(error), re.IGNORECASE):
             why = f"{named} needs torchvision; pip install torchvision, or use another model"
         return InputError(f"model {str(path)!r} has {what} that cannot be opened here: {why}")
@@ -185,7 +185,7 @@ class VLM:
         try:
             model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
         except (ImportError, OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"model {str(path)!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+            raise InputError(f"model {str(path)!r} cannot be loaded: {reason(error)}") from error
         for p in model.parameters():
             # Memory of its own: mapped from a file it may lie at odd addresses, for which kernels sum in another order.
             p.data = p.data.clone()
@@ -236,7 +236,7 @@ class VLM:
 
     def refusal(self, why):
         """The InputError for a class that cannot work. why: words, or the error it failed with."""
-        why = (str(why).strip() or repr(why)).splitlines()[0]
+        why = reason(why)
         if "no attribute 'video_processor'" in why:
             why = "its processor needs one for videos, even for pictures, which takes torchvision; pip install torchvision"
         return InputError(f"model class {type(self.model).__name__} cannot be used here: {why}")
@@ -261,8 +261,11 @@ class VLM:
 
     def save(self, path, state=None):
         """Write the model and its processor in Hugging Face form. state: its weights by name, where the model itself holds
-        only a share of them; of any dtype."""
-        self.model.save_pretrained(path, state_dict=state)
+        only a share of them; of any dtype. InputError where it cannot be written."""
+        try:
+            self.model.save_pretrained(path, state_dict=state)
+        except SafetensorError as error:
+            raise InputError(f"{path} cannot be written ({reason(error)}); is the disk full?") from error
         if state is not None:               # transformers has written down the dtype of the model's own weights
             dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
             config = Path(path) / "config.json"

@@ -7,4 +7,4 @@ data=${1:?give a .jsonl file of questions}
 python train_cdrl.py --model Qwen/Qwen2.5-VL-3B-Instruct --clip openai/clip-vit-large-patch14-336 \
     --data "$data" --clip_cache runs/clip_maps --offload --freeze_vision --group_size 4 \
     --batch_size 2 --micro_batch 1 --scale_questions 64 --max_new_tokens 1024 --lr 1e-6 --steps 500 \
-    --save_every 50 --keep 1 --output runs/qwen3b "${@:2}"
+    --save_every 50 --keep 1 --output runs/qwen3b_language "${@:2}"

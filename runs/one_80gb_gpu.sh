@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Qwen2.5-VL-3B-Instruct on one 80 GB GPU, full fine-tuning with all of its state on the GPU.
 #   runs/one_80gb_gpu.sh train.jsonl
-# Memory, computed by --dry_run, not yet measured: 69 GiB. For 7B add --model Qwen/Qwen2.5-VL-7B-Instruct --offload: 21 GiB on the
+# Memory, computed by --dry_run, not yet measured: 72 GiB. For 7B add --model Qwen/Qwen2.5-VL-7B-Instruct --offload: 21 GiB on the
 # GPU, 154 GiB in the CPU's memory.
 set -euo pipefail
 data=${1:?give a .jsonl file of questions}

@@ -410,6 +410,26 @@ def test_gradient_equals_that_of_plain_forwards_and_a_step_along_it_lowers_the_l
     assert loss() < before
 
 
+def test_the_state_of_training_comes_back_where_some_weights_never_had_a_gradient_too(path, rollouts, tmp_path):
+    """As LLaVA's last vision layer: two steps are one, a checkpoint, and another one."""
+    def start():
+        policy = parallel.Policy(VLM.load(path, "cpu"))
+        return policy, parallel.adamw(list(policy.parameters()), 1e-3)
+
+    def step(policy, optimiser):
+        policy.score(IMAGES, PROMPTS, [r.tokens for r in rollouts]).logprobs.mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    through, resumed = start(), start()
+    step(*through)
+    parallel.save_state(*through, tmp_path / "state")
+    parallel.load_state(*resumed, tmp_path / "state")
+    for run in (through, resumed):
+        step(*run)
+    assert len(through[1].state) == len(resumed[1].state)
+    assert all(map(torch.equal, through[0].parameters(), resumed[0].parameters()))
+
+
 def test_the_plan_counts_what_the_vision_tower_sees(vlm):
     """A class token a tile apart, which some towers add."""
     sight, seen = {id(p) for p in vlm.vision_parameters()}, []

@@ -26,7 +26,8 @@ from data import InputError
 from train_cdrl import Order, group_advantages, kl_k3, learn, parse, policy_loss
 from vlm import VLM
 
-TINY = ["--steps", "3", "--batch_size", "8", "--group_size", "2", "--eval_size", "0", "--max_new_tokens", "24",
+# 6 questions, 3 of them with a noised twin: two ranks have unlike numbers of twins
+TINY = ["--steps", "3", "--batch_size", "6", "--group_size", "2", "--eval_size", "0", "--max_new_tokens", "24",
         "--scale_questions", "16"]
 
 
@@ -413,7 +414,7 @@ def replicated(folder):
 @ahead
 def uneven(folder):
     (folder / "uneven.py").write_text(UNEVEN)
-    run(folder / "run", *TINY, "--shard", "fsdp", "--micro_tokens", "580", ranks=2, script=folder / "uneven.py")
+    run(folder / "run", *TINY, "--shard", "fsdp", "--micro_tokens", "430", ranks=2, script=folder / "uneven.py")
     return folder
 
 
@@ -519,6 +520,37 @@ def test_what_was_damaged_in_a_run_folder_is_named_and_a_first_torn_write_is_no_
     assert run_folder.open_run(args) == (tmp_path / "run", None)
 
 
+def test_a_full_disk_and_weights_that_are_not_finite_are_a_sentence_and_no_checkpoint(fresh, tmp_path, monkeypatch):
+    def save(step):
+        run_folder.save_checkpoint(tmp_path, fresh, policy, optimiser, step, {}, 2, torch.float32)
+    policy = parallel.Policy(fresh)
+    optimiser = parallel.adamw(list(policy.parameters()), 1e-3)
+    save(1)
+    for error in (OSError(28, "No space left on device"), RuntimeError("[enforce fail] unexpected pos 704 vs 598")):
+        monkeypatch.setattr(parallel, "save_state", lambda *_, error=error: (_ for _ in ()).throw(error))
+        shutil.rmtree(tmp_path / ".checkpoint-2.tmp", ignore_errors=True)
+        with pytest.raises(InputError, match="checkpoint-2 cannot be written .*is the disk full"):
+            save(2)
+    shutil.rmtree(tmp_path / ".checkpoint-2.tmp")
+    next(policy.parameters()).data[0] = float("nan")
+    with pytest.raises(InputError, match="is not finite after step 2; lower --lr"):
+        save(2)
+    assert [path.name for path in run_folder.checkpoints(tmp_path)] == ["checkpoint-1"]
+    with pytest.raises(SystemExit) as stop:
+        data.command("x.py", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device", "runs/log")))
+    assert stop.value.code == 2
+
+
+def test_a_rank_without_a_noised_question_is_refused_and_shares_of_twins_make_up_the_whole():
+    with pytest.raises(InputError, match="leaves some of the 4 ranks without a noised question"):
+        train_cdrl.check(parse(["--batch_size", "4", "--pairs", "0.5"]), 4)
+    train_cdrl.check(parse(["--batch_size", "4", "--recipe", "grpo", "--pairs", "0.5"]), 4)
+    for questions in (4, 6, 8):
+        for pairs in (0.3, 0.5, 0.75, 1.0):
+            shares = [train_cdrl.twins_of(pairs, questions, rank, 2) for rank in range(2)]
+            assert sum(shares) == train_cdrl.twins_of(pairs, questions) and shares[0] - shares[1] in (0, 1)
+
+
 def test_ctrl_c_saves_the_step_under_way(interrupted):
     output, error, code = interrupted
     steps = len(log(output))
@@ -600,9 +632,11 @@ def test_a_dry_run_prints_what_is_needed_and_refuses_what_cannot_fit(tmp_path, c
             train_cdrl.main(["--dry_run", *flags])
         assert stop.value.code == 2 and why in capsys.readouterr().err
     monkeypatch.setattr(plan, "host_memory", lambda: 0.01)
-    with pytest.raises(SystemExit):
-        train_cdrl.main(["--dry_run", "--offload"])
-    assert "0.02 GiB of the CPU's memory are needed" in capsys.readouterr().err
+    for flags, why in (([], "--memory N for a device that is not here"), (["--offload"], "do without --offload")):
+        with pytest.raises(SystemExit):
+            train_cdrl.main(["--dry_run", *flags])
+        error = capsys.readouterr().err
+        assert "GiB of the CPU's memory are needed" in error and why in error and ("offload" in error) == bool(flags)
     train_cdrl.main(["--dry_run", "--offload", "--memory", "1"])                # a plan for another machine
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(SystemExit):
