@@ -159,7 +159,7 @@ def test_exact_equals_off_under_other_settings(base, expert, clip, questions, se
 
 
 def test_modules_commute(base, expert, clip, questions):
-    part = questions[:12]
+    part = questions[:6]
     first = in_batches(controller(base, expert, clip, order="planner"), part)
     for order in itertools.permutations(MODULES):
         results = in_batches(controller(base, expert, clip, order=",".join(order)), part)
@@ -220,11 +220,11 @@ def test_gate_skips_where_samples_agree(base, expert, clip, questions, off):
 def test_abstention_and_confidence(base, expert, clip, questions, off, tmp_path):
     file = tmp_path / "threshold.json"
     file.write_text(json.dumps({"threshold": 0.7}))
-    for abstain in ("0.7", str(file)):
-        results = in_batches(controller(base, expert, clip, abstain=abstain), questions[:24])
-        for r, full in zip(results, off):
-            assert r.answer == full.answer and r.abstained == (r.confidence < 0.7)
-        assert 0 < sum(r.abstained for r in results) < 24
+    assert controller(base, expert, clip, abstain="0.7").threshold == 0.7
+    results = in_batches(controller(base, expert, clip, abstain=str(file)), questions[:24])
+    for r, full in zip(results, off):
+        assert r.answer == full.answer and r.abstained == (r.confidence < 0.7)
+    assert 0 < sum(r.abstained for r in results) < 24
     for r in off:
         rows = tally(r.votes, TAUS)
         assert r.confidence == pytest.approx(max(row.total for row in rows) / sum(row.total for row in rows))
@@ -550,12 +550,18 @@ def command(*args, **kwargs):
                           cwd=kwargs.pop("cwd", ROOT), env=env, timeout=120, **kwargs)
 
 
-def test_one_question(tmp_path):
-    found = command(ROOT / "tiny" / "example.png", "How many red crosses are there?")
-    assert found.returncode == 0, found.stderr
-    assert all(word in found.stdout for word in ("answer:", "confidence", "samples", "voter", "self_check", "cost:", "next:"))
-    found = command(ROOT / "tiny" / "example.png", "How many red crosses are there?", "--json")
-    row = json.loads(found.stdout)
+@ahead
+def one_question(folder):
+    """What is printed for a person, and as JSON."""
+    asked = ROOT / "tiny" / "example.png", "How many red crosses are there?"
+    return command(*asked), command(*asked, "--json")
+
+
+def test_one_question(one_question):
+    told, stored = one_question
+    assert told.returncode == 0, told.stderr
+    assert all(word in told.stdout for word in ("answer:", "confidence", "samples", "voter", "self_check", "cost:", "next:"))
+    row = json.loads(stored.stdout)
     assert row["answer"] and row["ledger"]["tokens"] > 0 and len(row["samples"]) == 8
 
 
