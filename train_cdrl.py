@@ -65,7 +65,7 @@ class Args:
     steps: int = option(500, "optimisation steps")
     batch_size: int = option(32, "questions a step, over all ranks")
     group_size: int = option(4, "rollouts a question on each view, G (the paper: 4 pairs)")
-    micro_batch: int = option(16, "questions a forward pass when learning; less saves memory, the gradient is the same")
+    micro_batch: int = option(8, "questions a forward pass when learning; less saves memory, the gradient is the same")
     micro_tokens: int = option(0, "and at most so many tokens, prompts and all completions on each view, padding "
                                "included; 0 = no limit")
     max_new_tokens: int = option(64, "longest completion")
