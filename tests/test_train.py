@@ -407,7 +407,7 @@ def sharded(folder):
 
 @ahead
 def replicated(folder):
-    run(folder / "two", *TINY, "--micro_batch", "1", ranks=2)           # gradients are summed in the last of 4 passes
+    run(folder / "two", *TINY, "--micro_batch", "1", ranks=2)           # gradients are summed in the last of 3 passes
     return folder / "two"
 
 
