@@ -81,8 +81,9 @@ def add_options(parser, settings):
 
 
 def reason(error):
-    """The first line of what an error says, its class where it says nothing (str)."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of what an error says, its class where it says nothing, or not a word (str)."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return said if " " in said else f"{type(error).__name__} {said}".strip()
 
 
 def shown(path):
@@ -104,10 +105,14 @@ def strict_json(value, **how):
 def write_atomically(path, text):
     """Write a file by one rename: a kill leaves the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)           # a full disk
+        raise
     os.replace(temporary, path)
 
 

@@ -33,6 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+import data
 from data import InputError
 from vlm import Scores
 
@@ -200,6 +201,12 @@ def save_state(policy, optimiser, path):
     """Write the fp32 weights and the optimiser's state, each rank its share, by the names of parameters. All ranks call it."""
     with warnings.catch_warnings(action="ignore"):         # that one process is one process
         checkpoint.save(_state(policy, optimiser), checkpoint_id=path)
+
+
+def checksums(path):
+    """{name: CRC-32} of the files in a folder, in turns between the ranks, which share the file system. All ranks call it."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return dict(gathered([(file.name, data.checksum(file)) for file in sorted(path.iterdir())[rank::world]]))
 
 
 def load_state(policy, optimiser, path):

@@ -7,6 +7,7 @@
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,16 +48,20 @@ def open_run(args):
         longer = bool(done) and step_of(done[-1]) > args.steps
         if args.resume == "no" or other or longer:
             aside = next(p for i in range(1, 10**6) if not (p := output.with_name(f"{output.name}-{i}")).exists())
-            output.rename(aside)
             why = f"other settings ({', '.join(other)})" if other else "more steps" if longer else "an earlier run"
+            try:
+                output.rename(aside)
+            except OSError as error:
+                raise InputError(f"--output {args.output!r} holds {why} and cannot be moved to {aside} ({error.strerror}); "
+                                 "choose another folder") from error
             print(f"{args.output} held {why}: moved to {aside}")
+    for torn in output.glob(".checkpoint-*.tmp"):                   # of a kill while it was written; makes room, so first
+        shutil.rmtree(torn, ignore_errors=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "args.json", settings)
     except OSError as error:
         raise InputError(f"--output {args.output!r} cannot be written ({error.strerror}); choose another folder") from error
-    for torn in output.glob(".checkpoint-*.tmp"):                   # of a kill while it was written
-        shutil.rmtree(torn, ignore_errors=True)
     done = checkpoints(output)
     if not (done and done[-1].name == f"checkpoint-{args.steps}"):
         for old in (output / "after.json", *output.glob("model*.safetensors*")):    # of an earlier, shorter run in this folder
@@ -79,19 +84,20 @@ def save_checkpoint(output, vlm, policy, optimiser, step, scale, keep, dtype):
     call it; they share the file system."""
     final, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.tmp"
     main_rank = not dist.is_initialized() or dist.get_rank() == 0
+    state, random_states = parallel.whole_state(policy, dtype), parallel.gathered([torch.get_rng_state()])
+    spoilt = [name for name, weight in state.items() if not weight.isfinite().all()]
+    if spoilt:
+        raise InputError(f"{spoilt[0]} is not finite after step {step}; lower --lr or the reward's weights, the "
+                         f"checkpoints in {data.shown(output)} are from before it")
     try:
         if main_rank:
             temporary.mkdir()
-        state, random_states = parallel.whole_state(policy, dtype), parallel.gathered([torch.get_rng_state()])
-        spoilt = [name for name, weight in state.items() if not weight.isfinite().all()]
-        if spoilt:
-            raise InputError(f"{spoilt[0]} is not finite after step {step}; lower --lr or the reward's weights, the "
-                             f"checkpoints in {data.shown(output)} are from before it")
         parallel.save_state(policy, optimiser, temporary / "state")
+        sums = parallel.checksums(temporary / "state")
         if main_rank:
             vlm.save(temporary, state)
-            torch.save({"step": step, "scale": scale, "rng": random_states}, temporary / "training.pt")
-            for path in (*temporary.rglob("*"), temporary):
+            torch.save({"step": step, "scale": scale, "rng": random_states, "checksums": sums}, temporary / "training.pt")
+            for path in (*temporary.rglob("*"), temporary, *output.glob("*.jsonl")):
                 _to_disk(path)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(temporary, final)
@@ -101,7 +107,10 @@ def save_checkpoint(output, vlm, policy, optimiser, step, scale, keep, dtype):
     except torch.OutOfMemoryError:
         raise
     except (OSError, RuntimeError, CheckpointException) as error:           # a full disk raises each of them
-        raise InputError(f"{data.shown(final)} cannot be written ({data.reason(error)}); is the disk full? The checkpoints "
+        if main_rank:
+            shutil.rmtree(temporary, ignore_errors=True)
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise InputError(f"{data.shown(final)} cannot be written ({data.reason(cause)}); is the disk full? The checkpoints "
                          "before it are whole, and the same command goes on from there") from error
     parallel.gathered([None])                   # no rank goes on, or leaves, before it is there
 
@@ -117,31 +126,35 @@ def load_checkpoint(checkpoint, policy, optimiser):
     """-> (step, scale). Fills in weights and optimiser, on any number of ranks, and this rank's random state. InputError, in a
     sentence, for one that has been damaged since it was written."""
     try:
-        parallel.load_state(policy, optimiser, checkpoint / "state")
         found = torch.load(checkpoint / "training.pt", weights_only=True)
+        if parallel.checksums(checkpoint / "state") != found["checksums"]:
+            raise ValueError("other bytes than were written")
+        parallel.load_state(policy, optimiser, checkpoint / "state")
     except torch.OutOfMemoryError:
         raise
     except (Exception, CheckpointException) as error:       # a torn file raises many kinds, that one is no Exception
         earlier = [path.name for path in checkpoints(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
         then = (f"remove it, and the same command goes on from {earlier[-1]}" if earlier else
                 "there is none before it, so start again with --resume no")
-        raise InputError(f"{data.shown(checkpoint)} is damaged ({type(error).__name__}); {then}") from error
+        raise InputError(f"{data.shown(checkpoint)} is damaged ({data.reason(error)}); {then}") from error
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.set_rng_state(found["rng"][rank % len(found["rng"])])
     return found["step"], found["scale"]
 
 
 def trim_log(path, step):
-    """Drop the lines of steps that a resumed run will do again, and torn ones."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(errors="replace").splitlines():
+    """Drop the lines of steps that a resumed run will do again, and torn ones. Says on stderr where earlier ones are lost."""
+    kept, seen = [], set()
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["step"] < step:
+            if (number := json.loads(line)["step"]) < step:
                 kept.append(line + "\n")
+                seen.add(number)
         except (json.JSONDecodeError, KeyError, TypeError):
             pass
+    if lost := step - len(seen):
+        print(f"{path} has lost {lost} of the {step} steps so far: it, and what is drawn from it, goes on without them",
+              file=sys.stderr)
     data.write_atomically(path, "".join(kept))
 
 

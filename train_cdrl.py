@@ -688,7 +688,7 @@ def train(args):
               f"{plan.describe(compute, spread, again, world)}, steps {start} to {args.steps}")
 
     vlm.encodes_once = True             # a step learns from the prompts that it has sampled from
-    stop = []
+    stop, step = [], start - 1
     previous = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="step", disable=not main_rank)
     try:
@@ -723,11 +723,13 @@ def train(args):
             halted = summed([float(bool(stop))], device)[0] > 0
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps or halted:
                 save_checkpoint(output, vlm, policy, optimiser, step + 1, scale, args.keep, compute)
-            if halted and step + 1 < args.steps:
-                progress.close()
-                if main_rank:
-                    print(f"stopped after step {step + 1}, saved; the same command goes on from here", file=sys.stderr)
-                raise SystemExit(130)
+            if halted:
+                break
+        if summed([float(bool(stop))], device)[0]:              # also of a signal during the last save
+            progress.close()
+            if main_rank:
+                print(f"stopped after step {step + 1}, saved; the same command goes on from here", file=sys.stderr)
+            raise SystemExit(130)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

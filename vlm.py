@@ -8,6 +8,7 @@ Everything is read from the raw logits in fp32: before temperature, top-k, top-p
 (B, T, V) tensor is ever kept.
 """
 import copy
+import errno
 import inspect
 import math
 import random
@@ -261,11 +262,12 @@ class VLM:
 
     def save(self, path, state=None):
         """Write the model and its processor in Hugging Face form. state: its weights by name, where the model itself holds
-        only a share of them; of any dtype. InputError where it cannot be written."""
+        only a share of them; of any dtype. OSError where it cannot be written."""
         try:
             self.model.save_pretrained(path, state_dict=state)
         except SafetensorError as error:
-            raise InputError(f"{path} cannot be written ({reason(error)}); is the disk full?") from error
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]) if code else errno.ENOSPC, reason(error), str(path)) from error
         if state is not None:               # transformers has written down the dtype of the model's own weights
             dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
             config = Path(path) / "config.json"

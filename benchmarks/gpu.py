@@ -176,6 +176,9 @@ def main():
         for part in settings(args.write[0], args.pixels):
             part.save_pretrained(args.write[1])
         return
+    if args.device == "cpu" and {*args.sizes} & {*SIZES}:
+        parser.error(f"no GPU here for --sizes {' '.join(args.sizes)}; on a CPU: --sizes tiny --device cpu --dtype float32 "
+                     "--new_tokens 8 --rows 4 --pixels 112")
     name = torch.cuda.get_device_name() if args.device != "cpu" else "CPU"
     print(f"{versions()}, {name}, {args.dtype}, pictures of {args.pixels} x {args.pixels}")
     tables = {"machine": name}

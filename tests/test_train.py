@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, ahead
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
@@ -493,14 +494,15 @@ def test_killed_and_resumed_equals_undisturbed_and_on_other_ranks_nearly(first, 
         assert len(log(folder / "other")) == 3
 
 
-def test_what_was_damaged_in_a_run_folder_is_named_and_a_first_torn_write_is_no_run(first, tmp_path):
+def test_what_was_damaged_in_a_run_folder_is_named_and_a_first_torn_write_is_no_run(first, tmp_path, capfd, monkeypatch):
     args = train_cdrl.parse(["--output", str(tmp_path / "run"), *TINY, "--steps", "4"])
     shutil.copytree(first, tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_bytes((first / "metrics.jsonl").read_bytes() + b"[1]\n\xff\n")
     newest = run_folder.checkpoints(tmp_path / "run")[-1]
     state = next((newest / "state").glob("*.distcp"))
     whole = state.read_bytes()
-    for torn in (whole[:1000], b""):
+    flipped = whole[:len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1:]
+    for torn in (whole[:1000], b"", flipped):
         state.write_bytes(torn)
         with pytest.raises(InputError, match=f"{newest.name} is damaged .* there is none before it"):
             train_cdrl.train(args)
@@ -509,8 +511,11 @@ def test_what_was_damaged_in_a_run_folder_is_named_and_a_first_torn_write_is_no_
     (newest / "training.pt").write_bytes((newest / "training.pt").read_bytes()[:50])
     with pytest.raises(InputError, match=f"{newest.name} is damaged"):
         train_cdrl.train(args)
+    capfd.readouterr()
     run_folder.trim_log(tmp_path / "run" / "metrics.jsonl", 2)
-    assert log(tmp_path / "run") == log(first)[:2]
+    assert log(tmp_path / "run") == log(first)[:2] and not capfd.readouterr().err
+    run_folder.trim_log(tmp_path / "run" / "metrics.jsonl", 3)
+    assert "has lost 1 of the 3 steps" in capfd.readouterr().err
     (tmp_path / "run" / "args.json").write_text("[1]")
     with pytest.raises(InputError, match="not a run"):
         run_folder.open_run(args)
@@ -518,6 +523,14 @@ def test_what_was_damaged_in_a_run_folder_is_named_and_a_first_torn_write_is_no_
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json.tmp").write_text("{")
     assert run_folder.open_run(args) == (tmp_path / "run", None)
+    (torn := tmp_path / "run" / ".checkpoint-1.tmp").mkdir()
+    monkeypatch.setattr(run_folder, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(InputError, match="cannot be written .No space"):
+        run_folder.open_run(args)
+    assert not torn.exists()                    # what fills the disk is gone, and the next try has room
+    monkeypatch.setattr(run_folder.Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    with pytest.raises(InputError, match="holds other settings .lr. and cannot be moved to .*Read-only"):
+        run_folder.open_run(train_cdrl.parse(["--output", str(tmp_path / "run"), *TINY, "--steps", "4", "--lr", "1"]))
 
 
 def test_a_full_disk_and_weights_that_are_not_finite_are_a_sentence_and_no_checkpoint(fresh, tmp_path, monkeypatch):
@@ -526,12 +539,17 @@ def test_a_full_disk_and_weights_that_are_not_finite_are_a_sentence_and_no_check
     policy = parallel.Policy(fresh)
     optimiser = parallel.adamw(list(policy.parameters()), 1e-3)
     save(1)
-    for error in (OSError(28, "No space left on device"), RuntimeError("[enforce fail] unexpected pos 704 vs 598")):
-        monkeypatch.setattr(parallel, "save_state", lambda *_, error=error: (_ for _ in ()).throw(error))
-        shutil.rmtree(tmp_path / ".checkpoint-2.tmp", ignore_errors=True)
-        with pytest.raises(InputError, match="checkpoint-2 cannot be written .*is the disk full"):
-            save(2)
-    shutil.rmtree(tmp_path / ".checkpoint-2.tmp")
+    full = OSError(28, "No space left on device")
+    for place, name, error, said in (
+            (parallel, "save_state", full, "No space left on device"),
+            (parallel, "save_state", RuntimeError("[enforce fail] unexpected pos 704 vs 598"), "unexpected pos"),
+            (parallel, "save_state", CheckpointException("", {0: (full, None)}), "No space left on device"),
+            (fresh.model, "save_pretrained", SafetensorError("I/O error: No space left on device (os error 28)"), "No space")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+            with pytest.raises(InputError, match=f"checkpoint-2 cannot be written .*{said}.*is the disk full"):
+                save(2)
+        assert not (tmp_path / ".checkpoint-2.tmp").exists()                # what was written makes room again
     next(policy.parameters()).data[0] = float("nan")
     with pytest.raises(InputError, match="is not finite after step 2; lower --lr"):
         save(2)
@@ -539,6 +557,17 @@ def test_a_full_disk_and_weights_that_are_not_finite_are_a_sentence_and_no_check
     with pytest.raises(SystemExit) as stop:
         data.command("x.py", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device", "runs/log")))
     assert stop.value.code == 2
+
+
+def test_a_signal_in_the_last_step_ends_the_run_before_its_tables_and_the_same_command_makes_them(tmp_path, monkeypatch):
+    args = parse(["--output", str(tmp_path / "run"), *TINY, "--steps", "1", "--eval_size", "4"])
+    save = run_folder.save_checkpoint
+    monkeypatch.setattr(train_cdrl, "save_checkpoint", lambda *a: (save(*a), os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(SystemExit) as stop:
+        train_cdrl.train(args)
+    assert stop.value.code == 130 and (tmp_path / "run" / "checkpoint-1").is_dir()
+    assert not (tmp_path / "run" / "after.json").exists()
+    assert train_cdrl.train(args) and len(log(tmp_path / "run")) == 1 and (tmp_path / "run" / "report.png").exists()
 
 
 def test_a_rank_without_a_noised_question_is_refused_and_shares_of_twins_make_up_the_whole():
