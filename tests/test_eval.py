@@ -2,13 +2,16 @@ import dataclasses
 import html.parser
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FOUND, ROOT, ahead
 
 import catts
 import data
@@ -131,13 +134,33 @@ SMALL = ["--limit", "6", "--samples", "4", "--sizes", "2", "4", "--t", "999", "-
          "--expert_tokens", "40", "--batch_size", "3"]
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """One small run of the command, the Expert as the baseline: its folder."""
-    evaluation.ROUNDS = 50
-    output = tmp_path_factory.mktemp("eval")
-    evaluation.main([*SMALL, "--baseline", str(ROOT / "tiny" / "expert"), "--output", str(output)])
+evaluation.ROUNDS = 50          # of the bootstrap
+
+
+def evaluated(output):
+    """One small run of the command, the Expert as the baseline, in a process of its own: its folder."""
+    flags = [*SMALL, "--baseline", str(ROOT / "tiny" / "expert"), "--output", str(output)]
+    subprocess.run([sys.executable, "-c", f"import eval; eval.ROUNDS = 50; eval.main({flags})"], cwd=ROOT, check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
     return output
+
+
+@ahead
+def measured(folder):
+    return evaluated(folder / "whole")
+
+
+@ahead
+def cut_off(folder):
+    """A run of which a kill has left a part, and again the same command."""
+    shutil.copytree(FOUND["measured"].result(), folder / "cut")
+    for kind in ("votes", "probe"):
+        path = folder / "cut" / "base" / f"{kind}.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:3]))
+        path.with_name(f"{kind}.jsonl.rank0").write_text(lines[3] + lines[4][:40])
+    (folder / "cut" / "tables.json").unlink()
+    return evaluated(folder / "cut")
 
 
 def stored(folder, name="base", kind="votes"):
@@ -251,19 +274,10 @@ def test_a_threshold_belongs_to_the_settings_it_was_fitted_under(measured):
                    "40", "--abstain", file, "--model", str(ROOT / "tiny" / "expert")])
 
 
-def test_a_run_that_was_cut_off_ends_in_the_same_tables(measured, tmp_path):
-    shutil.copytree(measured, tmp_path / "cut")
-    tables = (measured / "tables.json").read_text()
-    for kind in ("votes", "probe"):
-        path = tmp_path / "cut" / "base" / f"{kind}.jsonl"
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(lines[:3]))
-        (tmp_path / "cut" / "base" / f"{kind}.jsonl.rank0").write_text(lines[3] + lines[4][:40])
-    (tmp_path / "cut" / "tables.json").unlink()
-    evaluation.main([*SMALL, "--baseline", str(ROOT / "tiny" / "expert"), "--output", str(tmp_path / "cut")])
-    again = (tmp_path / "cut" / "tables.json").read_text()
-    numbers = [float(x) for x in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", tables)]
-    assert numbers == pytest.approx([float(x) for x in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", again)], abs=1e-5)
+def test_a_run_that_was_cut_off_ends_in_the_same_tables(measured, cut_off):
+    whole, again = ([float(x) for x in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", (folder / "tables.json").read_text())]
+                    for folder in (measured, cut_off))
+    assert whole == pytest.approx(again, abs=1e-5)
 
 
 def test_the_page_is_self_contained(measured):
