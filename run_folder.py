@@ -2,7 +2,7 @@
 
     args.json  metrics.jsonl  samples.jsonl  before.json  after.json  confidence.json  report.png  the final model
     checkpoint-STEP/    the model in Hugging Face form; state/: fp32 weights and optimiser, each rank's share; training.pt: the
-                        step, which is also the position in the data, the scale of C, each rank's random state
+                        step, which is also the position in the data, the scale of C, each rank's random state, checksums
 """
 import json
 import os
