@@ -384,12 +384,11 @@ def killed(output, *flags, ranks=0):
         file.write('{"step": 7, "torn')
 
 
-def killed_and_resumed(folder, ranks):
+def killed_and_resumed(folder, ranks, *flags):
     """kill -9, then the same command; and, from a copy of what was left, the same on another number of ranks."""
-    shard = ["--shard", "fsdp" if ranks else "none"]
-    killed(folder / "killed", *TINY, *shard, ranks=ranks)
+    killed(folder / "killed", *TINY, *flags, ranks=ranks)
     shutil.copytree(folder / "killed", folder / "other")
-    run(folder / "killed", *TINY, "--save_every", "1", *shard, ranks=ranks)
+    run(folder / "killed", *TINY, "--save_every", "1", *flags, ranks=ranks)
     run(folder / "other", *TINY, "--save_every", "1", ranks=2 - ranks)
     return folder
 
@@ -432,8 +431,13 @@ def resumed_alone(folder):
 
 
 @ahead
-def resumed_on_two(folder):
-    return killed_and_resumed(folder, 2)
+def resumed_sharded(folder):
+    return killed_and_resumed(folder, 2, "--shard", "fsdp")
+
+
+@ahead
+def resumed_replicated(folder):
+    return killed_and_resumed(folder, 2, "--micro_batch", "1")
 
 
 @ahead
@@ -483,10 +487,11 @@ def furthest(a, b):
     return max((weights(a)[k] - weights(b)[k]).abs().max().item() for k in weights(a))
 
 
-def test_killed_and_resumed_equals_undisturbed_and_on_other_ranks_nearly(first, sharded, resumed_alone, resumed_on_two):
+def test_killed_and_resumed_equals_undisturbed_and_on_other_ranks_nearly(first, replicated, sharded, resumed_alone,
+                                                                        resumed_replicated, resumed_sharded):
     """kill -9, then the same command: the same log and weights as a run of its own, bit for bit. Then on another number of
     ranks."""
-    for folder, undisturbed in ((resumed_alone, first), (resumed_on_two, sharded)):
+    for folder, undisturbed in ((resumed_alone, first), (resumed_replicated, replicated), (resumed_sharded, sharded)):
         assert log(folder / "killed") == log(undisturbed)
         for name in ("model.safetensors", "samples.jsonl"):
             assert (folder / "killed" / name).read_bytes() == (undisturbed / name).read_bytes()
