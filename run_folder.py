@@ -91,7 +91,7 @@ def save_checkpoint(output, vlm, policy, optimiser, step, scale, keep, dtype):
                          f"checkpoints in {data.shown(output)} are from before it")
     try:
         if main_rank:
-            temporary.mkdir()
+            temporary.mkdir(exist_ok=True)              # another rank's writer may be first
         parallel.save_state(policy, optimiser, temporary / "state")
         sums = parallel.checksums(temporary / "state")
         if main_rank:
