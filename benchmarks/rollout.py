@@ -6,8 +6,11 @@
 Contenders, all on the same prompts and pictures, each completion exactly --new_tokens long:
 (a) generate(num_return_sequences=8, output_scores=True), then confidence from the stored scores, as the authors' release does;
 (b) generate without scores, so without confidence; (c) generate with a logits processor that computes the confidence online.
-Beside them: ours without the confidence, for what it costs, and "the layers alone": transformers' decoder layers with no
-attention in them, one forward pass a token, and nothing chosen, which is what nobody who decodes with them can go below.
+Beside them: ours without the confidence, for what it costs, and two bounds that nobody who decodes with transformers' layers
+can go below. "the layers alone": one forward pass a token with no attention in them, and nothing chosen. "the least": with them
+what nobody can do without, each once and on memory that lies as it is liked best, so that its figures mean nothing: the prompts
+and pictures are read; queries meet keys and weights meet values, those of a prompt once for all its samples, and those of each
+sample's own words; a softmax; the vocabulary head; the distribution, a draw from it, its log-normaliser, its k largest.
 First it is checked that greedy decoding gives the same tokens, ours and generate's.
 """
 import argparse
@@ -24,7 +27,8 @@ from reward import token_confidence
 
 GROUP = 8
 AttentionInterface.register("nothing", lambda module, query, *args, **kwargs: (query.transpose(1, 2), None))
-AttentionMaskInterface.register("nothing", lambda *args, **kwargs: None)
+for bare in ("nothing", "products"):
+    AttentionMaskInterface.register(bare, lambda *args, **kwargs: None)
 
 
 def contenders(vlm, images, prompts, new_tokens):
@@ -52,6 +56,33 @@ def contenders(vlm, images, prompts, new_tokens):
             for t in range(new_tokens - 1):
                 decoder(inputs_embeds=word, position_ids=torch.full((3, rows, 1), t), use_cache=False)
 
+    @torch.inference_mode()
+    def least():
+        decoder, rows, length = vlm.model.get_decoder(), len(prompts) * GROUP, inputs["input_ids"].shape[1]
+        config, t = decoder.config, 0
+        heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        prompt = torch.randn(len(prompts), heads, length, width)                                        # (B, H, L, d)
+        own = torch.randn(rows, heads, new_tokens, width)                                               # (R, H, T, d)
+        scores = torch.randn(rows, heads, config.num_attention_heads // heads, length + new_tokens)     # (R, H, r, L + T)
+        uniform = torch.rand(rows, 1, dtype=torch.float64)
+
+        def products(module, query, *args, **kwargs):
+            shared, apart = query.view(len(prompts), heads, -1, width), query.view(rows, heads, -1, width)
+            seen = own[:, :, :t + 1]
+            to_prompt, to_own = shared @ prompt.transpose(2, 3), apart @ seen.transpose(2, 3)
+            scores[..., :length + t + 1].softmax(-1)
+            return (to_prompt @ prompt).view(rows, 1, -1, width) + (to_own @ seen).view(rows, 1, -1, width), None
+
+        AttentionInterface.register("products", products)
+        vlm._prefill(images, prompts)
+        word = vlm.model.get_input_embeddings()(torch.full((rows, 1), 5))
+        with prefix.attention_of(decoder, "products"):
+            for t in range(new_tokens - 1):
+                hidden = decoder(inputs_embeds=word, position_ids=torch.full((3, rows, 1), t), use_cache=False)[0][:, -1]
+                logits = vlm.head(hidden)
+                torch.searchsorted(logits.double().softmax(-1).cumsum(-1), uniform)
+                token_confidence(logits, vlm.top_k, logits.logsumexp(-1))
+
     @torch.no_grad()
     def stored():
         out = vlm.model.generate(**inputs, **kwargs, output_scores=True)
@@ -73,7 +104,8 @@ def contenders(vlm, images, prompts, new_tokens):
         return torch.stack(seen, 1)
 
     return {"ours": ours, "(a) generate, stored scores": stored, "(b) generate, no confidence": plain,
-            "(c) generate, online processor": online, "ours, no confidence": silent, "the layers alone": layers}
+            "(c) generate, online processor": online, "ours, no confidence": silent, "the layers alone": layers,
+            "the least": least}
 
 
 def same_greedy(vlm, images, prompts, new_tokens):

@@ -357,7 +357,7 @@ def draw(records, folder):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(2, 3, figsize=(19, 10))
+    figure, axes = pyplot.subplots(2, 3, figsize=(19, 13), height_ratios=(1, 1.5))      # the lower left one names every row
     headline, parts = {row: records[row] for row in HEADLINE if row in records}, ("all", *data.SKILLS)
     axes[0, 0].plot([0, 1], [0, 1], color="0.7", linewidth=1)
     for i, (row, found) in enumerate(headline.items()):
@@ -380,6 +380,7 @@ def draw(records, folder):
     axes[0, 1].set(xlabel="coverage, highest C first", ylabel="share of wrong answers", title="Risk and coverage")
     axes[0, 2].set(title="AUROC of C, pooled and within skill", xticks=range(5), xticklabels=parts, ylim=(0.5, 1))
     axes[1, 0].set(xlabel="C - C', nats", yticks=range(len(records)), yticklabels=records, title="Gap under noise, by region")
+    axes[1, 0].tick_params("y", labelsize=9)
     axes[1, 0].invert_yaxis()
     axes[1, 1].set(xlabel="samples N", ylabel="accuracy", xscale="log", title="Scaling", ylim=(0.3, None))
     axes[1, 1].set_xticks(SIZES, SIZES)

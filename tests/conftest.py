@@ -35,6 +35,11 @@ def ahead(scenario):
     return outcome
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that wait for a scenario go last."""
+    items.sort(key=lambda item: any(name in AHEAD for name in item.fixturenames))
+
+
 def pytest_collection_finish(session):
     wanted = {name for item in session.items for name in item.fixturenames}
     for name, scenario in AHEAD.items():

@@ -44,7 +44,7 @@ def expert():
 
 @pytest.fixture(scope="module")
 def questions():
-    return list(data.load("synthetic", "test", 160))
+    return list(data.load("synthetic", "test", 120))
 
 
 def controller(base, expert, clip, **settings):
