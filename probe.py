@@ -324,16 +324,27 @@ def headroom(answers):
 
     majority: the most frequent extracted answer (the first of those that tie), an unanswered one counting as wrong.
     """
+    by_id = grouped(answers)
+    n, best = len(answers) // len(by_id), [any(a.correct for a in group) for group in by_id]
+    return {"pass@1": float(np.mean([a.correct for a in answers])), f"majority@{n}": float(np.mean(majorities(answers))),
+            f"pass@{n}": float(np.mean(best))}
+
+
+def grouped(answers):
+    """List of Answer -> lists of the answers to one question, in the order of first appearance."""
     by_id = {}
     for a in answers:
         by_id.setdefault(a.id, []).append(a)
-    n, majority, best = len(answers) // len(by_id), [], []
-    for group in by_id.values():
+    return list(by_id.values())
+
+
+def majorities(answers):
+    """Whether the majority of each question's answers is right, as in `headroom` -> list of bool, a question each."""
+    right = []
+    for group in grouped(answers):
         found = [extract_answer(a.text) for a in group]
-        majority.append(group[found.index(Counter(found).most_common(1)[0][0])].correct)
-        best.append(any(a.correct for a in group))
-    return {"pass@1": float(np.mean([a.correct for a in answers])), f"majority@{n}": float(np.mean(majority)),
-            f"pass@{n}": float(np.mean(best))}
+        right.append(group[found.index(Counter(found).most_common(1)[0][0])].correct)
+    return right
 
 
 def before_after(before, after):

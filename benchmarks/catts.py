@@ -8,9 +8,10 @@ encodes picture and prompt for itself. ours, off: all modules, questions in batc
 lossless early exit beside it. The answers must be the same; those that are not are counted.
 """
 import argparse
+import json
 import sys
 
-from common import ROOT, VLM, data, side_by_side, versions
+from common import ROOT, VLM, data, extra_memory, memory_of, side_by_side, versions
 
 import noise
 from catts import Controller, Settings
@@ -39,6 +40,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5, help="medians are over so many, after a warm-up")
+    parser.add_argument("--only", help="run one contender once and print what it adds to memory")
     args = parser.parse_args()
     samples = list(data.load("synthetic", "val", args.questions))
     controllers = {"ours, exact": build("ours", early_exit="exact"), "ours, off": build("ours"),
@@ -48,6 +50,9 @@ def main():
     def run(name):
         size = 1 if name == "from scratch" else BATCH
         results[name] = [r for i in range(0, len(samples), size) for r in controllers[name].answer_all(samples[i:i + size])]
+    if args.only:
+        print(json.dumps(extra_memory(lambda: run(args.only))))
+        return
     encoded = dict.fromkeys(controllers, 0)
     for name, controller in controllers.items():
         for vlm in (controller.vlm, controller.expert.vlm):
@@ -64,7 +69,8 @@ def main():
         "tokens": sum(r.ledger.tokens + r.ledger.expert_tokens for r in results[name]) / len(samples),
         "pictures encoded": encoded[name] / len(samples) / (args.rounds + 1),
         "expert calls": sum(r.ledger.expert_calls for r in results[name]) / len(samples),
-        "other answers": sum(r.answer != answer for r, answer in zip(results[name], answers))}
+        "other answers": sum(r.answer != answer for r, answer in zip(results[name], answers)),
+        "extra MiB": float(memory_of(__file__, "--only", name, "--questions", str(args.questions)))}
         for name, value in seconds.items()}))
 
 

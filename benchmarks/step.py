@@ -6,10 +6,11 @@
 The same questions, 16 a step x 8 completions of at most 64 tokens, temperature 1, no reference model, AdamW, fp32, the judge
 of this repository as the reward. TRL runs with what is fastest for it here: no gradient checkpointing, no logging, all
 completions of a step in one forward pass. Each contender trains in a process of its own, in turns; of each turn the first
-two steps do not count. Medians over all the steps of all turns.
+two steps do not count. Medians over all the steps of all turns. Peak memory is that of the process, all it has loaded included.
 """
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -79,11 +80,11 @@ def main():
     args = parser.parse_args()
     if args.only:
         seconds = trl(args.steps) if args.only == "trl" else ours(OURS[args.only], args.steps)
-        print(json.dumps(seconds[2:]))
+        print(json.dumps([seconds[2:], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))     # KiB on Linux
         return
     print(versions())
     names = [*OURS, *(["trl"] if args.peer else [])]
-    seconds = {name: [] for name in names}
+    seconds, peaks = {name: [] for name in names}, {name: [] for name in names}
     for _ in range(args.turns):
         for name in names:
             python = args.peer if name == "trl" else sys.executable
@@ -91,15 +92,17 @@ def main():
                                   text=True)
             if done.returncode:
                 raise SystemExit(f"{name} failed: {done.stderr.strip()[-600:]}")
-            seconds[name] += json.loads(done.stdout.splitlines()[-1])
+            times, peak = json.loads(done.stdout.splitlines()[-1])
+            seconds[name] += times
+            peaks[name].append(peak)
     if args.peer:
         found = subprocess.run([args.peer, "-c", "import trl; print(trl.__version__)"], capture_output=True, text=True,
                                check=True)
         print(f"TRL {found.stdout.strip()}")
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     print(f"{QUESTIONS} questions x {GROUP} completions, median of {len(seconds[names[0]])} steps")
-    print(data.table({name: {"seconds": value, "ratio to ours, grpo": value / medians["ours, grpo"]}
-                      for name, value in medians.items()}))
+    print(data.table({name: {"seconds": value, "ratio to ours, grpo": value / medians["ours, grpo"],
+                             "peak MiB": statistics.median(peaks[name])} for name, value in medians.items()}))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python results/recipes.py --rows grpo ours --seeds 1          # some of them
     python results/recipes.py --split val --rows base ours --seeds 1      # other questions; chooses the weights of the votes
     python results/recipes.py --jobs 2                            # two runs at a time, one thread each
+    python results/recipes.py --rows base grpo ours --seeds 6 --question_seed 10 --vote_questions 0       # fresh questions
 
 Each run is `train_cdrl.py` with the row's flags, then answers of the trained model to held-out questions, clean and with
 noise on key, random and inverse regions, and the votes of CA-TTS. One record a run, results/recipes/SPLIT-ROW-SEED.json, from
@@ -86,10 +87,12 @@ SIZES = [1, 2, 4, 8, 16]        # samples of the headline rows' scaling curves
 TAUS = (0, 0.25, 0.5, 1, 2, 4, 8, 16, 32)     # weights to choose from, for each of Voter, Self-Reflection and Visual Self-Check
 VOTERS = ("majority", "weighted", "CA-TTS", "CA-TTS, tuned")
 STYLES = {"majority": ":", "CA-TTS": "--", "CA-TTS, tuned": "-"}        # of the scaling curves
-LOGGED = ("gap", "original/outcome", "original/confidence", "noised/confidence", "original/entropy", "original/length",
-          "original/words", "original/distinct")
+LOGGED = ("gap", "gap/controls", "original/reward", "original/outcome", "original/perception", "original/calibration",
+          "original/confidence", "original/entropy", "original/length", "original/words", "original/distinct",
+          "noised/confidence", "noised/length", "noised/truncated")
 HERE, RUNS = ROOT / "results" / "recipes", ROOT / "runs" / "recipes"
 WEIGHTS = HERE / "taus.json"
+NO_VOTES = {"methods": {}, "votes": {}, "right": {}, "scaling": {}, "against majority": {}}
 
 
 def name_of(row, seed):
@@ -112,7 +115,7 @@ def train(row, seed, flags):
         if subprocess.run([sys.executable, str(ROOT / "train_cdrl.py"), *wanted], check=False).returncode:
             raise InputError(f"{row!r}, seed {seed}, did not train; the command was: train_cdrl.py {' '.join(wanted)}")
         for split in SPLITS:
-            for old in output.glob(f"{split}-*"):           # answers of a shorter run in this folder
+            for old in output.glob(f"{split}*-*"):          # answers of a shorter run in this folder
                 old.unlink()
         data.write_atomically(seconds, json.dumps(time.time() - start))
     return output, output, json.loads(seconds.read_text())
@@ -181,14 +184,25 @@ def choose_taus(voted, samples):
 
 
 def voted_columns(rows, sizes, taus):
-    """Rows of votes -> metrics of every method with N = 8, accuracy against N, and CA-TTS against majority voting at the same
-    tokens; with taus, CA-TTS by those weights beside it."""
+    """Rows of votes -> metrics of every method with N = 8, pooled and (of those that vote) within skill, accuracy against N,
+    and CA-TTS against majority voting at the same tokens; with taus, CA-TTS by those weights beside it."""
     by_n = {n: evaluation.by_method(rows, n, Settings(samples=ANSWERS)) for n in sorted({*sizes, 2 * ANSWERS})}
     for n in sizes if taus else ():
         by_n[n][f"CA-TTS, tuned@{n}"] = weighed(rows, n, taus)
     methods = {name: evaluation.method_row(some) for name, some in by_n[ANSWERS].items()}
+    voting = {name: by_n[ANSWERS][f"{name}@{ANSWERS}"] for name in VOTERS if f"{name}@{ANSWERS}" in by_n[ANSWERS]}
+    skill = {row["id"]: row["meta"]["skill"] for row in rows}
+
+    def figures(some):
+        ids, share, right = evaluation.arrays(some)
+        return evaluation.method_row(some) | {"ece mapped": calibration_error(probe.cross_fitted(ids, share, right), right)}
+
+    votes = {part: {name: figures([o for o in some if part in ("all", skill[o.id])]) for name, some in voting.items()}
+             for part in ("all", *data.SKILLS)}
     against = evaluation.against_majority(by_n, ANSWERS)
-    return {"methods": methods, "scaling": evaluation.scaling(by_n) if len(sizes) > 1 else {},
+    return {"methods": methods, "votes": votes,
+            "right": {name: [int(o.correct) for o in some] for name, some in voting.items()},
+            "scaling": evaluation.scaling(by_n) if len(sizes) > 1 else {},
             "against majority": {name.split("@")[0]: row for name, row in against.items() if name.startswith("CA-TTS")}}
 
 
@@ -214,13 +228,18 @@ def columns(found, scale):
             "words": len({word for a in found["clean"] for word in a.text.split()})}
 
 
+def asked(args):
+    """The name of a set of questions: its split, and its seed where that is not 0."""
+    return f"{args.split}{args.question_seed or ''}"
+
+
 def votes_name(args):
-    return f"{args.split}-{args.vote_questions}-votes.jsonl"
+    return f"{asked(args)}-{args.vote_questions}-votes.jsonl"
 
 
 def record_of(row, seed, args, samples):
     """One run, made or read -> its record (dict)."""
-    file = HERE / f"{args.split}-{name_of(row, seed)}.json"
+    file = HERE / f"{asked(args)}-{name_of(row, seed)}.json"
     sizes, voters = SIZES if row in HEADLINE and args.split == "test" else [ANSWERS], samples[:args.vote_questions]
     taus = json.loads(WEIGHTS.read_text()) if args.split == "test" and WEIGHTS.exists() else None
     settings = vars(train_cdrl.parse([*(ROWS[row] or "").split(), *args.flags.split()]))      # defaults of today included
@@ -231,18 +250,22 @@ def record_of(row, seed, args, samples):
     if file.exists() and frame.items() <= (old := json.loads(file.read_text())).items():
         return old
     path, folder, seconds = train(row, seed, args.flags.split())
-    found, scale = ask(path, samples, folder / f"{args.split}-{args.questions}.json"), scale_of(seed, folder)
+    found, scale = ask(path, samples, folder / f"{asked(args)}-{args.questions}.json"), scale_of(seed, folder)
     skills = {"all": found} | {skill: {view: [a for a in answers if a.skill == skill] for view, answers in found.items()}
                                for skill in data.SKILLS}
-    clean = probe.columns_of(found["clean"])
+    clean, views = probe.columns_of(found["clean"]), {view: probe.grouped(answers) for view, answers in found.items()}
+    mean = {view: np.array([np.mean([a.confidence for a in group]) for group in groups]) for view, groups in views.items()}
     log = evaluation.training_log(folder)
     record = frame | {
         "seconds": seconds, "scale": scale, **{skill: columns(some, scale) for skill, some in skills.items()},
-        **voted_columns(votes_of(path, voters, folder / votes_name(args), sizes), sizes, taus),
-        "log": {key: [round(float(np.mean([step[key] for step in log[i:i + 10]])), 4) for i in range(0, len(log), 10)]
-                for key in LOGGED if log and key in log[0]},
+        **(voted_columns(votes_of(path, voters, folder / votes_name(args), sizes), sizes, taus) if voters else NO_VOTES),
+        "log": {key: [round(float(np.mean([step[key] for step in log[i:i + 10] if key in step] or [np.nan])), 4)
+                      for i in range(0, len(log), 10)] for key in LOGGED if any(key in step for step in log)},
         "answers": {"id": clean["id"].tolist(), "C": clean["confidence"].round(4).tolist(),
-                    "p": clean["probability"].round(4).tolist(), "correct": clean["correct"].astype(int).tolist()}}
+                    "p": clean["probability"].round(4).tolist(), "correct": clean["correct"].astype(int).tolist()},
+        "of a question": {"skill": [group[0].skill for group in views["clean"]],
+                          f"majority@{ANSWERS}": [int(right) for right in probe.majorities(found["clean"])],
+                          **{f"gap {region}": (mean["clean"] - mean[region]).round(4).tolist() for region in REGIONS}}}
     data.write_atomically(file, data.strict_json(record))
     return json.loads(file.read_text())
 
@@ -257,33 +280,54 @@ def arrays(record):
         "C": answers["C"], "p": answers["p"], "c": probe.calibrated(answers["C"], record["scale"])}
 
 
-def compared(value, right):
-    """The statistics that `differences` compares. value: {"C", "p", "c": (N,)}."""
-    found = {"pass@1": float(right.mean()), "AUROC": auroc(value["C"], right)}
-    for key in ("c", "p"):
-        found |= {f"ECE {key}": calibration_error(value[key], right), f"Brier {key}": float(((value[key] - right)**2).mean())}
+def by_question(record):
+    """-> {name: (Q, ...)}: correct, C, p, c (Q, 8) of the answers; skill, majority, gaps (Q,); whether each way of voting was
+    right (Q,), nan for questions without votes."""
+    _, right, value = arrays(record)
+    count = len(record["of a question"]["skill"])
+    found = {name: some.reshape(count, -1) for name, some in {"correct": right, **value}.items()}
+    found |= {name: np.array(some) for name, some in record["of a question"].items()}
+    for name, some in record["right"].items():
+        if name.startswith("CA-TTS"):
+            found[f"{name}@{ANSWERS}"] = np.array(some + [np.nan] * (count - len(some)))
     return found
 
 
-def differences(records, against="ours", rounds=1000):
-    """`against` minus each row -> {row: {statistic: (mean over seeds, low, high)}}: 95% intervals of the questions, paired.
-    records: {row: [record of a seed]}; a row with fewer seeds is held against the same seeds."""
-    drawn = {}
-    for row, found in records.items():
-        for seed, record in enumerate(found):
-            ids, right, value = arrays(record)
-            groups, rng = probe.clusters(ids), np.random.default_rng(0)
-            boot = []
-            for _ in range(rounds):
-                index = np.concatenate([groups[g] for g in rng.integers(len(groups), size=len(groups))])
-                boot.append(compared({key: v[index] for key, v in value.items()}, right[index]))
-            drawn[row, seed] = compared(value, right), {key: np.array([b[key] for b in boot]) for key in boot[0]}
+def compared(q):
+    """`by_question` of some questions -> the statistics that get intervals. "within": the mean over the skills, AUROC over
+    those that have right and wrong answers."""
+    right, c, p, rank = (q[name].ravel() for name in ("correct", "c", "p", "C"))
+    ranked = metrics(rank, right)
+    own = [(q[name][q["skill"] == skill].ravel() for name in ("correct", "c", "C")) for skill in data.SKILLS]
+    within = np.nanmean([(auroc(rank, right), calibration_error(c, right)) for right, c, rank in own], 0)
+    found = {"pass@1": right.mean(), **{name: np.nanmean(q[name]) for name in q if "@" in name or name.startswith("gap")},
+             "AUROC": ranked["auroc"], "AUROC within": within[0], "AURC": ranked["aurc"],
+             "ECE c": calibration_error(c, right), "ECE c within": within[1], "Brier c": ((c - right)**2).mean(),
+             "AUROC p": auroc(p, right), "ECE p": calibration_error(p, right), "Brier p": ((p - right)**2).mean()}
+    return {name: float(value) for name, value in found.items()}
+
+
+def resampled(records, rounds=1000):
+    """{row: [record of a seed]} -> {row: [(`compared`, {statistic: (rounds,)}) of a seed]}; the same questions for all."""
+    found = {}
+    for row, some in records.items():
+        for record in some:
+            q, rng = by_question(record), np.random.default_rng(0)
+            count = len(q["skill"])
+            boot = [compared({name: v[g] for name, v in q.items()}) for g in rng.integers(count, size=(rounds, count))]
+            found.setdefault(row, []).append((compared(q), {name: np.array([b[name] for b in boot]) for name in boot[0]}))
+    return found
+
+
+def with_interval(drawn, minus=None):
+    """A row of `resampled`, or two -> {statistic: (mean over seeds, low, high)} of drawn, or of drawn minus the other, paired
+    by question; where one has fewer seeds, of those that both have."""
     table = {}
-    for row in (row for row in records if row != against):
-        seeds = range(min(len(records[row]), len(records[against])))
-        table[row] = {name: (float(np.mean([drawn[against, s][0][name] - drawn[row, s][0][name] for s in seeds])),
-                             *probe.interval(np.mean([drawn[against, s][1][name] - drawn[row, s][1][name] for s in seeds], 0)))
-                      for name in drawn[row, 0][0]}
+    pairs = list(zip(drawn, minus or drawn))
+    for name in (name for name in pairs[0][0][0] if all(name in other[0] for _, other in pairs)):
+        value = [own[0][name] - (other[0][name] if minus else 0) for own, other in pairs]
+        boot = [own[1][name] - (other[1][name] if minus else 0) for own, other in pairs]
+        table[name] = (float(np.mean(value)), *probe.interval(np.mean(boot, 0)))
     return table
 
 
@@ -331,10 +375,16 @@ def make_tables(records):
     tables["standard deviation over seeds"] = {
         row: {name: float(np.std([mean_of([r], "all", name) for r in found], ddof=1)) for name in found[0]["all"]}
         for row, found in records.items() if len(found) > 1} or {"-": {"-": 0}}
+    voted = {row: found for row, found in records.items() if found[0]["votes"]}
     tables[f"votes, N = {ANSWERS}; the confidence is the winner's share"] = {
         f"{row}, {name}": {key: mean_of(found, "methods", f"{name}@{ANSWERS}", key) for key in (*evaluation.HEADLINE, "tokens")}
-        for row, found in records.items() for name in VOTERS if f"{name}@{ANSWERS}" in found[0]["methods"]}
+        for row, found in voted.items() for name in VOTERS if f"{name}@{ANSWERS}" in found[0]["methods"]}
     headline = headline_of(records)
+    tables[f"votes within skill, N = {ANSWERS}; ece mapped: after a map fitted on the other half of the questions"] = {
+        f"{row}, {name}, {part}": {key: mean_of(found, "votes", part, name, key)
+                                   for key in (*evaluation.HEADLINE, "ece mapped")}
+        for row, found in (headline or voted).items() for name in found[0]["votes"]["all"] if name.startswith("CA-TTS")
+        for part in ("all", *data.SKILLS)}
     if headline:
         tables["scaling: points of accuracy per log2 N"] = {
             row: {name: mean_of(found, "scaling", name, "slope") for name in VOTERS if name in found[0]["scaling"]}
@@ -346,9 +396,12 @@ def make_tables(records):
             row: {method: mean_of(found, "methods", method, "accuracy")
                   for method in ("pass@1", *(f"{name}@{ANSWERS}" for name in VOTERS)) if method in found[0]["methods"]}
             for row, found in headline.items()}
+    drawn = resampled(records)
+    tables["mean over seeds, 95% interval of the questions"] = {row: with_interval(drawn[row]) for row in headline or records}
     if "ours" in records and len(records) > 1:
-        tables["ours minus each row: mean over seeds, 95% interval paired by question"] = differences(records)
-    return tables
+        tables["ours minus each row: mean over seeds, 95% interval paired by question"] = {
+            row: with_interval(drawn["ours"], some) for row, some in drawn.items() if row != "ours"}
+    return {title: rows for title, rows in tables.items() if rows}
 
 
 def draw(records, folder):
@@ -391,7 +444,8 @@ def draw(records, folder):
     figure.savefig(folder / "recipes.png", dpi=100)
     pyplot.close(figure)
     figure, axes = pyplot.subplots(1, 4, figsize=(19, 4.5))
-    for row in (row for row in records if row in ("grpo", "paper", "ours") or row.startswith("hacked")):
+    for row in (row for row in records if row in ("grpo", "paper", "ours", "ours, no calibration")
+                or row.startswith("hacked")):
         for axis, key in zip(axes, ("gap", "original/outcome", "original/confidence", "original/words")):
             values = records[row][0]["log"].get(key, [])
             axis.plot(10 * np.arange(len(values)), values, label=row)
@@ -410,11 +464,12 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="of training, for the headline rows; the questions are the same")
     parser.add_argument("--split", default="test", choices=SPLITS, help="val: to choose on; test: to report on")
     parser.add_argument("--questions", type=int, default=500, help="held-out questions")
-    parser.add_argument("--vote_questions", type=int, default=300, help="the first of them, for CA-TTS")
+    parser.add_argument("--question_seed", type=int, default=0, help="another draws other questions of the split")
+    parser.add_argument("--vote_questions", type=int, default=300, help="the first of them, for CA-TTS; 0: no votes")
     parser.add_argument("--flags", default="", help="flags added to every training run, for trials")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; above 1 each has one thread")
     args = parser.parse_args()
-    samples = list(data.load("synthetic", args.split, args.questions, 0))
+    samples = list(data.load("synthetic", args.split, args.questions, args.question_seed))
     HERE.mkdir(exist_ok=True)
     RUNS.mkdir(parents=True, exist_ok=True)
     wanted = [(row, seed) for seed in range(args.seeds) for row in args.rows if not seed or row in HEADLINE]
@@ -438,8 +493,9 @@ def main():
         print(f"\nthe best weights of the votes on these questions: {taus}")
         data.write_atomically(WEIGHTS, json.dumps(taus))
     else:
-        data.write_atomically(HERE / "tables.txt", text + "\n")
-        draw(records, ROOT / "results")
+        data.write_atomically(HERE / f"tables{args.question_seed or ''}.txt", text + "\n")
+        if not args.question_seed:
+            draw(records, ROOT / "results")
     print(f"\nwrote {HERE.relative_to(ROOT)}/\nnext: python eval.py --model {data.shown(RUNS / 'ours-0')} --baseline tiny/base")
 
 
