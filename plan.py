@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 8 train_cdrl.py --model Qwen/Qwen2.5-VL-7B-Instruct --data train.jsonl --dry_run
     WORLD_SIZE=8 python train_cdrl.py --model ... --dtype bfloat16 --memory 80 --dry_run       # the same without the GPUs
+(LOCAL_WORLD_SIZE=8 beside WORLD_SIZE=16: of two machines; the CPU's memory is that of one.)
 
 Exact: weights, gradients, optimiser state, CLIP. From above: keys and values of the rollouts (samples of a prompt share its
 part where the model lets them). Estimated: activations, from the sizes of the blocks with fused attention and a gated MLP.
@@ -187,6 +188,8 @@ def dry_run(args, samples, noised, world):
     rows = defaultdict(dict)
     for (where, name), value in state.items():
         rows[name][where] = value / GIB
+    file = vlm.model.dtype.itemsize * total                         # in the dtype that the settings name
+    rows["the model's file, while each rank reads it"]["CPU"] = file / GIB
     rows["a checkpoint's weights, first rank"]["CPU"] = 4 * total / GIB
     for phase, parts in (("rolling out", rolling), ("learning", learning)):
         for name, value in parts.items():
@@ -205,7 +208,8 @@ def dry_run(args, samples, noised, world):
     print("\nGiB a rank")
     print(data.table({name: {c: cells.get(c, "") for c in columns} for name, cells in rows.items()}))
     memory, here = device_memory(args, device), int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    waiting = (here * sum(value for (where, _), value in state.items() if where == "CPU") + 4 * total) / GIB
+    waiting = here * sum(value for (where, _), value in state.items() if where == "CPU") + 4 * total
+    waiting = max(waiting, here * file) / GIB                       # not at once: what is kept is made share by share
     print(f"\npeak: {peak['rolling out']:.2f} GiB while rolling out, {peak['learning']:.2f} while learning"
           + (f", of {memory:g}" if memory else "; --memory N says what a device has")
           + f"; {waiting:.2f} of the CPU's memory")

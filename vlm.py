@@ -187,10 +187,11 @@ class VLM:
             model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
         except (ImportError, OSError, ValueError, SafetensorError) as error:
             raise InputError(f"model {str(path)!r} cannot be loaded: {reason(error)}") from error
-        for p in model.parameters():
-            # Memory of its own: mapped from a file it may lie at odd addresses, for which kernels sum in another order.
-            p.data = p.data.clone()
-        vlm = cls(model.to(device), load_processor(path))
+        for p in model.to(device).parameters():
+            if p.device.type == "cpu":
+                # Memory of its own: mapped from a file it may lie at odd addresses, for which kernels sum in another order.
+                p.data = p.data.clone()
+        vlm = cls(model, load_processor(path))
         vlm._check()
         return vlm
 

@@ -298,8 +298,11 @@ def compared(q):
     those that have right and wrong answers."""
     right, c, p, rank = (q[name].ravel() for name in ("correct", "c", "p", "C"))
     ranked = metrics(rank, right)
-    own = [(q[name][q["skill"] == skill].ravel() for name in ("correct", "c", "C")) for skill in data.SKILLS]
-    within = np.nanmean([(auroc(rank, right), calibration_error(c, right)) for right, c, rank in own], 0)
+    within = []
+    for skill in data.SKILLS:
+        own = {name: q[name][q["skill"] == skill].ravel() for name in ("correct", "c", "C")}
+        within.append((auroc(own["C"], own["correct"]), calibration_error(own["c"], own["correct"])))
+    within = np.nanmean(within, 0)
     found = {"pass@1": right.mean(), **{name: np.nanmean(q[name]) for name in q if "@" in name or name.startswith("gap")},
              "AUROC": ranked["auroc"], "AUROC within": within[0], "AURC": ranked["aurc"],
              "ECE c": calibration_error(c, right), "ECE c within": within[1], "Brier c": ((c - right)**2).mean(),

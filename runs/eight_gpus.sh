@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The paper's run: Qwen2.5-VL-7B-Instruct on eight 80 GB GPUs, full fine-tuning, bf16, 4 pairs a question, 2 questions a GPU.
 #   runs/eight_gpus.sh train.jsonl                       # flags of train_cdrl.py may follow; --recipe ours for ours
-# Memory, computed by --dry_run, not yet measured: 36 GiB a GPU. A checkpoint: 116 GB of disk. lr and number of steps are not
-# published; these are ours.
+# Memory, computed by --dry_run, not yet measured: 36 GiB a GPU, 124 GiB of the CPU's memory while eight ranks read the model.
+# A checkpoint: 116 GB of disk. lr and number of steps are not published; these are ours.
 set -euo pipefail
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600      # Ctrl-C: time for the step under way and its checkpoint
 data=${1:?give a .jsonl file of questions}

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Qwen2.5-VL-7B-Instruct on several nodes of eight 80 GB GPUs, weights and state spread over all of them. On every node:
 #   NODES=2 HEAD=host-of-the-first-node:29500 runs/several_nodes.sh train.jsonl
-# Memory for 2 nodes, computed by --dry_run, not yet measured: 28 GiB a GPU. The nodes share the file system of --output.
+# Memory for 2 nodes, computed by --dry_run, not yet measured: 28 GiB a GPU, and on each node 124 GiB of the CPU's memory
+# while eight ranks read the model. The nodes share the file system of --output.
 set -euo pipefail
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600      # Ctrl-C: time for the step under way and its checkpoint
 data=${1:?give a .jsonl file of questions}

@@ -49,7 +49,10 @@ def test_the_stated_memory_is_what_a_dry_run_computes(name, offloaded, tmp_path,
     size = offloaded or re.search("[37]B", flags[flags.index("--model") + 1])[0]
     for part in settings(size, 896):
         part.save_pretrained(tmp_path / "model")
+    published = json.loads((tmp_path / "model" / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(published))
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(min(ranks, 8)))
     train_cdrl.main([*flags, "--model", str(tmp_path / "model"), "--clip", str(tmp_path / "clip"), "--dtype", "bfloat16",
                      "--memory", "24" if "24" in name else "80", "--dry_run", *["--offload"] * bool(offloaded)])
     printed = capsys.readouterr().out
@@ -63,5 +66,7 @@ def test_the_stated_memory_is_what_a_dry_run_computes(name, offloaded, tmp_path,
         assert f"`--offload`: {peak} and {waiting} GiB of the CPU's memory" in row
         return
     assert f"not yet measured: {peak} GiB" in said and row.split("|")[3].strip() == str(peak)
+    if ranks > 1:
+        assert f"{waiting} GiB of the CPU's memory while eight ranks read the model" in said and f"({waiting} GiB)" in row
     if "--offload" in flags:
         assert f"{waiting} GiB in the CPU's memory" in said and f"({waiting} GiB)" in row
