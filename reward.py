@@ -25,6 +25,21 @@ def top_k_for(vocab, k=20):
     return min(k, max(1, vocab // 8))
 
 
+def largest(values, k, width=128):
+    """The k largest of (..., V), in falling order -> (..., k), as `topk` finds them.
+
+    `topk` walks over a real vocabulary several times. Whatever is among the k largest lies in one of the k chunks of `width`
+    whose maxima are highest, so that one walk for the maxima is enough.
+    """
+    chunks = values.shape[-1] // width
+    if chunks < 8 * k:
+        return values.topk(k).values
+    whole = values[..., :chunks * width].unflatten(-1, (chunks, width))                       # (..., chunks, width)
+    best = whole.detach().amax(-1).topk(k).indices[..., None]                                 # (..., k, 1)
+    among = whole.gather(-2, best.expand(*best.shape[:-1], width)).flatten(-2)                # (..., k * width)
+    return torch.cat([among, values[..., chunks * width:]], -1).topk(k).values
+
+
 def token_confidence(logits, k=20, normaliser=None):
     """Eq. 3: conf_t = -(1/k) * sum of log p over the k most probable tokens.
 
@@ -33,7 +48,7 @@ def token_confidence(logits, k=20, normaliser=None):
     (..., V) log-softmax is stored.
     """
     logits = logits.float()
-    top = logits.topk(top_k_for(logits.shape[-1], k), dim=-1).values
+    top = largest(logits, top_k_for(logits.shape[-1], k))
     return (logits.logsumexp(-1) if normaliser is None else normaliser) - top.mean(-1)
 
 

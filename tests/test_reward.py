@@ -25,6 +25,20 @@ def test_token_confidence_is_equation_3(vocab, k):
     torch.testing.assert_close(reward.token_confidence(logits, k), -log_probs[..., :kept].sum(-1) / kept)
 
 
+@pytest.mark.parametrize("vocab", [30, 20480, 30001])
+def test_the_largest_are_those_of_topk(vocab):
+    """Values and gradients, bit for bit, with ties at the edge, banned words and a rest that fills no chunk."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, vocab).round(decimals=1).masked_fill(torch.rand(vocab) < 0.3, -torch.inf)
+    x[1, 0, -3:] = 9
+    x[2, 1, 100:130] = 7.5          # more than k alike, over two chunks
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found, wanted, weight = reward.largest(ours, 20), theirs.topk(20).values, torch.randn(3, 2, 20)
+    assert torch.equal(found, wanted)
+    (found.exp() * weight).sum().backward(), (wanted.exp() * weight).sum().backward()
+    torch.testing.assert_close(ours.grad.sort().values, theirs.grad.sort().values)      # of those alike either may be taken
+
+
 def test_token_confidence_by_hand():
     """16 tokens, so k = 2: p = (1/2, 1/4, 1/4 shared by 14) scores -(log 1/2 + log 1/4) / 2 = 1.5 log 2."""
     probs = torch.tensor([0.5, 0.25] + [0.25 / 14] * 14)
