@@ -1,7 +1,6 @@
 """CA-TTS: the vote table, lossless early exit, experts that misbehave, files that resume."""
 import itertools
 import json
-import os
 import random
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import ROOT, ahead
+from conftest import ENVIRONMENT, ROOT, ahead
 from PIL import Image
 
 import catts
@@ -545,7 +544,7 @@ def test_a_table_shows_every_row_and_no_escape_sequences():
 # ---- The command
 
 def command(*args, **kwargs):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "EXPERT_API_KEY": KEY, **kwargs.pop("env", {})}
+    env = {**ENVIRONMENT, "EXPERT_API_KEY": KEY, **kwargs.pop("env", {})}
     return subprocess.run([sys.executable, str(ROOT / "catts.py"), *map(str, args)], capture_output=True, text=True,
                           cwd=kwargs.pop("cwd", ROOT), env=env, timeout=120, **kwargs)
 
@@ -599,7 +598,7 @@ def three_files(folder):
     (folder / "torn.jsonl").write_text("".join(lines[:9]) + lines[9][:50])
     assert command(*flags, "--output", folder / "torn.jsonl").returncode == 0
     process = subprocess.Popen([sys.executable, str(ROOT / "catts.py"), *flags, "--output", str(folder / "killed[1].jsonl")],
-                               env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)
+                               env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     part = folder / "killed[1].jsonl.rank0"
     while process.poll() is None and not (part.exists() and part.stat().st_size):
         time.sleep(0.05)
@@ -608,7 +607,7 @@ def three_files(folder):
     found = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                             str(ROOT / "catts.py"), *flags, "--output", str(folder / "killed[1].jsonl")],
                            capture_output=True, text=True, timeout=120,
-                           env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+                           env=ENVIRONMENT)
     assert found.returncode == 0, found.stderr
     return folder, flags
 

@@ -2,7 +2,6 @@ import dataclasses
 import html.parser
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import FOUND, ROOT, ahead
+from conftest import ENVIRONMENT, FOUND, ROOT, ahead
 
 import catts
 import data
@@ -141,7 +140,7 @@ def evaluated(output):
     """One small run of the command, the Expert as the baseline, in a process of its own: its folder."""
     flags = [*SMALL, "--baseline", str(ROOT / "tiny" / "expert"), "--output", str(output)]
     subprocess.run([sys.executable, "-c", f"import eval; eval.ROUNDS = 50; eval.main({flags})"], cwd=ROOT, check=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+                   env=ENVIRONMENT, capture_output=True)
     return output
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, ahead
+from conftest import ENVIRONMENT, ROOT, ahead
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
@@ -39,7 +39,7 @@ def start_of(ranks):
 
 def run(output, *flags, ranks=0, check=True, script="train_cdrl.py", **kwargs):
     """train_cdrl.py as a user starts it: plain, or by torchrun on several ranks."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*start_of(ranks), str(script), "--output", str(output), *flags], cwd=ROOT, env=environment,
                           capture_output=True, text=True, timeout=240, **kwargs)
     assert not check or done.returncode == 0, done.stderr[-6000:]
@@ -367,7 +367,7 @@ open(f"{__file__}.{rank}", "w").write(str(sum(whole)))
 def killed(output, *flags, ranks=0):
     """A run that is killed by -9 after its first checkpoint, while it writes the second."""
     process = subprocess.Popen([*start_of(ranks), "train_cdrl.py", "--output", str(output), *flags, "--save_every", "1"],
-                               cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                               cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     for _ in range(2400):
         if (output / "checkpoint-1").exists() or process.poll() is not None:
@@ -445,7 +445,7 @@ def interrupted(folder):
     """Ctrl-C after the first step -> (run folder, exit code, what it said)."""
     output = folder / "stopped"
     process = subprocess.Popen([sys.executable, "train_cdrl.py", "--output", str(output), *TINY, "--steps", "500"], cwd=ROOT,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+                               env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     for _ in range(1200):
         if (output / "metrics.jsonl").exists() or process.poll() is not None:
             break
@@ -631,7 +631,7 @@ def test_the_recipes_for_gpus_are_what_train_cdrl_takes(script, tmp_path):
         (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
         (tmp_path / name).chmod(0o755)
     done = subprocess.run(["bash", script, "train.jsonl", "--steps", "7"], capture_output=True, text=True, check=True,
-                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": "2", "HEAD": "a:1"})
+                          env={**ENVIRONMENT, "PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": "2", "HEAD": "a:1"})
     words = done.stdout.splitlines()
     args = parse(words[words.index("train_cdrl.py") + 1:])
     train_cdrl.check(args, 16 if "node" in script.stem else 8 if "gpus" in script.stem else 1)
