@@ -19,7 +19,8 @@ from vlm import VLM  # noqa: E402
 # One core for the tests of this process, the other for what starts ahead; two threads of the tiny model gain little.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}      # of programs that scenarios start; a test beside them may set variables for itself
+# Of programs that scenarios start: a test beside them may set variables for itself.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 REAL = ROOT.parent / "shared" / "data"
 AHEAD, FOUND, POOL, SCRATCH = {}, {}, ThreadPoolExecutor(1), tempfile.TemporaryDirectory(prefix="cdrl-tests-")
 
