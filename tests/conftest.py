@@ -2,7 +2,7 @@
 import os
 import sys
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")          # nothing here may reach for a network
@@ -27,20 +27,12 @@ AHEAD, FOUND, POOL, SCRATCH = {}, {}, ThreadPoolExecutor(1), tempfile.TemporaryD
 
 def ahead(scenario):
     """A scenario of whole programs, function(folder) -> what a test compares, as a fixture of its name. Those that the chosen
-    tests ask for run one after another from the start of the session, beside the tests of this process; who waits for one
-    runs those that have not begun, from the last."""
+    tests ask for run one after another from the start of the session, beside the tests of this process."""
     name = scenario.__name__
     AHEAD[name] = scenario
 
     @pytest.fixture(scope="session", name=name)
     def outcome():
-        while not FOUND[name].done() and (other := next((n for n in reversed(FOUND) if FOUND[n].cancel()), None)):
-            FOUND[other] = Future()
-            FOUND[other].set_running_or_notify_cancel()
-            try:
-                FOUND[other].set_result(AHEAD[other](Path(SCRATCH.name) / other))
-            except Exception as error:      # shown by the test that asks for it
-                FOUND[other].set_exception(error)
         return FOUND[name].result()
     return outcome
 

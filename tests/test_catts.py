@@ -43,7 +43,7 @@ def expert():
 
 @pytest.fixture(scope="module")
 def questions():
-    return list(data.load("synthetic", "test", 120))
+    return list(data.load("synthetic", "test", 160))
 
 
 def controller(base, expert, clip, **settings):
