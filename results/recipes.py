@@ -7,8 +7,9 @@
     python results/recipes.py --rows base grpo ours --seeds 6 --question_seed 10 --vote_questions 0       # fresh questions
 
 Each run is `train_cdrl.py` with the row's flags, then answers of the trained model to held-out questions, clean and with
-noise on key, random and inverse regions, and the votes of CA-TTS. One record a run, results/recipes/SPLIT-ROW-SEED.json (test10-.. with `--question_seed 10`), from
-which all tables and pictures are made; a run whose record is there, with the same flags, base and Expert, is not repeated.
+noise on key, random and inverse regions, and the votes of CA-TTS. One record a run, results/recipes/SPLIT-ROW-SEED.json (with
+`--question_seed 10`: test10-ROW-SEED.json), from which all tables and pictures are made; a run whose record is there, with the
+same flags, base and Expert, is not repeated.
 Models, answers and votes stay under runs/recipes (delete both when the code has changed).
 
 Confidences: C (Eq. 3) ranks; c = sigmoid(aC + b) is the probability that training shapes, a and b those of the run, fitted on
