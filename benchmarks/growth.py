@@ -85,12 +85,14 @@ def profile(rounds):
         return {"the step": time.perf_counter() - start, "rolling out": rolled - start} | spent
     found = [step(i) for i in range(rounds + 1)][1:]
     rows = {name: statistics.median(one[name] for one in found) for name in found[0]}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
-        step(0)
-    operators = sum(event.self_cpu_time_total for event in profiled.key_averages()) / 1e6
-    again = statistics.median(step(0)["the step"] for _ in range(rounds))
+    shares = []
+    for _ in range(rounds):                     # in turns: a machine that others use is now faster, now slower
+        again = step(0)["the step"]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            step(0)
+        shares.append(1 - sum(event.self_cpu_time_total for event in profiled.key_averages()) / 1e6 / again)
     rows["learning and update"] = rows["the step"] - rows["rolling out"]
-    rows["Python"] = max(0.0, again - operators) * rows["the step"] / again
+    rows["Python"] = max(0.0, statistics.median(shares)) * rows["the step"]
     return {name: {"seconds": value, "share": value / rows["the step"]} for name, value in rows.items()}
 
 
