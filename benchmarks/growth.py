@@ -1,16 +1,21 @@
 """How cost grows, and where a step's time goes.
 
-    python benchmarks/growth.py                      # minutes
+    python -m venv .venv-spy && .venv-spy/bin/pip install py-spy
+    python benchmarks/growth.py --spy .venv-spy/bin/py-spy           # minutes
     python benchmarks/growth.py --rounds 1 --only profile
 
 growth: seconds of 8 samples with confidence, and of scoring them with gradient, on a random Qwen2.5-VL with 151,936 words,
 while one of group size, picture, vocabulary and completion length changes. profile: a step of `--recipe ours` on the tiny
-model, by phase; "Python" is the wall time that no operator of torch accounts for (the profiler's own cost left out: operators
-from a profiled step, wall time from unprofiled ones).
+model, by phase. "Python": the time in which the interpreter's lock is held, which operators of torch give back, sampled from
+outside by py-spy (the system must let one process look into another); part of it lies in the pictures' rows as well.
 """
 import argparse
+import os
 import statistics
+import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from common import ROOT, VLM, VOCABULARY, big_vocabulary, data, endless, picture, side_by_side, versions
@@ -22,6 +27,11 @@ import train_cdrl
 POINTS = {"group size": (4, 8, 16), "picture": (224, 448, 672), "vocabulary": (VOCABULARY // 4, VOCABULARY // 2, VOCABULARY),
           "new tokens": (32, 64, 128)}
 USUAL = {"group size": 8, "picture": 448, "vocabulary": VOCABULARY, "new tokens": 64}
+RATE, WATCHED = 400, 30         # looks a second, seconds
+PYTHON = {"Python": "step (", "Python, inside the model's forward": "VLM._forward (",
+          "Python, pictures: key regions and noise": "make_pairs (",
+          "Python, pictures and prompts: pre-processing": "VLM.encode (", "Python, decoding": "VLM._rollouts (",
+          "Python, learning": "learn (train_cdrl"}                 # row: what is in its stacks; some lie in others
 
 
 def growth(rounds):
@@ -47,7 +57,7 @@ def growth(rounds):
     return rows
 
 
-def profile(rounds):
+def profile(rounds, spy):
     """Seconds of the phases of a step, medians; the first step warms up."""
     args = train_cdrl.parse([])
     vlm, clip = VLM.load(ROOT / "tiny" / "base"), noise.ClipAttention.from_pretrained()
@@ -85,20 +95,26 @@ def profile(rounds):
         return {"the step": time.perf_counter() - start, "rolling out": rolled - start} | spent
     found = [step(i) for i in range(rounds + 1)][1:]
     rows = {name: statistics.median(one[name] for one in found) for name in found[0]}
-    shares = []
-    for _ in range(rounds):                     # in turns: a machine that others use is now faster, now slower
-        again = step(0)["the step"]
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
-            step(0)
-        shares.append(1 - sum(event.self_cpu_time_total for event in profiled.key_averages()) / 1e6 / again)
     rows["learning and update"] = rows["the step"] - rows["rolling out"]
-    rows["Python"] = max(0.0, statistics.median(shares)) * rows["the step"]
+    if spy:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "stacks.txt"
+            watch = subprocess.Popen([spy, "record", "--pid", str(os.getpid()), "--gil", "--format", "raw", "--rate", str(RATE),
+                                      "--duration", str(WATCHED), "--output", file], stdout=subprocess.DEVNULL)
+            while watch.poll() is None:
+                step(0)
+            if watch.returncode:
+                raise SystemExit(f"{spy} ended with {watch.returncode}; it must be allowed to look into this process")
+            stacks = [line.rsplit(" ", 1) for line in file.read_text().splitlines()]
+        for name, frame in PYTHON.items():
+            rows[name] = rows["the step"] * sum(int(count) for stack, count in stacks if frame in stack) / (RATE * WATCHED)
     return {name: {"seconds": value, "share": value / rows["the step"]} for name, value in rows.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="medians are over so many, after a warm-up")
+    parser.add_argument("--spy", help="the program py-spy; without it there is no row for Python")
     parser.add_argument("--only", choices=["growth", "profile"])
     args = parser.parse_args()
     print(versions())
@@ -107,7 +123,7 @@ def main():
         print(data.table(growth(args.rounds)))
     if args.only != "growth":
         print("\na step of --recipe ours on the tiny model")
-        print(data.table(profile(args.rounds)))
+        print(data.table(profile(args.rounds, args.spy)))
 
 
 if __name__ == "__main__":
