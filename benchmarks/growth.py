@@ -117,6 +117,8 @@ def main():
     parser.add_argument("--spy", help="the program py-spy; without it there is no row for Python")
     parser.add_argument("--only", choices=["growth", "profile"])
     args = parser.parse_args()
+    if args.spy and not Path(args.spy).is_file():
+        parser.error(f"--spy {args.spy} is no file; give the path of py-spy, installed as the top of this script says")
     print(versions())
     if args.only != "profile":
         print(f"\none question, {', '.join(f'{name} {value:,}' for name, value in USUAL.items())}, but for what is named")
