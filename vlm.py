@@ -42,6 +42,8 @@ from reward import token_confidence, token_entropy, top_k_for
 TRIM_EVERY = 8
 # Logits that one chunk of the vocabulary head may hold (64 MiB in fp32).
 CHUNK_LOGITS = 2**24
+# A head of so many weights and so few rows are multiplied by oneDNN on a CPU (`_head`).
+LARGE_HEAD, FEW_ROWS = 2**24, range(4, 33)
 
 
 @dataclass
@@ -539,8 +541,18 @@ class VLM:
 
     def _logits(self, hidden):
         """(N, D) -> (N, V) in fp32, capped where the model caps them (Gemma)."""
-        logits, cap = self.head(hidden).float(), getattr(self.text_config, "final_logit_softcapping", None)
+        logits, cap = self._head(hidden).float(), getattr(self.text_config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    def _head(self, hidden):
+        """The vocabulary head, (N, D) -> (N, V). MKL takes up to twice as long as oneDNN for a few rows and a real vocabulary
+        (`benchmarks/rollout.py`), and torch asks oneDNN only where a tensor lies in its layout."""
+        weight = self.head.weight
+        if (len(hidden) in FEW_ROWS and weight.numel() >= LARGE_HEAD and not torch.is_grad_enabled()
+                and weight.device.type == "cpu" and weight.dtype == torch.float32 and type(self.head) is torch.nn.Linear
+                and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+            return torch.nn.functional.linear(hidden.to_mkldnn(), weight, self.head.bias).to_dense()
+        return self.head(hidden)
 
     def _head_scores(self, hidden, targets, temperature):
         """(N, D), (N,) -> log-prob of the target, confidence, entropy, (N,) each."""

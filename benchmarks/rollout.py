@@ -79,7 +79,7 @@ def contenders(vlm, images, prompts, new_tokens):
         with prefix.attention_of(decoder, "products"):
             for t in range(new_tokens - 1):
                 hidden = decoder(inputs_embeds=word, position_ids=torch.full((3, rows, 1), t), use_cache=False)[0][:, -1]
-                logits = vlm.head(hidden)
+                logits = vlm._logits(hidden)
                 torch.searchsorted(logits.double().softmax(-1).cumsum(-1), uniform)
                 token_confidence(logits, vlm.top_k, logits.logsumexp(-1))
 

@@ -55,6 +55,23 @@ def test_greedy_equals_generate_token_for_token(base, mixed):
         assert group[0].tokens.tolist() == expected.tolist()
 
 
+def test_head_by_onednn_equals_the_head_itself(base, mixed, monkeypatch):
+    """A large head's product with a few rows goes to oneDNN; here every head is large."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        pytest.skip("torch has no MKL or no oneDNN here, so that the head itself is always used")
+    images, prompts = mixed
+    calls, linear, found = [], torch.nn.functional.linear, []
+    for large in (2**62, 0):
+        monkeypatch.setattr("vlm.LARGE_HEAD", large)
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: calls.append(x.is_mkldnn) or linear(x, *rest))
+        found.append(base.sample(images, prompts, n=3, max_new_tokens=20, seed=4))
+        assert any(calls) == (large == 0)
+    for one, other in zip(flat(found[0]), flat(found[1])):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.confidences, other.confidences, atol=1e-5, rtol=0)
+
+
 def test_chunked_head_equals_whole_head_in_value_and_gradient(fresh, mixed, monkeypatch):
     images, prompts = mixed
     completions = [r.tokens for r in flat(fresh.sample(images, prompts, n=2, max_new_tokens=20, seed=3))]
