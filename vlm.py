@@ -472,25 +472,39 @@ class VLM:
         rows = torch.arange(total, device=self.device)              # the rows still in the batch
         ended = torch.zeros(total, dtype=torch.bool, device=self.device)
 
+        unread = []                         # (tokens (R,), logits (R, V)) of the newest words
+
+        def read(t, ended):
+            """Record the words up to t and what their logits say, several at once: a call for each costs more than its
+            arithmetic. -> which rows have ended by now (R,)"""
+            said, logits = (torch.stack(part, 1) if len(part) > 1 else part[0][:, None] for part in zip(*unread))
+            words = slice(t + 1 - len(unread), t + 1)                                           # P of them
+            eos = torch.isin(said, self.eos)                                                    # (R, P)
+            tokens[rows, words] = said.masked_fill(ended[:, None] | (eos.cumsum(1) > eos), -1)
+            normaliser = logits.logsumexp(-1)                                                   # (R, P), one walk for both
+            logprobs[rows, words] = logits.gather(-1, said[..., None])[..., 0] - normaliser
+            confidences[rows, words] = token_confidence(logits, self.top_k, normaliser)
+            if entropy:
+                entropies[rows, words] = token_entropy(logits)
+            unread.clear()
+            return ended | eos.any(1)
+
         with torch.inference_mode():        # less work an operation than no_grad; what is returned was made outside
             for t in range(max_new_tokens):
                 views = [self._logits(state.hidden) for state in states]            # (R, V) each, raw
-                token, logits = choose(*views, uniform[rows, t]), views[0]
-                tokens[rows, t] = torch.where(ended, -1, token)
-                normaliser = logits.logsumexp(-1)                                   # (R,), one walk over the words for both
-                logprobs[rows, t] = logits.gather(-1, token[:, None])[:, 0] - normaliser
-                confidences[rows, t] = token_confidence(logits, self.top_k, normaliser)
-                if entropy:
-                    entropies[rows, t] = token_entropy(logits)
-                ended = ended | torch.isin(token, self.eos)
-                if t % TRIM_EVERY == TRIM_EVERY - 1 or t == max_new_tokens - 1 or len(rows) <= TRIM_EVERY:
+                token = choose(*views, uniform[:, t])
+                unread.append((token, views[0]))
+                looks = t % TRIM_EVERY == TRIM_EVERY - 1 or t == max_new_tokens - 1 or len(rows) <= TRIM_EVERY
+                if looks or (len(unread) + 1) * views[0].numel() > CHUNK_LOGITS:
+                    ended = read(t, ended)
+                if looks:
                     alive = (~ended).nonzero()[:, 0]
                     if len(alive) == 0:
                         break
                     if len(alive) < len(rows):
                         for state in states:
                             state.keep(alive)
-                        rows, token, ended = rows[alive], token[alive], ended[alive]
+                        rows, token, ended, uniform = rows[alive], token[alive], ended[alive], uniform[alive]
                 if t < max_new_tokens - 1:
                     for state in states:
                         self._read(state, token)
@@ -630,7 +644,8 @@ def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     logits (R, V), -inf where banned; uniform (R,) float64 in [0, 1) -> (R,) int64. Summed in float64: in float32 the
     tail of a 152k vocabulary is lost, and rounding could select a banned last id.
     """
-    logits = logits / temperature
+    if temperature != 1:
+        logits = logits / temperature
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)

@@ -26,6 +26,7 @@ import vlm as ours_module
 from reward import token_confidence
 
 GROUP = 8
+ROUNDS = {"tiny": 5, "151,936 words": 1}        # the models, and how many times --rounds
 AttentionInterface.register("nothing", lambda module, query, *args, **kwargs: (query.transpose(1, 2), None))
 for bare in ("nothing", "products"):
     AttentionMaskInterface.register(bare, lambda *args, **kwargs: None)
@@ -42,7 +43,7 @@ def contenders(vlm, images, prompts, new_tokens):
         return torch.stack([r.confidences for group in groups for r in group])
 
     def silent():
-        ours_module.token_confidence = lambda logits, *_: logits[:, 0]
+        ours_module.token_confidence = lambda logits, *_: logits[..., 0]
         try:
             vlm.sample(images, prompts, GROUP, max_new_tokens=new_tokens)
         finally:
@@ -128,7 +129,9 @@ def setting(name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="medians are over so many, after a warm-up")
+    parser.add_argument("--rounds", type=int, default=5, help="medians are over so many, after a warm-up; five times as many "
+                        "of the tiny model, whose rollouts of a second are soon disturbed")
+    parser.add_argument("--models", nargs="+", default=list(ROUNDS), choices=list(ROUNDS))
     parser.add_argument("--new_tokens", type=int, default=128, help="length of every completion")
     parser.add_argument("--only", nargs=2, metavar=("SETTING", "CONTENDER"), help="print what one run adds to memory")
     args = parser.parse_args()
@@ -138,12 +141,12 @@ def main():
         print(json.dumps(extra_memory(run)))
         return
     print(versions())
-    for name in ("tiny", "151,936 words"):
+    for name in args.models:
         vlm, images, prompts = setting(name)
         runs = contenders(vlm, images, prompts, args.new_tokens)
         print(f"\n{name}: {len(prompts)} questions x {GROUP} x {args.new_tokens} tokens; greedy tokens equal: "
               f"{same_greedy(vlm, images, prompts, args.new_tokens)}")
-        seconds = side_by_side(runs, args.rounds)
+        seconds = side_by_side(runs, args.rounds * ROUNDS[name])
         print(data.table({run: {"seconds": value, "ratio to ours": value / seconds["ours"], "extra MiB": float(memory_of(
             __file__, "--only", name, run, "--new_tokens", str(args.new_tokens)))} for run, value in seconds.items()}))
 
