@@ -21,7 +21,7 @@ import data
 import noise
 import parallel
 from data import InputError
-from vlm import CHUNK_LOGITS, VLM, load_processor
+from vlm import CHUNK_LOGITS, TRIM_EVERY, VLM, load_processor
 
 GIB = 2**30
 ASKED = 32              # questions whose tokens are counted
@@ -177,7 +177,8 @@ def dry_run(args, samples, noised, world):
         state["CPU" if args.offload else "device", "reference model"] = 4 * total / ranks
     rolling = {"all weights, gathered": size * total if sharded else 0,
                "keys and values of the rollouts": size * rollouts * length * text.num_hidden_layers * key_values(text),
-               "probabilities of a word": 32 * rollouts * vlm.vocabulary}
+               "probabilities of a word": 32 * rollouts * vlm.vocabulary,
+               "logits of the words that are read together": 12 * min(CHUNK_LOGITS, TRIM_EVERY * rollouts * vlm.vocabulary)}
     tokens = part * views * (prompt + args.group_size * args.max_new_tokens)
     learning = {"weights of two blocks and the rest, gathered": size * (2 * block + left),
                 "gradients of a block or the rest, before they are summed": (size + 4) * max(block, left),

@@ -5,7 +5,7 @@ prompt and its images once, the G samples share its keys and values (`prefix.py`
 reads the completions from clones, so that sampled and re-scored log-probs agree to rounding.
 
 Everything is read from the raw logits in fp32: before temperature, top-k, top-p and banned ids (paper Eq. 3). No
-(B, T, V) tensor is ever kept.
+(B, T, V) tensor is ever kept: logits of several words only as far as they fit into CHUNK_LOGITS.
 """
 import copy
 import errno
@@ -40,7 +40,7 @@ from reward import token_confidence, token_entropy, top_k_for
 
 # Rows of the batch that have ended leave it every so many tokens (looking costs a synchronisation on a GPU).
 TRIM_EVERY = 8
-# Logits that one chunk of the vocabulary head may hold (64 MiB in fp32).
+# Logits that one chunk of the vocabulary head, or the words that are read together, may hold (64 MiB in fp32).
 CHUNK_LOGITS = 2**24
 # A head of so many weights and so few rows are multiplied by oneDNN on a CPU (`_head`).
 LARGE_HEAD, FEW_ROWS = 2**24, range(4, 33)

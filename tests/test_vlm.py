@@ -55,6 +55,19 @@ def test_greedy_equals_generate_token_for_token(base, mixed):
         assert group[0].tokens.tolist() == expected.tolist()
 
 
+def test_words_read_together_equal_words_read_alone(base, mixed, monkeypatch):
+    """To the bit, whether the logits of several words fit, of two, or of one only; rows end at different words."""
+    images, prompts = mixed
+    found = []
+    for limit in (2**24, 2 * 15 * base.vocabulary, 1):
+        monkeypatch.setattr("vlm.CHUNK_LOGITS", limit)
+        found.append(flat(base.sample(images, prompts, n=3, max_new_tokens=40, seed=5, entropy=True)))
+    assert len({len(r.tokens) for r in found[0]}) > 3
+    for rows in zip(*found):
+        for name in ("tokens", "logprobs", "confidences", "entropies"):
+            assert all(torch.equal(getattr(rows[0], name), getattr(row, name)) for row in rows[1:])
+
+
 def test_head_by_onednn_equals_the_head_itself(base, mixed, monkeypatch):
     """A large head's product with a few rows goes to oneDNN; here every head is large."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
