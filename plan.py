@@ -178,7 +178,7 @@ def dry_run(args, samples, noised, world):
     rolling = {"all weights, gathered": size * total if sharded else 0,
                "keys and values of the rollouts": size * rollouts * length * text.num_hidden_layers * key_values(text),
                "probabilities of a word": 32 * rollouts * vlm.vocabulary,
-               "logits of the words that are read together": 12 * min(CHUNK_LOGITS, TRIM_EVERY * rollouts * vlm.vocabulary)}
+               "logits of the words recorded together": 12 * min(CHUNK_LOGITS, TRIM_EVERY * rollouts * vlm.vocabulary)}
     tokens = part * views * (prompt + args.group_size * args.max_new_tokens)
     learning = {"weights of two blocks and the rest, gathered": size * (2 * block + left),
                 "gradients of a block or the rest, before they are summed": (size + 4) * max(block, left),

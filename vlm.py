@@ -40,7 +40,7 @@ from reward import token_confidence, token_entropy, top_k_for
 
 # Rows of the batch that have ended leave it every so many tokens (looking costs a synchronisation on a GPU).
 TRIM_EVERY = 8
-# Logits that one chunk of the vocabulary head, or the words that are read together, may hold (64 MiB in fp32).
+# Logits that one chunk of the vocabulary head, or the words that are recorded together, may hold (64 MiB in fp32).
 CHUNK_LOGITS = 2**24
 # A head of so many weights and so few rows are multiplied by oneDNN on a CPU (`_head`).
 LARGE_HEAD, FEW_ROWS = 2**24, range(4, 33)
@@ -474,7 +474,7 @@ class VLM:
 
         unread = []                         # (tokens (R,), logits (R, V)) of the newest words
 
-        def read(t, ended):
+        def record(t, ended):
             """Record the words up to t and what their logits say, several at once: a call for each costs more than its
             arithmetic. -> which rows have ended by now (R,)"""
             said, logits = (torch.stack(part, 1) if len(part) > 1 else part[0][:, None] for part in zip(*unread))
@@ -496,7 +496,7 @@ class VLM:
                 unread.append((token, views[0]))
                 looks = t % TRIM_EVERY == TRIM_EVERY - 1 or t == max_new_tokens - 1 or len(rows) <= TRIM_EVERY
                 if looks or (len(unread) + 1) * views[0].numel() > CHUNK_LOGITS:
-                    ended = read(t, ended)
+                    ended = record(t, ended)
                 if looks:
                     alive = (~ended).nonzero()[:, 0]
                     if len(alive) == 0:
