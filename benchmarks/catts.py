@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 
-from common import ROOT, VLM, data, extra_memory, memory_of, side_by_side, versions
+from common import ROOT, VLM, at_least, data, extra_memory, memory_of, side_by_side, versions
 
 import noise
 from catts import Controller, Settings
@@ -38,9 +38,10 @@ def build(kind, **settings):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--questions", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=5, help="medians are over so many, after a warm-up")
-    parser.add_argument("--only", help="run one contender once and print what it adds to memory")
+    parser.add_argument("--questions", type=at_least(1), default=40)
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="medians are over so many, after a warm-up")
+    parser.add_argument("--only", choices=["ours, exact", "ours, off", "from scratch"],
+                        help="run one contender once and print what it adds to memory")
     args = parser.parse_args()
     samples = list(data.load("synthetic", "val", args.questions))
     controllers = {"ours, exact": build("ours", early_exit="exact"), "ours, off": build("ours"),

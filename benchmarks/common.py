@@ -3,6 +3,7 @@
 Contenders run in one process, alternating, after a warm-up; medians are reported and the ratio is to `ours`. Peak memory is
 measured in a process of its own for each contender: what it adds to what is resident once the model is loaded.
 """
+import argparse
 import json
 import statistics
 import subprocess
@@ -61,6 +62,15 @@ def extra_memory(function):
     before = status("VmRSS")
     function()
     return status("VmHWM") - before
+
+
+def at_least(low):
+    """What argparse reads a whole number with that must not be below `low`."""
+    def number(text):
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {low}")
+        return int(text)
+    return number
 
 
 def side_by_side(contenders, rounds):

@@ -19,7 +19,7 @@ import time
 from dataclasses import replace
 
 import torch
-from common import ROOT, VLM, data, load_processor, picture, versions
+from common import ROOT, VLM, at_least, data, load_processor, picture, versions
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 import noise
@@ -161,10 +161,10 @@ def main():
     parser.add_argument("--sizes", nargs="+", default=["3B", "7B"], choices=["tiny", *SIZES])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--rows", nargs="+", type=int, default=[64, 256], help="samples decoded together")
-    parser.add_argument("--new_tokens", type=int, default=256, help="tokens decoded a row")
-    parser.add_argument("--pixels", type=int, default=896, help="width and height of the picture")
-    parser.add_argument("--completion", type=int, default=512, help="tokens of a completion in the training step")
+    parser.add_argument("--rows", nargs="+", type=at_least(1), default=[64, 256], help="samples decoded together")
+    parser.add_argument("--new_tokens", type=at_least(3), default=256, help="tokens decoded a row")
+    parser.add_argument("--pixels", type=at_least(28), default=896, help="width and height of the picture")
+    parser.add_argument("--completion", type=at_least(2), default=512, help="tokens of a completion in the training step")
     parser.add_argument("--offload", action="store_true", help="the state of training in the CPU's memory")
     parser.add_argument("--only", choices=["decode", "train"])
     parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s of the GPU's memory, measured by copying")

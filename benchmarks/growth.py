@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import ROOT, VLM, VOCABULARY, big_vocabulary, data, endless, picture, side_by_side, versions
+from common import ROOT, VLM, VOCABULARY, at_least, big_vocabulary, data, endless, picture, side_by_side, versions
 
 import noise
 import parallel
@@ -113,7 +113,7 @@ def profile(rounds, spy):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="medians are over so many, after a warm-up")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="medians are over so many, after a warm-up")
     parser.add_argument("--spy", help="the program py-spy; without it there is no row for Python")
     parser.add_argument("--only", choices=["growth", "profile"])
     args = parser.parse_args()

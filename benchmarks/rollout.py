@@ -17,7 +17,7 @@ import argparse
 import json
 
 import torch
-from common import ROOT, VLM, big_vocabulary, data, endless, extra_memory, memory_of, picture, side_by_side, versions
+from common import ROOT, VLM, at_least, big_vocabulary, data, endless, extra_memory, memory_of, picture, side_by_side, versions
 from transformers import AttentionInterface, LogitsProcessor, LogitsProcessorList
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -129,16 +129,19 @@ def setting(name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="medians are over so many, after a warm-up; five times as many "
-                        "of the tiny model, whose rollouts of a second are soon disturbed")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="medians are over so many, after a warm-up; five times "
+                        "as many of the tiny model, whose rollouts of a second are soon disturbed")
     parser.add_argument("--models", nargs="+", default=list(ROUNDS), choices=list(ROUNDS))
-    parser.add_argument("--new_tokens", type=int, default=128, help="length of every completion")
+    parser.add_argument("--new_tokens", type=at_least(1), default=128, help="length of every completion")
     parser.add_argument("--only", nargs=2, metavar=("SETTING", "CONTENDER"), help="print what one run adds to memory")
     args = parser.parse_args()
     if args.only:
-        vlm, images, prompts = setting(args.only[0])
-        run = contenders(vlm, images, prompts, args.new_tokens)[args.only[1]]
-        print(json.dumps(extra_memory(run)))
+        if args.only[0] not in ROUNDS:
+            parser.error(f"--only {args.only[0]}: one of {', '.join(ROUNDS)} is expected")
+        runs = contenders(*setting(args.only[0]), args.new_tokens)
+        if args.only[1] not in runs:
+            parser.error(f"--only {args.only[0]} {args.only[1]!r}: one of {', '.join(runs)} is expected")
+        print(json.dumps(extra_memory(runs[args.only[1]])))
         return
     print(versions())
     for name in args.models:

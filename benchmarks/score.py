@@ -11,7 +11,7 @@ import argparse
 import json
 
 import torch
-from common import big_vocabulary, data, extra_memory, memory_of, picture, side_by_side, versions
+from common import at_least, big_vocabulary, data, extra_memory, memory_of, picture, side_by_side, versions
 
 from reward import token_confidence, token_entropy
 
@@ -59,9 +59,10 @@ def agree(vlm, runs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="medians are over so many, after a warm-up")
-    parser.add_argument("--tokens", type=int, default=512, help="length of every completion")
-    parser.add_argument("--only", help="run one contender once and print what it adds to memory")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="medians are over so many, after a warm-up")
+    parser.add_argument("--tokens", type=at_least(1), default=512, help="length of every completion")
+    parser.add_argument("--only", choices=["ours", "full logits"],
+                        help="run one contender once and print what it adds to memory")
     args = parser.parse_args()
     vlm = big_vocabulary()
     runs = contenders(vlm, args.tokens)
