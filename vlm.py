@@ -471,31 +471,30 @@ class VLM:
         entropies = torch.zeros(total, max_new_tokens, device=self.device) if entropy else None
         rows = torch.arange(total, device=self.device)              # the rows still in the batch
         ended = torch.zeros(total, dtype=torch.bool, device=self.device)
-
-        unread = []                         # (tokens (R,), logits (R, V)) of the newest words
+        unrecorded = []                     # (tokens (R,), logits (R, V)) of the newest words
 
         def record(t, ended):
             """Record the words up to t and what their logits say, several at once: a call for each costs more than its
             arithmetic. -> which rows have ended by now (R,)"""
-            said, logits = (torch.stack(part, 1) if len(part) > 1 else part[0][:, None] for part in zip(*unread))
-            words = slice(t + 1 - len(unread), t + 1)                                           # P of them
+            said, logits = (torch.stack(part, 1) if len(part) > 1 else part[0][:, None] for part in zip(*unrecorded))
+            words = slice(t + 1 - len(unrecorded), t + 1)                                           # P of them
             eos = torch.isin(said, self.eos)                                                    # (R, P)
             tokens[rows, words] = said.masked_fill(ended[:, None] | (eos.cumsum(1) > eos), -1)
             normaliser = logits.logsumexp(-1)                                                   # (R, P), one walk for both
             logprobs[rows, words] = logits.gather(-1, said[..., None])[..., 0] - normaliser
             confidences[rows, words] = token_confidence(logits, self.top_k, normaliser)
             if entropy:
-                entropies[rows, words] = token_entropy(logits)
-            unread.clear()
+                entropies[rows, words] = token_entropy(logits, normaliser)
+            unrecorded.clear()
             return ended | eos.any(1)
 
         with torch.inference_mode():        # less work an operation than no_grad; what is returned was made outside
             for t in range(max_new_tokens):
                 views = [self._logits(state.hidden) for state in states]            # (R, V) each, raw
                 token = choose(*views, uniform[:, t])
-                unread.append((token, views[0]))
+                unrecorded.append((token, views[0]))
                 looks = t % TRIM_EVERY == TRIM_EVERY - 1 or t == max_new_tokens - 1 or len(rows) <= TRIM_EVERY
-                if looks or (len(unread) + 1) * views[0].numel() > CHUNK_LOGITS:
+                if looks or (len(unrecorded) + 1) * views[0].numel() > CHUNK_LOGITS:
                     ended = record(t, ended)
                 if looks:
                     alive = (~ended).nonzero()[:, 0]

@@ -18,6 +18,7 @@ from catts import Controller, Settings
 from experts import LocalExpert
 
 BATCH = 16
+CONTENDERS = {"ours, exact": {"early_exit": "exact"}, "ours, off": {}, "from scratch": {}}
 
 
 class Scratch(VLM):
@@ -40,12 +41,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--questions", type=at_least(1), default=40)
     parser.add_argument("--rounds", type=at_least(1), default=5, help="medians are over so many, after a warm-up")
-    parser.add_argument("--only", choices=["ours, exact", "ours, off", "from scratch"],
-                        help="run one contender once and print what it adds to memory")
+    parser.add_argument("--only", choices=list(CONTENDERS), help="run one contender once and print what it adds to memory")
     args = parser.parse_args()
     samples = list(data.load("synthetic", "val", args.questions))
-    controllers = {"ours, exact": build("ours", early_exit="exact"), "ours, off": build("ours"),
-                   "from scratch": build("from scratch")}
+    controllers = {name: build(name, **how) for name, how in CONTENDERS.items()}
     results = {}
 
     def run(name):

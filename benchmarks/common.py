@@ -5,6 +5,7 @@ measured in a process of its own for each contender: what it adds to what is res
 """
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -71,6 +72,13 @@ def at_least(low):
             raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {low}")
         return int(text)
     return number
+
+
+def program(name):
+    """What argparse reads a program with that must be there."""
+    if not shutil.which(name):
+        raise argparse.ArgumentTypeError(f"{name} is no program; install it as the top of this script says, and give its path")
+    return name
 
 
 def side_by_side(contenders, rounds):

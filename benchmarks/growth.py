@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import ROOT, VLM, VOCABULARY, at_least, big_vocabulary, data, endless, picture, side_by_side, versions
+from common import ROOT, VLM, VOCABULARY, at_least, big_vocabulary, data, endless, picture, program, side_by_side, versions
 
 import noise
 import parallel
@@ -114,11 +114,9 @@ def profile(rounds, spy):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=at_least(1), default=5, help="medians are over so many, after a warm-up")
-    parser.add_argument("--spy", help="the program py-spy; without it there is no row for Python")
+    parser.add_argument("--spy", type=program, help="the program py-spy; without it there is no row for Python")
     parser.add_argument("--only", choices=["growth", "profile"])
     args = parser.parse_args()
-    if args.spy and not Path(args.spy).is_file():
-        parser.error(f"--spy {args.spy} is no file; give the path of py-spy, installed as the top of this script says")
     print(versions())
     if args.only != "profile":
         print(f"\none question, {', '.join(f'{name} {value:,}' for name, value in USUAL.items())}, but for what is named")

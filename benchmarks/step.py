@@ -11,7 +11,6 @@ two steps do not count. Medians over all the steps of all turns. Peak memory is 
 import argparse
 import json
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, VLM, at_least, data, versions
+from common import ROOT, VLM, at_least, data, program, versions
 
 import train_cdrl
 
@@ -74,14 +73,11 @@ def trl(steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--peer", help="a Python that has TRL; without it ours alone is timed")
+    parser.add_argument("--peer", type=program, help="a Python that has TRL; without it ours alone is timed")
     parser.add_argument("--turns", type=at_least(1), default=3, help="how often each contender runs")
     parser.add_argument("--steps", type=at_least(3), default=7, help="steps of a turn, the first two for warming up")
     parser.add_argument("--only", choices=[*OURS, "trl"], help="run one contender, print the seconds of its steps")
     args = parser.parse_args()
-    if args.peer and not shutil.which(args.peer):
-        parser.error(f"--peer {args.peer} is no program; give the Python that TRL is installed for, as the top of "
-                     "this script says")
     if args.only:
         seconds = trl(args.steps) if args.only == "trl" else ours(OURS[args.only], args.steps)
         print(json.dumps([seconds[2:], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))     # KiB on Linux
