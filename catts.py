@@ -34,9 +34,9 @@ import data
 import noise
 import parallel
 from data import LETTERS, MODULES, InputError, Sample, add_options, command, option
-from experts import LocalExpert, Server, ServerExpert, ServerVLM
-from judge import accepts, equivalent, extract_answer
 from reward import sequence_confidence
+from utils.experts import LocalExpert, Server, ServerExpert, ServerVLM
+from utils.judge import accepts, equivalent, extract_answer
 from vlm import VLM
 
 TINY = Path(__file__).resolve().parent / "tiny"

@@ -31,9 +31,9 @@ import probe
 import report
 from catts import Vote, sample_votes, share_of, spoken, tally, winner
 from data import InputError, command
-from judge import accepts, extract_answer
 from noise import MODES, ClipAttention, make_pair, parse_t
 from probe import PROBE_STEPS, bootstrap, calibrated, interval, mean_interval, metrics, probed
+from utils.judge import accepts, extract_answer
 from vlm import VLM
 
 # ---------------------------------------------------------------------------------------------------------------------

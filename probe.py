@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 import data
-from judge import extract_answer, is_correct
 from noise import make_pairs
 from reward import fit_platt, probability
+from utils.judge import extract_answer, is_correct
 
 PROBE_STEPS = (0, 300, 500, 700, 850, 999)
 

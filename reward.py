@@ -8,7 +8,7 @@ import re
 
 import torch
 
-from judge import accepts, boxes, equivalent, extract_answer, is_correct  # noqa: F401 - the judge is spoken to by this name too
+from utils.judge import accepts, boxes, equivalent, extract_answer, is_correct  # noqa: F401 - the judge is spoken to by this name too
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Confidence. Higher = more certain, everywhere in this repository. The paper's prose says the opposite of its own

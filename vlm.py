@@ -1,7 +1,7 @@
 """A vision-language model that we can speak to: load, sample with confidence, contrast, score with gradient, save.
 
 Any Hugging Face image-text-to-text model that keeps its keys and values in a `DynamicCache`: one prefill encodes the
-prompt and its images once, the G samples share its keys and values (`prefix.py`), and `score` prefills alike and
+prompt and its images once, the G samples share its keys and values (`shared_prefix.py`), and `score` prefills alike and
 reads the completions from clones, so that sampled and re-scored log-probs agree to rounding.
 
 Everything is read from the raw logits in fp32: before temperature, top-k, top-p and banned ids (paper Eq. 3). No
@@ -34,9 +34,9 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-import prefix
 from data import InputError, reason
 from reward import token_confidence, token_entropy, top_k_for
+from utils import shared_prefix
 
 # Rows of the batch that have ended leave it every so many tokens (looking costs a synchronisation on a GPU).
 TRIM_EVERY = 8
@@ -88,7 +88,7 @@ class _Prefill:
 
     def share(self, n):
         """`repeat` without the copy, for decoding. The cache knows the mask from now on."""
-        self.cache, self.mask = prefix.SharedPrefix(self.cache, self.mask, n), None
+        self.cache, self.mask = shared_prefix.SharedPrefix(self.cache, self.mask, n), None
         self.hidden, self.position = self.hidden.repeat_interleave(n, 0), self.position.repeat_interleave(n, -2)
 
     def keep(self, rows):
@@ -173,7 +173,7 @@ class VLM:
         # transformers 5.20 renamed past_key_values to cache.
         names = inspect.signature(self.backbone.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"
-        # Whether samples read their prompt's keys and values in place (prefix.py) or each a copy; `_check` tries it.
+        # Whether samples read their prompt's keys and values in place (shared_prefix.py) or each a copy; `_check` tries it.
         self.shares = all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.text_config).layers)
 
     @classmethod
@@ -253,7 +253,7 @@ class VLM:
         state, found = self._prefill(images, prompts), []
         state.share(2)
         try:
-            with prefix.attention_of(self.model.get_decoder()):
+            with shared_prefix.attention_of(self.model.get_decoder()):
                 for column in tokens.repeat_interleave(2, 0).unbind(1):
                     found.append(self._logits(state.hidden).log_softmax(-1).gather(-1, column[:, None]))
                     self._read(state, column)
@@ -458,7 +458,7 @@ class VLM:
         """
         for state in states:
             state.share(n) if self.shares else state.repeat(n)
-        with prefix.attention_of(self.model.get_decoder()) if self.shares else nullcontext():
+        with shared_prefix.attention_of(self.model.get_decoder()) if self.shares else nullcontext():
             return self._rollouts(states, choose, seeds, n, max_new_tokens, first, entropy)
 
     def _rollouts(self, states, choose, seeds, n, max_new_tokens, first, entropy):

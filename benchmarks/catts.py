@@ -15,7 +15,7 @@ from common import ROOT, VLM, at_least, data, extra_memory, memory_of, side_by_s
 
 import noise
 from catts import Controller, Settings
-from experts import LocalExpert
+from utils.experts import LocalExpert
 
 BATCH = 16
 CONTENDERS = {"ours, exact": {"early_exit": "exact"}, "ours, off": {}, "from scratch": {}}

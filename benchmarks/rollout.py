@@ -21,9 +21,9 @@ from common import ROOT, VLM, at_least, big_vocabulary, data, endless, extra_mem
 from transformers import AttentionInterface, LogitsProcessor, LogitsProcessorList
 from transformers.masking_utils import AttentionMaskInterface
 
-import prefix
 import vlm as ours_module
 from reward import token_confidence
+from utils import shared_prefix
 
 GROUP = 8
 ROUNDS = {"tiny": 5, "151,936 words": 1}        # the models, and how many times --rounds
@@ -53,7 +53,7 @@ def contenders(vlm, images, prompts, new_tokens):
     def layers():
         decoder, rows = vlm.model.get_decoder(), len(prompts) * GROUP
         word = vlm.model.get_input_embeddings()(torch.full((rows, 1), 5))
-        with prefix.attention_of(decoder, "nothing"):
+        with shared_prefix.attention_of(decoder, "nothing"):
             for t in range(new_tokens - 1):
                 decoder(inputs_embeds=word, position_ids=torch.full((3, rows, 1), t), use_cache=False)
 
@@ -77,7 +77,7 @@ def contenders(vlm, images, prompts, new_tokens):
         AttentionInterface.register("products", products)
         vlm._prefill(images, prompts)
         word = vlm.model.get_input_embeddings()(torch.full((rows, 1), 5))
-        with prefix.attention_of(decoder, "products"):
+        with shared_prefix.attention_of(decoder, "products"):
             for t in range(new_tokens - 1):
                 hidden = decoder(inputs_embeds=word, position_ids=torch.full((3, rows, 1), t), use_cache=False)[0][:, -1]
                 logits = vlm._logits(hidden)

@@ -40,10 +40,10 @@ import probe  # noqa: E402
 import train_cdrl  # noqa: E402
 from catts import SOURCES, Controller, Settings, Vote, answer_file, tally  # noqa: E402
 from data import InputError  # noqa: E402
-from experts import LocalExpert  # noqa: E402
-from judge import accepts  # noqa: E402
 from probe import auroc, calibration_error, metrics  # noqa: E402
 from run_folder import FREE  # noqa: E402
+from utils.experts import LocalExpert  # noqa: E402
+from utils.judge import accepts  # noqa: E402
 from vlm import VLM  # noqa: E402
 
 # row: flags of train_cdrl.py; None = not trained

@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 from catts import Controller, Settings, Vote, answer_file, tally, winner  # noqa: E402
-from experts import LocalExpert  # noqa: E402
 from noise import ClipAttention  # noqa: E402
+from utils.experts import LocalExpert  # noqa: E402
 from vlm import VLM  # noqa: E402
 
 

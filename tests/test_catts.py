@@ -29,7 +29,7 @@ from catts import (
     winner,
 )
 from data import MODULES, InputError
-from experts import LocalExpert, Reply, Server, ServerExpert, ServerVLM
+from utils.experts import LocalExpert, Reply, Server, ServerExpert, ServerVLM
 from vlm import VLM
 
 TAUS = {"samples": 1.0, "voter": 0.5, "self_reflection": 0.5, "self_check": 0.5}

@@ -13,8 +13,8 @@ from PIL import Image
 
 import data
 from data import InputError
-from judge import is_correct
 from reward import format_reward
+from utils.judge import is_correct
 
 
 def test_same_split_seed_and_index_give_the_same_question():

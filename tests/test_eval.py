@@ -19,7 +19,7 @@ import probe
 import report
 from data import InputError
 from eval import metrics
-from experts import LocalExpert
+from utils.experts import LocalExpert
 from vlm import VLM
 
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from judge import _same, accepts, equivalent, extract_answer, is_correct
 from reward import format_reward
+from utils.judge import _same, accepts, equivalent, extract_answer, is_correct
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "judge_oracle"
 

@@ -3,7 +3,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 
 import data
-import prefix
+from utils import shared_prefix
 from vlm import VLM, DynamicLayer
 
 
@@ -21,7 +21,7 @@ def test_attention_to_a_shared_prompt_is_attention_to_copies_of_it():
     keys, values = torch.randn(2, prompts, heads, length, width)
     cache.layers = [DynamicLayer()]
     cache.layers[0].update(keys, values)
-    shared = prefix.SharedPrefix(cache, mask, n)
+    shared = shared_prefix.SharedPrefix(cache, mask, n)
     keys, values = keys.repeat_interleave(n, 0), values.repeat_interleave(n, 0)
     mask, rows = mask.repeat_interleave(n, 0).bool(), torch.arange(prompts * n)
     leave = {0: [11], 3: [0, 5, 6], 20: [2, 3], 40: [0, 1]}               # 40: the first prompt goes whole
@@ -35,7 +35,7 @@ def test_attention_to_a_shared_prompt_is_attention_to_copies_of_it():
         keys, values = torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         query = torch.randn(len(rows), heads * repeat, 1, width)
-        found, _ = prefix.attend(None, query, layer, layer, None, scaling=0.3)
+        found, _ = shared_prefix.attend(None, query, layer, layer, None, scaling=0.3)
         scores = 0.3 * query @ keys.repeat_interleave(repeat, 1).transpose(2, 3)
         weights = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
         wanted = (weights @ values.repeat_interleave(repeat, 1)).transpose(1, 2)
@@ -72,11 +72,11 @@ def test_a_class_that_attends_in_another_way_is_decoded_with_copies(base, wrong)
             raise NotImplementedError
         return torch.zeros_like(query).transpose(1, 2), None
     before = [m.config._attn_implementation for m in base.model.modules() if hasattr(m, "config")]
-    AttentionInterface.register(prefix.NAME, attend)
+    AttentionInterface.register(shared_prefix.NAME, attend)
     try:
         other = VLM.load("tiny/base")
     finally:
-        AttentionInterface.register(prefix.NAME, prefix.attend)
+        AttentionInterface.register(shared_prefix.NAME, shared_prefix.attend)
     assert base.shares and not other.shares
     assert [m.config._attn_implementation for m in other.model.modules() if hasattr(m, "config")] == before
     s = data.synthetic("val", 0, 1)

@@ -33,10 +33,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import catts  # noqa: E402
 import data  # noqa: E402
-import judge  # noqa: E402
 import noise  # noqa: E402
 import probe  # noqa: E402
 import train_cdrl  # noqa: E402
+from utils import judge  # noqa: E402
 from vlm import VLM, load_processor  # noqa: E402
 
 SEED = 1000
