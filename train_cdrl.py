@@ -91,7 +91,8 @@ class Args:
     mu: int = option(1, "updates on the same rollouts")
     clip_low: float = option(0.2, "the probability ratio is clipped below 1 - clip_low")
     clip_high: float = option(0.28, "and above 1 + clip_high")
-    adv_norm: str = option("none", "divide advantages by the group's std, or not (Dr. GRPO)", ("std", "none"))
+    adv_norm: str = option("none", "advantages: reward minus the group's mean, by its std (GRPO); minus the mean alone (Dr. "
+                           "GRPO); minus the mean of the others (leave-one-out)", ("std", "none", "loo"))
     loss_norm: str = option("token", "mean over the batch's tokens (DAPO), or over sequences", ("token", "sequence"))
     truncated: str = option("keep", "completions cut at max_new_tokens: keep them in the loss, or mask", ("keep", "mask"))
     kl_beta: float = option(0.0, "weight of the KL to the starting model (k3); 0 loads no reference")
@@ -126,7 +127,7 @@ class Args:
     learn_noised: bool = option(True, "rollouts on the noised picture get a reward and a gradient of their own")
     noised_policy: float = option(0.0, "weight of their policy gradient beside the original's; 0: they teach through their "
                                   "confidence alone, since a policy gradient there teaches to guess")
-    pathwise: float = option(3.5, "weight of the gradient through C itself; 1 = exact with --adv_norm none, 0 = the paper")
+    pathwise: float = option(3.5, "weight of the gradient through C itself; 1 = exact with --adv_norm loo, 0 = the paper")
     within: float = option(4.0, "in the calibration term's part of that gradient, what sets an answer's C apart from the other "
                            "answers' to its question weighs so many times more; 1 = exact")
 
@@ -344,8 +345,12 @@ class View:
 
 
 def group_advantages(rewards, norm):
-    """A_j = (r_j - mean) / (std + 1e-4) in the group (GRPO), or r_j - mean (Dr. GRPO): (Q, G) -> (Q, G), divisor (Q, 1)."""
+    """Advantages in the group, (Q, G) -> (Q, G), divisor (Q, 1): `std`: A_j = (r_j - mean) / (std + 1e-4) (GRPO); `none`:
+    r_j - mean (Dr. GRPO), which holds r_j itself and so scales the policy gradient by (G - 1) / G; `loo`: r_j - mean of the
+    others (RLOO, arXiv 2402.14740), which is unbiased."""
     centred = rewards - rewards.mean(-1, keepdim=True)
+    if norm == "loo":
+        centred = centred * (rewards.shape[-1] / (rewards.shape[-1] - 1))
     spread = rewards.std(-1, keepdim=True) + 1e-4 if norm == "std" else torch.ones_like(rewards[:, :1])
     return centred / spread, spread
 
@@ -416,10 +421,19 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
     Every rank makes as many passes as the one with the most, because a pass of a sharded model needs all ranks: what a rank
     does beyond its own parts weighs nothing.
 
-    Policy gradient of the views that learn (the noised one's weighs --noised_policy), and w times d R_conf / d theta through
-    C and C' (--pathwise). With --adv_norm none, w = 1 and --noised_policy 1 that is the exact gradient of the expected reward.
-    With std, advantages are divided by their own group's std, which vanishes where all rewards are equal; the pathwise term,
-    which does not, is divided by the batch's mean, or by TIED where nearly all groups are ties.
+    Policy gradient of the views that learn (the noised one's weighs --noised_policy), and --pathwise times d R_conf / d theta
+    through C and C'. The objective counts each term once: the expected value of perception, calibration, outcome and format of
+    the original's answers, and of the noised ones' own calibration, outcome and format where that view learns.
+
+    Exact (`tests/test_exact.py`, by enumeration): with --adv_norm loo, --pathwise 1, --within 1, --mu 1 and --kl_beta 0 the
+    expected gradient, before the division by the batch's tokens, is the gradient of that objective. With --noised_policy 1 the
+    answers of both views are drawn from the policy; with 0, or where only one view learns, the noised answers are data: their
+    probability is held, C' on them is not. --alpha, --beta, --calibration, --steepness, --pairs and --controls choose the reward;
+    any value is exact, except --cnorm group, where an answer's reward holds the other answers' C.
+    Not exact: --adv_norm none scales the policy's half by (G - 1) / G; std divides each group by its own std; other weights of
+    --pathwise, --within and --noised_policy; --loss_norm sequence and --truncated mask weigh answers by their length; clipping.
+    With std the pathwise term is divided by the batch's mean std, or by TIED where nearly all groups are ties, since a group's
+    own vanishes where all rewards are equal.
     """
     stats = dict.fromkeys(("loss", "pathwise", "kl", "clipped", "tokens"), 0.0)
     passes = int(summed([len(parts)], device, largest=True)[0])
@@ -462,7 +476,8 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
                 paired = [q for q in part if q < len(view.control)]
                 terms = confidence_reward(confidences["original"], confidences.get("noised"), view.control[paired], own,
                                           view.correct[some].to(device), scale, args)
-                value = sum(terms) / view.spread
+                # the perception term is in both views' rewards, but once in what they add up to
+                value = (sum(terms) if view.name == "original" else terms[1]) / view.spread
                 pathwise = -args.pathwise * (value * weights[view.name].view_as(value)).sum() / divisor
                 loss, counts["pathwise"] = loss + pathwise, counts["pathwise"] + pathwise.detach()
         counts["loss"] = loss.detach()

@@ -82,10 +82,12 @@ def test_on_policy_gradient_is_reinforce_and_clipping_stops_it():
 
 def test_advantages_are_centred_and_equal_groups_teach_nothing():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
-    for norm in ("std", "none"):
+    for norm in ("std", "none", "loo"):
         advantages, divisor = group_advantages(rewards, norm)
         assert advantages.sum(-1).abs().max() < 1e-6 and (advantages[1] == 0).all() and divisor.shape == (2, 1)
     torch.testing.assert_close(group_advantages(rewards, "std")[0][0], (rewards[0] - 0.5) / (rewards[0].std() + 1e-4))
+    others = torch.stack([rewards[0][torch.arange(4) != j].mean() for j in range(4)])
+    torch.testing.assert_close(group_advantages(rewards, "loo")[0][0], rewards[0] - others)
 
 
 def test_k3_estimates_the_kl():
@@ -166,12 +168,11 @@ def test_pathwise_agrees_with_finite_differences(fresh, clip, settings):
             scored = [fresh.score(v.images, prompts, [r.tokens for g in v.rollouts for r in g]) for v in views]
             c, lp = ([reward.sequence_confidence(getattr(s, field), s.mask).view(4, 3).double() for s in scored]
                      for field in ("confidence", "logprobs"))
-            # Eq. 4 with the Brier term, by hand, for both views
-            value = 0.0
+            # Eq. 4 with the Brier term, by hand, for both views; they share the perception term
+            value = (args.alpha * torch.tanh(args.beta * (c[0] - c[1])) / views[0].spread).sum()
             for own, likelihood, view in zip(c, lp, views):
                 probability = likelihood.exp() if settings else torch.sigmoid(scale["slope"] * own + scale["intercept"])
-                r = args.alpha * torch.tanh(args.beta * (c[0] - c[1])) + 1 - (probability - view.correct) ** 2
-                value = value + (r / view.spread).sum()
+                value = value + ((1 - (probability - view.correct) ** 2) / view.spread).sum()
         return -(value / divisor).item()
     torch.manual_seed(0)
     parameters = list(fresh.model.parameters())
