@@ -428,7 +428,7 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
     Exact (`tests/test_exact.py`, by enumeration): with --adv_norm loo, --pathwise 1, --within 1, --mu 1 and --kl_beta 0 the
     expected gradient, before the division by the batch's tokens, is the gradient of that objective. With --noised_policy 1 the
     answers of both views are drawn from the policy; with 0, or where only one view learns, the noised answers are data: their
-    probability is held, C' on them is not. --alpha, --beta, --calibration, --steepness, --pairs and --controls choose the reward;
+    probability is held, C' on them is not. --alpha, --beta, --calibration, --steepness, --pairs, --controls choose the reward;
     any value is exact, except --cnorm group, where an answer's reward holds the other answers' C.
     Not exact: --adv_norm none scales the policy's half by (G - 1) / G; std divides each group by its own std; other weights of
     --pathwise, --within and --noised_policy; --loss_norm sequence and --truncated mask weigh answers by their length; clipping.
