@@ -2,7 +2,7 @@
 
     python catts.py photo.png "How many red circles are there?"               # the built-in base and expert
     python catts.py --data questions.jsonl --output results.jsonl             # many; resumes; torchrun splits them
-    python catts.py photo.png "..." --model Qwen/Qwen2.5-VL-7B-Instruct \\
+    python catts.py photo.png "..." --model Qwen/Qwen2.5-VL-7B-Instruct \
         --expert https://host/v1 --expert_model NAME                          # key: EXPERT_API_KEY
 
 One vote table over answers, which are merged by equivalence. N samples vote, weighted by confidence. Then three modules
@@ -14,34 +14,38 @@ The paper's confidence is mean C; where it is silent about a failing Expert we d
 the ledger says so. Left out on purpose: streaming, and an Expert that sees the samples' reasoning.
 """
 import argparse
-import glob
-import json
 import math
 import os
 import re
 import shlex
 import sys
-import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import data
 import noise
-import parallel
-from data import LETTERS, MODULES, InputError, Sample, add_options, command, option
+from data import MODULES, Sample
 from reward import sequence_confidence
-from utils.experts import LocalExpert, Server, ServerExpert, ServerVLM
+from utils import cli, distributed
+from utils.cli import InputError, add_options, add_sources, command, names_in, option
+from utils.experts import (
+    LocalExpert,
+    Server,
+    ServerExpert,
+    ServerVLM,
+    consult,
+    parse_critique,
+    parse_order,
+    parse_probabilities,
+)
+from utils.formats import LETTERS
 from utils.judge import accepts, equivalent, extract_answer
-from vlm import VLM
+from utils.results_file import Ledger, answer_file, average, describe, frame_of, read_threshold, sources_of, timed
+from vlm import VLM, Rollout
 
-TINY = Path(__file__).resolve().parent / "tiny"
-ATTEMPTS = 3                    # how often a role is asked before it abstains
-MAX_CRITIQUE = 1000             # characters of a critique that the base model is shown
 TIE = 1e-9                      # totals closer than this are equal; the samples' order then decides
 
 
@@ -96,11 +100,11 @@ class Settings:
             raise InputError(f"--check_beta is {self.check_beta}; a number from 0 to 1 is expected")
         noise.parse_t(self.noise_t)
         for name in ("modules",) if self.order in ("auto", "planner") else ("modules", "order"):
-            named = _names(getattr(self, name))
+            named = names_in(getattr(self, name))
             if len(set(named)) != len(named) or not set(named) <= set(MODULES):
                 raise InputError(f"--{name} is {getattr(self, name)!r}; some of {', '.join(MODULES)} are expected, each once")
-        chosen = _names(self.modules)
-        if self.order not in ("auto", "planner") and not set(chosen) <= set(_names(self.order)):
+        chosen = names_in(self.modules)
+        if self.order not in ("auto", "planner") and not set(chosen) <= set(names_in(self.order)):
             raise InputError(f"--order is {self.order!r}; it must name every module that runs: {self.modules}")
         return [module for module in MODULES if module in chosen]
 
@@ -108,13 +112,6 @@ class Settings:
         """What each source's vote weighs."""
         return {"samples": 1.0, "voter": self.tau1, "self_reflection": self.tau2, "self_check": self.tau3}
 
-
-def _names(text):
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Votes
 
 # Votes are counted in this order, whatever order they were cast in.
 SOURCES = ("samples", "voter", "self_reflection", "self_check")
@@ -218,113 +215,6 @@ def decided(rows, remaining, taus, threshold=None):
     return leader.total / (total + rest) >= threshold or (leader.total + rest) / (total + rest) < threshold
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The Expert's roles
-
-def parse_list(text):
-    """A reply that is one JSON list, perhaps in a code fence -> list. ValueError otherwise; NaN is no JSON."""
-    def refuse(constant):
-        raise ValueError(f"{constant} is no number")
-    text = text.strip()
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text[:10_000], re.DOTALL)
-    try:
-        value = json.loads(fenced[1] if fenced else text[:10_000], parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("not a JSON list") from error
-    if not isinstance(value, list):
-        raise ValueError("not a JSON list")
-    return value
-
-
-def parse_probabilities(text, n):
-    """The Voter's reply -> n probabilities that sum to 1. It may think aloud first: then the list is its last line.
-    ValueError says what is wrong with it."""
-    try:
-        values = parse_list(text)
-    except ValueError:
-        values = parse_list(text.strip().rsplit("\n", 1)[-1])
-    if len(values) != n:
-        raise ValueError(f"{len(values)} numbers for {n} candidates")
-    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-        raise ValueError("something in the list is no number")
-    if not all(0 <= value < 1e9 for value in values) or not sum(values) > 0:
-        raise ValueError("numbers that are negative, all zero or not finite")
-    return [value / sum(values) for value in values]
-
-
-def parse_order(text):
-    """The Planner's reply -> the names of MODULES in its order. ValueError otherwise."""
-    names = parse_list(text)
-    if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(MODULES):
-        raise ValueError(f"not each of {', '.join(MODULES)} once")
-    return names
-
-
-def parse_critique(text):
-    """The Critic's reply -> one line of at most MAX_CRITIQUE characters. ValueError when it is empty."""
-    line = " ".join(text.split())[:MAX_CRITIQUE]
-    if not line:
-        raise ValueError("an empty critique")
-    return line
-
-
-def consult(expert, role, turns, make_prompt, parse):
-    """Ask the Expert in a role about every turn -> what `parse(turn, text)` made of each reply, None where it abstains.
-
-    A reply that does not parse is asked for again, ATTEMPTS times in all; every request goes into the ledger.
-    """
-    found, reasons, pending = {}, {}, list(range(len(turns)))
-    prompts = [make_prompt(turn) for turn in turns]
-    for attempt in range(ATTEMPTS):
-        replies = expert.ask([(turns[i].pictures, prompts[i]) for i in pending], attempt)
-        again = []
-        for i, reply in zip(pending, replies):
-            turns[i].result.ledger.add(role, expert_calls=int(not reply.cached), cached_calls=int(reply.cached),
-                                       expert_tokens=reply.tokens)
-            text = reply.text.encode(errors="replace").decode()         # JSON may hold half a character
-            try:
-                if reply.error:
-                    raise ValueError(reply.error)
-                found[i] = parse(turns[i], text)
-                turns[i].result.said[role] = text[:MAX_CRITIQUE]
-            except ValueError as error:
-                reasons[i] = str(error)
-                if not reply.final:
-                    again.append(i)
-        pending = again
-        if not pending:
-            break
-    for i in range(len(turns)):
-        if i not in found:
-            turns[i].result.ledger.notes.append(f"{role} abstained: {reasons[i]}")
-    return [found.get(i) for i in range(len(turns))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The controller
-
-@dataclass
-class Ledger:
-    """What one question cost. tokens: generated by the base model; forward_passes, image_encodings: the base model's, two a
-    token where it contrasts; expert_calls: requests made, retries of a role included; cached_calls: answered from the
-    disk; seconds: its share of the batch's; parts: the same by who caused it; notes: what went wrong."""
-    tokens: int = 0
-    forward_passes: int = 0
-    image_encodings: int = 0
-    expert_calls: int = 0
-    cached_calls: int = 0
-    expert_tokens: int = 0
-    seconds: float = 0.0
-    parts: dict = field(default_factory=dict)
-    notes: list = field(default_factory=list)
-
-    def add(self, part, **amounts):
-        own = self.parts.setdefault(part, {})
-        for name, amount in amounts.items():
-            setattr(self, name, getattr(self, name) + amount)
-            own[name] = own.get(name, 0) + amount
-
-
 @dataclass
 class Result:
     """answer: None when nobody gave one; confidence: V[answer] / sum V (Eq. 10), in [0, 1]; abstained: it lies below the
@@ -378,15 +268,6 @@ class Turn:
 def confidence_of(rollout, reading, window):
     """One reading of a Rollout's confidence (float)."""
     return sequence_confidence(rollout.confidences[None], torch.ones(1, len(rollout.confidences)), reading, window).item()
-
-
-@contextmanager
-def timed(turns):
-    """Add the seconds of the block to the ledgers, in equal shares."""
-    start = time.perf_counter()
-    yield
-    for turn in turns:
-        turn.result.ledger.seconds += (time.perf_counter() - start) / len(turns)
 
 
 class Controller:
@@ -526,13 +407,13 @@ class Controller:
         order = self.settings.order
         if order == "auto" and self.settings.early_exit == "exact":
             order = "self_check,self_consistency,self_reflection"       # no Expert; one call; a call and another answer
-        plans = [_names(order)] * len(turns)
+        plans = [names_in(order)] * len(turns)
         if order in ("auto", "planner"):
             plans = [None] * len(turns)
             if len(self.modules) > 1 and turns:
                 with timed(turns):
                     plans = consult(self.expert, "planner", turns, lambda t: data.planner_prompt(t.sample),
-                                    lambda _, text: parse_order(text))
+                                    lambda _, text: parse_order(text, MODULES))
         for turn, plan in zip(turns, plans):
             turn.result.order = [module for module in plan or MODULES if module in self.modules]
 
@@ -603,220 +484,6 @@ class Controller:
             result.correct = accepts(result.answer, turn.sample)
 
 
-def deciding(settings):
-    """The settings that make the final confidence (dict): a threshold fitted under some means nothing under others."""
-    free = ("order", "early_exit", "gate", "abstain", "seed")
-    found = {key: value for key, value in vars(settings).items() if key not in free}
-    return found | ({"early_exit": "gate"} if settings.early_exit == "gate" else {})
-
-
-def read_threshold(settings, sources=None):
-    """--abstain -> a number, or None when it is empty; inf = always abstain, for a file whose threshold is null: no
-    confidence reaches its target risk. Raises InputError, also for a file that was fitted under other settings, or with
-    another model or Expert than `sources` (see `sources_of`)."""
-    text = settings.abstain
-    if not text:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        try:
-            stored = json.loads(Path(text).read_text())
-            value = math.inf if stored["threshold"] is None else float(stored["threshold"])
-            fitted, own = dict(stored.get("settings") or deciding(settings)), deciding(settings)
-            if sources and stored.get("sources"):
-                fitted, own = fitted | stored["sources"], own | sources
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"--abstain {text!r} is neither a number nor a file with a \"threshold\" "
-                             f"({type(error).__name__}); eval.py writes one") from error
-        if other := sorted(key for key in {*fitted, *own} if fitted.get(key) != own.get(key)):
-            raise InputError(f"--abstain {text!r} was fitted with {', '.join(f'{key} {fitted.get(key)}' for key in other)}, "
-                             f"this run has {', '.join(f'{key} {own.get(key)}' for key in other)}; use the same") from None
-        if value == math.inf:
-            return value
-    if not 0 <= value <= 1:
-        raise InputError(f"--abstain {text!r} means {value}; a confidence from 0 to 1 is expected")
-    return value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands
-
-def read_results(path):
-    """The rows of a results file, {id: row}; a torn last line is left out. Raises InputError for a file of another kind."""
-    rows, lines = {}, path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                row = json.loads(line)
-                rows[row["id"]] = row
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise InputError(f"{path}, line {number} is no result; choose another --output") from error
-    return rows
-
-
-def answer_file(answer_batch, samples, output, settings, batch_size=16, name="questions", strict=True):
-    """Answer every sample that the file `output` does not hold yet -> {id: row}, all of them, on rank 0; else None.
-
-    answer_batch: list of Sample -> list of rows (dicts with "id"). settings (dict): what the file was made with; other
-    settings are refused. Under torchrun the ranks share the questions; each appends to a part of its own, which rank 0
-    merges in the end, or the next run does. strict: a picture that cannot be read raises InputError; else its question is
-    named on stderr and left out.
-    """
-    rank, world, _ = parallel.start_ranks()
-    output, kept = Path(output), Path(f"{output}.args.json")
-    done = [None]
-    if rank == 0:
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            _same_settings(output, kept, settings)
-            data.write_atomically(kept, json.dumps(settings, indent=1))
-            done = [_merge(output, samples)]
-        except OSError as error:
-            raise InputError(f"{output} cannot be written ({error.strerror}); choose another --output") from error
-    if world > 1:
-        dist.broadcast_object_list(done)
-    # Whole batches at fixed places, also when some of their rows are there: what a question meets in its batch, and with it
-    # the last bit of every number, is the same after a kill and for any number of ranks.
-    starts = range(0, len(samples), batch_size)[rank::world]
-    total = sum(min(batch_size, len(samples) - start) for start in starts)
-    with (tqdm(total=total, desc=name, unit="question", disable=rank > 0) as progress,
-          open(f"{output}.rank{rank}", "a") as file):
-        for start in starts:
-            batch = samples[start:start + batch_size]
-            if any(sample.id not in done[0] for sample in batch):
-                readable = batch if strict else [sample for sample in batch if opens(sample)]
-                if any(sample.id not in done[0] for sample in readable):
-                    rows = [row for row in answer_batch(readable) if row["id"] not in done[0]]
-                    file.write("".join(json.dumps(row) + "\n" for row in rows))
-                    file.flush()
-            progress.update(len(batch))
-    if world > 1:
-        dist.barrier()
-    return _merge(output, samples) if rank == 0 else None
-
-
-def _same_settings(output, kept, settings):
-    """InputError when the file `kept` says that `output` was made with other settings."""
-    try:
-        old = dict(json.loads(kept.read_text())) if kept.exists() else settings
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{kept} is not what this program wrote; remove it, or choose another --output") from error
-    if old != settings:
-        other = sorted(key for key in {*old, *settings} if old.get(key) != settings.get(key))
-        raise InputError(f"{output} was made with other settings ({', '.join(other)}); choose another --output")
-
-
-_named = set()                  # broken pictures, each said once
-
-
-def opens(sample):
-    """Whether a sample's pictures can be read; says so on stderr if not."""
-    try:
-        return sample.pictures() is not None
-    except InputError as error:
-        if str(error) not in _named:
-            print(f"left out: {error}", file=sys.stderr)
-        _named.add(str(error))
-        return False
-
-
-def _merge(output, samples):
-    """Bring the file and the parts that ranks left into one, in the order of the questions -> {id: row}."""
-    parts = sorted(output.parent.glob(f"{glob.escape(output.name)}.rank*"))
-    rows = {}
-    for path in (output, *parts):
-        rows |= read_results(path)
-    order = {sample.id: i for i, sample in enumerate(samples)}
-    rows = {key: rows[key] for key in sorted(rows, key=lambda key: order.get(key, len(order)))}
-    data.write_atomically(output, "".join(json.dumps(row) + "\n" for row in rows.values()))
-    for part in parts:
-        part.unlink()
-    return rows
-
-
-def describe(result, choices, taus):
-    """One result for a person: the answer, who voted for what, what was skipped and why, the cost."""
-    def name(answer):
-        option = choices[ord(answer) - 65] if choices and len(answer) == 1 and 0 <= ord(answer) - 65 < len(choices) else ""
-        return printable(f"{answer} {option}".strip())[:40]
-
-    rows = {}
-    for row in tally(result.votes, taus, choices):
-        shown = name(row.answer)
-        while shown in rows:                # long answers may begin alike
-            shown += "'"
-        rows[shown] = {**{source: taus[source] * row.shares.get(source, 0.0) for source in SOURCES}, "total": row.total}
-    lines = [f"answer: {printable(str(result.answer))}   confidence {result.confidence:.2f}"]
-    if result.abstained:
-        lines = [f"answer: I don't know   (best guess {printable(str(result.answer))}, confidence {result.confidence:.2f})"]
-    lines += ["", data.table(rows)] if rows else []
-    lines += [""] + [f"{role}: {printable(text)[:100]}" for role, text in result.said.items()]
-    lines += [f"skipped {module}: {why}" for module, why in result.skipped.items()]
-    lines += [f"note: {printable(note)}" for note in result.ledger.notes]
-    cost = {name: value for name, value in vars(result.ledger).items() if name not in ("parts", "notes")}
-    return "\n".join([*lines, "cost: " + ", ".join(
-        f"{name.replace('_', ' ')} {value:.2f}" if name == "seconds" else f"{name.replace('_', ' ')} {value}"
-        for name, value in cost.items())])
-
-
-def printable(text):
-    """One line that a terminal shows and does not obey: what a model said may hold escape sequences."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def average(rows):
-    """Rows of results.jsonl, at least one -> their summary, one row of numbers for `data.table`."""
-    judged = [row["correct"] for row in rows if row["correct"] is not None]
-    mean = {"questions": len(rows), "accuracy": sum(judged) / len(judged) if judged else float("nan"),
-            "confidence": sum(row["confidence"] for row in rows) / len(rows),
-            "abstained": sum(row["abstained"] for row in rows) / len(rows)}
-    costs = ("tokens", "forward_passes", "expert_calls", "expert_tokens", "seconds")
-    return mean | {name: sum(row["ledger"][name] for row in rows) / len(rows) for name in costs}
-
-
-def add_sources(parser):
-    """Flags that say where questions, models and the Expert come from; eval.py has the same."""
-    parser.add_argument("--data", help="many questions: 'synthetic' (its test split) or a file")
-    parser.add_argument("--limit", type=int, help="at most so many of them")
-    parser.add_argument("--strict", action="store_true", help="a broken row of --data ends the run")
-    parser.add_argument("--data_seed", type=int, default=0, help="which built-in questions")
-    parser.add_argument("--batch_size", type=int, default=16, help="questions answered together; another number may "
-                        "change the last digits")
-    parser.add_argument("--model", default=str(TINY / "base"), help="base: model directory, hub id, or URL of a server")
-    parser.add_argument("--model_name", default="", help="the base model's name on its server (key: MODEL_API_KEY)")
-    parser.add_argument("--check_model", help="local model for Visual Self-Check when --model is a server")
-    parser.add_argument("--clip", default=noise.CLIP, help="CLIPModel directory or hub id, finds the key regions")
-    parser.add_argument("--expert", default=str(TINY / "expert"),
-                        help="'self' (the base plays the roles), directory, hub id, or URL of a server")
-    parser.add_argument("--expert_model", default="", help="the Expert's name on its server (key: EXPERT_API_KEY)")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds a server may take for a reply")
-    parser.add_argument("--retries", type=int, default=4, help="how often a failed request is sent again")
-    parser.add_argument("--cache", default="runs/cache", help="folder for servers' replies; '' = none")
-
-
-# What may change between a run and its continuation.
-FREE = ("output", "strict", "batch_size", "limit", "json", "timeout", "retries", "cache")
-
-
-def frame_of(args, **changed):
-    """What a results file is made with, for `answer_file`: every flag but FREE and those `changed` to None. What lies on the
-    disk goes by its name and its content: a model that was trained further, or an edited file, is another one."""
-    frame = {key: value for key, value in (vars(args) | changed).items() if key not in FREE and value is not None}
-    for key in ("model", "expert", "check_model", "clip", "data"):
-        path = Path(frame.get(key, ""))
-        if frame.get(key) and path.exists():
-            frame[key] = f"{path.resolve().name} {data.checksum(path):08x}"
-    return frame
-
-
-def sources_of(args):
-    """What answers, by name and content (dict): model, Expert, and who looks for the region."""
-    return {key: value for key, value in frame_of(args).items()
-            if key in ("model", "model_name", "expert", "expert_model", "check_model", "clip")}
-
-
 def build(args, settings, model=None):
     """The Controller that the flags of `add_sources` describe; model: instead of --model. Raises InputError."""
     if args.batch_size < 1 or not 0 < args.timeout <= 1e6 or args.retries < 0:
@@ -829,10 +496,10 @@ def build(args, settings, model=None):
     def server(url, name, key):
         return Server(url, name, os.environ.get(key) or None, args.timeout, args.retries, args.cache)
 
-    parallel.start_ranks()                      # before a model is loaded: each rank to a GPU of its own
+    distributed.start_ranks()                      # before a model is loaded: each rank to a GPU of its own
     clip = noise.ClipAttention.from_pretrained(args.clip)
     remote = re.match("https?:", model)
-    vlm = ServerVLM(server(model, args.model_name, "MODEL_API_KEY")) if remote else VLM.load(model)
+    vlm = ServerVLM(server(model, args.model_name, "MODEL_API_KEY"), Rollout) if remote else VLM.load(model)
     expert = None
     if re.match("https?:", args.expert):
         expert = ServerExpert(server(args.expert, args.expert_model, "EXPERT_API_KEY"), settings.expert_tokens)
@@ -870,9 +537,9 @@ def run(argv=None):
     if not args.data:
         result = controller.answer(samples[0])
         if args.json:
-            print(data.strict_json(result.record(samples[0], settings.window)))
+            print(cli.strict_json(result.record(samples[0], settings.window)))
         else:
-            print(describe(result, args.choices, controller.taus))
+            print(describe(result, tally(result.votes, controller.taus, args.choices), args.choices, controller.taus))
             print("next: python catts.py --data questions.jsonl --output results.jsonl        # many questions")
         return
 
@@ -889,9 +556,9 @@ def run(argv=None):
         if left_out := len(samples) - len(rows) + getattr(samples, "broken", 0):
             print(f"{left_out} questions left out", file=sys.stderr)
         if args.json:
-            print(data.strict_json(average(rows)))
+            print(cli.strict_json(average(rows)))
             return
-        print(data.table({"mean of": average(rows)}))
+        print(cli.table({"mean of": average(rows)}))
         print(f"wrote {args.output}")
         if settings.early_exit == "off":
             exact = Path(args.output).with_name("exact.jsonl")

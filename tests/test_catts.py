@@ -16,20 +16,11 @@ from PIL import Image
 
 import catts
 import data
-from catts import (
-    SOURCE,
-    Controller,
-    Settings,
-    Vote,
-    decided,
-    parse_order,
-    parse_probabilities,
-    sample_weights,
-    tally,
-    winner,
-)
-from data import MODULES, InputError
-from utils.experts import LocalExpert, Reply, Server, ServerExpert, ServerVLM
+from catts import SOURCE, Controller, Settings, Vote, decided, sample_weights, tally, winner
+from data import MODULES
+from utils import cli, results_file
+from utils.cli import InputError
+from utils.experts import LocalExpert, Reply, Server, ServerExpert, ServerVLM, parse_order, parse_probabilities
 from vlm import VLM
 
 TAUS = {"samples": 1.0, "voter": 0.5, "self_reflection": 0.5, "self_check": 0.5}
@@ -379,7 +370,7 @@ def test_a_server_that_misbehaves_once_or_always(base, clip, questions, http, mo
     assert sum("abstained" in note for note in always.ledger.notes) == 3
     written = "".join(path.read_text() for path in (tmp_path / "cache").rglob("*.json"))
     for r in (good, once, always):
-        written += json.dumps(r.record(sample, 32)) + catts.describe(r, None, TAUS)
+        written += json.dumps(r.record(sample, 32)) + results_file.describe(r, None, TAUS)
     assert KEY not in written + caplog.text and "look again [key]" in written
     assert all(auth == f"Bearer {KEY}" for _, auth in http.seen)
     assert all(part["image_url"]["url"].startswith("data:image/png;base64,") for body, _ in http.seen
@@ -499,7 +490,7 @@ def test_one_bad_completion_of_a_base_server_is_an_unanswered_sample(base, exper
     result = controller.answer(questions[0])
     assert [v.answer for v in result.votes] == ["3", "4", "3", "4"] and result.answer == "4"     # C rises with i
     assert result.ledger.notes == ["1 of 5 samples gave no answer"]
-    json.loads(data.strict_json(result.record(questions[0], 32)), parse_constant=pytest.fail)
+    json.loads(cli.strict_json(result.record(questions[0], 32)), parse_constant=pytest.fail)
 
 
 def test_few_alternatives_are_read_alike_and_said(http, capsys):
@@ -537,7 +528,7 @@ def test_a_threshold_that_does_not_exist_withholds_everything(base, clip, questi
 def test_a_table_shows_every_row_and_no_escape_sequences():
     votes = [Vote("samples", "x" * 50 + "1", 0.6), Vote("samples", "x" * 50, 0.4)]
     result = catts.Result("q", votes[0].answer, 0.5, votes=votes, said={"critic": "\x1b[2J\x1b]0;owned\x07look"})
-    text = catts.describe(result, None, TAUS)
+    text = results_file.describe(result, None, TAUS)
     assert "0.600" in text and "0.400" in text and "\x1b" not in text and "look" in text
 
 
