@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import zlib
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 # The built-in models: base, expert, clip.
@@ -111,9 +111,33 @@ def _expected(least, above, most, below):
     return f"a number {f'above {above}' if least is None else f'of at least {least}'} and {high} is expected"
 
 
+@dataclass
+class RunOptions:
+    """How a training is run: memory, ranks, checkpoints. None of it changes the method; see also `checkpoint.FREE`."""
+    resume: str = option("auto", "auto: go on where the run folder stopped; no: move an earlier run aside", ("auto", "no"))
+    clip_cache: str = option("", "folder that keeps CLIP's maps for further epochs and runs; empty: none is kept")
+    micro_batch: int = option(8, "questions a forward pass when learning; less saves memory, the gradient is the same", least=1)
+    micro_tokens: int = option(0, "and at most so many tokens, prompts and all completions on each view, padding included; "
+                               "0 = no limit", least=0)
+    save_every: int = option(20, "steps between checkpoints", least=1)
+    keep: int = option(2, "newest checkpoints that stay", least=1)
+    eval_size: int = option(200, "held-out questions for the table before and after; 0 = no table", least=0)
+    dtype: str = option("auto", "of the computation, auto: bfloat16 on a GPU, else float32; weights stay float32 beside it",
+                        ("auto", "float32", "bfloat16"))
+    shard: str = option("auto", "fsdp: each rank holds a share of weights, gradients and optimizer state; none: all of it; "
+                        "auto: fsdp where all of it is over half of a GPU's memory", ("auto", "none", "fsdp"))
+    offload: bool = option(False, "weights, gradients and optimizer state wait in the CPU's memory")
+    activation_checkpointing: str = option("auto", "run each block again in the backward pass instead of holding what it "
+                                           "computed; auto: above 1e9 parameters", ("auto", "on", "off"))
+    dry_run: bool = option(False, "print parameters, tokens and memory, and stop; refuses what cannot fit")
+    memory: float = option(0.0, "GiB of a device for --dry_run and --shard auto; 0 = what the GPU says", least=0)
+
+
 def add_options(parser, settings):
     """One flag for each field of a dataclass made of `option`s."""
     for f in fields(settings):
+        if "help" not in f.metadata:            # a group of settings with flags of its own
+            continue
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         kind |= {"choices": f.metadata["choices"]} if f.metadata["choices"] else {}
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"),
