@@ -47,6 +47,8 @@ def confidence_reward(c, c_other, control, judged, correct, scale, args):
         c_norm = (normalise_group(judged) if args.cnorm == "group"
                   else normalise_range(judged, scale["lo"], scale["hi"]))
         return perception, calibration_linear(c_norm, correct)
+    if args.calibration == "rank":
+        return perception, calibration_rank(judged, correct, scale["slope"])
     proper = calibration_brier if args.calibration == "brier" else calibration_log
     probability = judged.exp() if args.probability == "exp" else metrics.probability(judged, scale["slope"], scale["intercept"])
     return perception, proper(probability, correct)
@@ -146,6 +148,18 @@ def normalise_group(c):
 def calibration_linear(c_norm, correct):
     """Eq. 4, second term: (2R - 1) * Cnorm, in [-1, 1]. Improper: linear in Cnorm, so 0 or 1 is always the best bet."""
     return (2 * correct.to(c_norm) - 1) * c_norm
+
+
+def calibration_rank(c, correct, slope):
+    """Are right answers more confident than wrong ones to the same question (as in RAC, arXiv 2605.16999)? (Q, G) -> (Q, G) in
+    [0, 1]: the mean of sigmoid(slope (C_right - C_wrong)) over an answer's pairs, 1/2 where it has none. It says nothing
+    about the level of C, and nothing to groups whose answers are all right or all wrong."""
+    right = correct.bool()
+    sign = torch.where(right, 1.0, -1.0)[..., None]                                             # (Q, G, 1)
+    ordered = torch.sigmoid(slope * sign * (c[..., None] - c[..., None, :]))                    # (Q, G, G)
+    pairs = (right[..., None] != right[..., None, :]).to(c)
+    count = pairs.sum(-1)
+    return torch.where(count > 0, (ordered * pairs).sum(-1) / count.clamp(min=1), 0.5)
 
 
 def calibration_brier(prob, correct):

@@ -100,6 +100,8 @@ class Args:
     # Image pairs (paper 3.2.1)
     noise_t: str = option("999", "diffusion step 0 to 1000, or a range such as 500-999 to draw from")
     region: str = option("key", "where the noise goes", noise.MODES)
+    corruption: str = option("noise", "what the noised pictures have: DDPM noise, or one of five corruptions drawn for each",
+                             ("noise", "mixed"))
     mass: float = option(0.5, "share of CLIP's attention that the key region holds")
     pairs: float = option(0.5, "share of a step's questions, rounded up, that are asked on a noised picture as well; 1 = the "
                           "paper")
@@ -117,8 +119,8 @@ class Args:
     beta: float = option(0.5, "its steepness, per nat")
     cnorm: str = option("range", "scale of C in the linear term: the base's 5th-95th percentile, or the group's min-max",
                         ("range", "group"))
-    calibration: str = option("log", "calibration term: the paper's linear one, a proper score of a probability, none",
-                              ("linear", "brier", "log", "none"))
+    calibration: str = option("log", "calibration term: the paper's linear one, a proper score of a probability, the order of "
+                              "right and wrong answers to one question, none", ("linear", "brier", "log", "rank", "none"))
     probability: str = option("sigmoid", "that probability: sigmoid(aC + b), fitted on the base once; exp(C), of logprob "
                               "or entropy", ("sigmoid", "exp"))
     scale_questions: int = option(256, "of the first steps; the base's answers to them on both views give the scale of C and "
@@ -288,7 +290,7 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
     expected gradient, before the division by the batch's tokens, is the gradient of that objective. With --noised_policy 1 the
     answers of both views are drawn from the policy; with 0, or where only one view learns, the noised answers are data: their
     probability is held, C' on them is not. --alpha, --beta, --calibration, --steepness, --pairs, --controls choose the reward;
-    any value is exact, except --cnorm group, where an answer's reward holds the other answers' C.
+    any value is exact, except --cnorm group and --calibration rank, where an answer's reward holds the other answers' C.
     Not exact: --adv_norm none scales the policy's half by (G - 1) / G; std divides each group by its own std; other weights of
     --pathwise, --within and --noised_policy; --loss_norm sequence and --truncated mask weigh answers by their length; clipping.
     With std the pathwise term is divided by the batch's mean std, or by TIED where nearly all groups are ties, since a group's
@@ -422,7 +424,7 @@ def roll_out(vlm, clip, samples, step, args):
     control |= reflects[:len(twins)]        # with a critique the answer is known without the picture
     regions = ["random" if spared else args.region for spared in control]
     noised = noise.make_pairs(images[:some], [s.question for s in twins], clip, noise.parse_t(args.noise_t), regions, args.mass,
-                              seeds[:some], args.text_guidance) if twins else None
+                              seeds[:some], args.text_guidance, args.corruption) if twins else None
     # ---- II. rollouts: y_j on i, y'_j on i', in one batch; III. confidences (Eq. 3), online while sampling
     paired = noised is not None and args.noised == "rollout"
     again = twins if paired else []

@@ -166,3 +166,33 @@ def test_an_interval_over_seeds_is_as_wide_as_both_kinds_of_chance():
         wide.append(high - low)
     assert wide[1] > wide[0]
     assert baselines.interval_over_seeds([0.7], 0.7 + questions)[1:] == tuple(np.percentile(0.7 + questions, [2.5, 97.5]))
+
+
+def test_intervals_of_the_headline_hold_its_values():
+    clean, noised = answers(80), answers(80, seed=5)
+    plain = baselines.headline(clean, noised, {"slope": 2.0, "intercept": -21.0})
+    found = baselines.headline_intervals(clean, noised, {"slope": 2.0, "intercept": -21.0}, rounds=200)
+    assert {name: value[0] if isinstance(value, tuple) else value for name, value in found.items()} == plain
+    ranges = {name: value for name, value in found.items() if isinstance(value, tuple)}
+    assert set(plain) - set(ranges) == {f"ECE {name}, {kind}" for name in "Cp" for kind in ("platt", "isotonic")}
+    assert all(low < high for _, low, high in ranges.values())
+    for name in ("pass@1", "AUROC mixed, C", "AUROC, p", "AUROC within questions, C", "gap"):
+        assert ranges[name][1] <= plain[name] <= ranges[name][2]
+    means = clean["correct"].reshape(80, 4).mean(1)
+    assert (ranges["pass@1"][2] - ranges["pass@1"][1]) / 3.92 == pytest.approx(means.std() / 80 ** 0.5, rel=0.2)
+
+
+def test_states_are_stored_in_half_precision():
+    state = np.random.default_rng(0).standard_normal(64) * 100
+    np.testing.assert_allclose(baselines.unpacked(baselines.packed(state)), state, rtol=1e-3)
+    assert baselines.unpacked(baselines.packed(torch.tensor([1e9, -1e9]))).tolist() == [65504, -65504]
+
+
+def test_a_severity_row_by_hand():
+    clean, fog = answers(40), answers(40, seed=2)
+    row = baselines.severity_row(clean, fog, {"slope": 2.0, "intercept": -21.0})
+    c = 1 / (1 + np.exp(21 - 2 * fog["confidence"]))
+    assert row["accuracy"] == fog["correct"].mean() and row["c"] == pytest.approx(c.mean(), abs=1e-5)
+    assert row["AUROC mixed, C"] == pytest.approx(auroc(*(np.concatenate([v[k] for v in (clean, fog)])
+                                                          for k in ("confidence", "correct"))))
+    assert "c" not in baselines.severity_row(clean, fog)

@@ -4,13 +4,23 @@ Free readings of a model: its sequence probability p; C and p through a map fitt
 a logistic readout of its last hidden state, as in P(IK) (Kadavath et al., arXiv 2207.05221), also with the ranking loss against
 a blank picture of BICR (arXiv 2605.10893). Arrays are (N,), one entry an answer; ids name the questions.
 """
+import base64
 import math
 from collections import Counter
 
 import numpy as np
 import torch
 
-from utils.metrics import auroc, calibrated, calibration_error, clusters, confidence_metrics, cross_fitted, first_half
+from utils.metrics import (
+    auroc,
+    calibrated,
+    calibration_error,
+    clusters,
+    confidence_metrics,
+    cross_fitted,
+    first_half,
+    interval,
+)
 
 RIDGE = 30.0                    # weight of half the squared norm of the readout, on standardised states
 
@@ -35,16 +45,23 @@ def auroc_over_views(clean, noised):
     return float((right * below).sum() / (right.sum() * wrong.sum()))
 
 
-def auroc_within_questions(ids, confidence, correct):
-    """Does the confidence tell the right answers to one question from the wrong ones? The AUROC of each question that has both,
-    weighed by its number of pairs (float; nan where no question has both)."""
-    values, pairs = [], []
+def pairs_within_questions(ids, confidence, correct):
+    """Pairs of a right and a wrong answer to one question -> (Q,) those where the right one is more confident, ties counting
+    half, and (Q,) all."""
+    won, pairs = [], []
     for group in clusters(ids):
-        right = int(correct[group].sum())
-        if 0 < right < len(group):
-            values.append(auroc(confidence[group], correct[group]))
-            pairs.append(right * (len(group) - right))
-    return float(np.average(values, weights=pairs)) if values else math.nan
+        right = correct[group] == 1
+        difference = confidence[group][right][:, None] - confidence[group][~right]             # (right, wrong)
+        won.append((0.5 + 0.5 * np.sign(difference)).sum())
+        pairs.append(difference.size)
+    return np.array(won), np.array(pairs)
+
+
+def auroc_within_questions(ids, confidence, correct):
+    """Does the confidence tell the right answers to one question from the wrong ones? The share of `pairs_within_questions`
+    that are in order, which is the questions' AUROCs weighed by their numbers of pairs (float; nan without pairs)."""
+    won, pairs = pairs_within_questions(ids, confidence, correct)
+    return float(won.sum() / pairs.sum()) if pairs.sum() else math.nan
 
 
 def declines(probability, threshold=0.5):
@@ -141,12 +158,12 @@ def free_maps(ids, confidence, correct):
     return {kind: calibration_error(cross_fitted(ids, confidence, correct, kind), correct) for kind in ("platt", "isotonic")}
 
 
-def headline(clean, noised, scale=None):
+def headline(clean, noised, scale=None, quick=False):
     """The headline columns of one model -> dict of floats. "mixed": over clean and noised answers together.
 
     clean, noised: its answers to clean pictures and to pictures with noise on the evidence, columns by name ("id", "correct",
     "confidence": C, "probability": p, (N,) each; `tables.columns_of`). scale: the map from C to c that was fixed before
-    training began (confidence.json); None where there is none.
+    training began (confidence.json); None where there is none. quick: without maps and pairs within questions, which take long.
     """
     ids, right, blind = clean["id"], clean["correct"].astype(float), noised["correct"].astype(float)
     row = {"pass@1": float(right.mean())}
@@ -154,14 +171,33 @@ def headline(clean, noised, scale=None):
         value = clean[field]
         row |= {f"AUROC mixed, {name}": auroc_over_views((value, right), (noised[field], blind)),
                 f"AUROC, {name}": auroc(value, right),
-                f"AUROC within questions, {name}": auroc_within_questions(ids, value, right),
-                f"AURC, {name}": confidence_metrics(value, right)["aurc"],
-                **{f"ECE {name}, {kind}": error for kind, error in free_maps(ids, value, right).items()}}
+                f"AURC, {name}": confidence_metrics(value, right)["aurc"]}
+        if not quick:
+            row |= {f"AUROC within questions, {name}": auroc_within_questions(ids, value, right),
+                    **{f"ECE {name}, {kind}": error for kind, error in free_maps(ids, value, right).items()}}
+    row["gap"] = float(clean["confidence"].mean() - noised["confidence"].mean())
     row["ECE p"] = calibration_error(clean["probability"], right)
     if scale:
         c, c_noised = (calibrated(view["confidence"], scale) for view in (clean, noised))
         row |= {"ECE c": calibration_error(c, right), "declines, clean": declines(c), "declines, noised": declines(c_noised)}
     return row
+
+
+def headline_intervals(clean, noised, scale=None, rounds=1000, seed=0):
+    """`headline` with the 95% interval of each column but the mapped ones, questions resampled, on both views alike ->
+    {name: (value, low, high) or value}."""
+    groups, rng, found = [clusters(view["id"]) for view in (clean, noised)], np.random.default_rng(seed), []
+    within = {name: pairs_within_questions(clean["id"], clean[field], clean["correct"])
+              for name, field in (("C", "confidence"), ("p", "probability"))}
+    for _ in range(rounds):
+        draw = rng.integers(len(groups[0]), size=len(groups[0]))
+        index = [np.concatenate([own[g] for g in draw]) for own in groups]
+        views = ({name: column[i] for name, column in view.items()} for view, i in zip((clean, noised), index))
+        shares = {f"AUROC within questions, {name}": won[draw].sum() / max(1, pairs[draw].sum())
+                  for name, (won, pairs) in within.items()}
+        found.append(headline(*views, scale, quick=True) | shares)
+    return {name: (value, *interval(np.array([row[name] for row in found]))) if name in found[0] else value
+            for name, value in headline(clean, noised, scale).items()}
 
 
 def readouts(clean, noised, states, ranking=1.0):
@@ -184,3 +220,35 @@ def readouts(clean, noised, states, ranking=1.0):
             own, others = (p[is_clean], correct[is_clean]), (p[~is_clean], correct[~is_clean])
             rows[name] = {"AUROC mixed": auroc_over_views(own, others), "AUROC": auroc(*own), "ECE": calibration_error(*own)}
     return rows
+
+
+def by_figure(rows):
+    """{model: {figure: value}} -> {figure: {model: value}}, nan where a model has none."""
+    figures = list(dict.fromkeys(figure for row in rows.values() for figure in row))
+    return {figure: {name: row.get(figure, math.nan) for name, row in rows.items()} for figure in figures}
+
+
+def packed(state):
+    """A hidden state (D,) -> text for a results file, in half precision."""
+    return base64.b64encode(np.asarray(state, dtype=np.float32).clip(-65504, 65504).astype("<f2").tobytes()).decode()
+
+
+def unpacked(text):
+    """`packed` text -> (D,) float64."""
+    return np.frombuffer(base64.b64decode(text), dtype="<f2").astype(np.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Severity curves
+
+def severity_row(clean, corrupted, scale=None):
+    """What one corruption at one severity does -> dict of floats. clean, corrupted, scale: as for `headline`."""
+    right = corrupted["correct"].astype(float)
+    row = {"accuracy": float(right.mean()), "C": float(corrupted["confidence"].mean()),
+           "p": float(corrupted["probability"].mean())}
+    for name, field in (("C", "confidence"), ("p", "probability")):
+        row[f"AUROC mixed, {name}"] = auroc_over_views((clean[field], clean["correct"]), (corrupted[field], right))
+    if scale:
+        c = calibrated(corrupted["confidence"], scale)
+        row |= {"c": float(c.mean()), "ECE c": calibration_error(c, right), "declines": declines(c)}
+    return row
