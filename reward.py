@@ -31,7 +31,8 @@ def outcomes(groups, samples):
 
 
 def confidence_reward(c, c_other, control, judged, correct, scale, args):
-    """R_conf's two terms (paper Eq. 4), differentiable in the confidences -> perception, calibration, like judged each.
+    """R_conf's two terms (paper Eq. 4), times --conf_weight, differentiable in the confidences -> perception, calibration, like
+    judged each.
 
     c (Q, G), c_other (P, G): C and C' of the perception term, the same for both views; the first P of the Q questions have a
     noised view, None = no question. control (P,) bool: of those, the ones whose noise spares the evidence; no perception
@@ -40,18 +41,23 @@ def confidence_reward(c, c_other, control, judged, correct, scale, args):
     perception = torch.zeros_like(judged)
     if args.alpha and c_other is not None:
         term = perception_term(c[:len(c_other)], c_other, args.alpha, args.beta)
-        perception[:len(c_other)] = term.masked_fill(control[:, None].to(c.device), 0)
+        perception[:len(c_other)] = args.conf_weight * term.masked_fill(control[:, None].to(c.device), 0)
+    return perception, args.conf_weight * calibration_term(judged, correct, scale, args)
+
+
+def calibration_term(judged, correct, scale, args):
+    """The term of --calibration: how well a confidence (Q, G) agrees with `correct` (Q, G) -> (Q, G)."""
     if args.calibration == "none":
-        return perception, torch.zeros_like(judged)
+        return torch.zeros_like(judged)
     if args.calibration == "linear":
         c_norm = (normalise_group(judged) if args.cnorm == "group"
                   else normalise_range(judged, scale["lo"], scale["hi"]))
-        return perception, calibration_linear(c_norm, correct)
+        return calibration_linear(c_norm, correct)
     if args.calibration == "rank":
-        return perception, calibration_rank(judged, correct, scale["slope"])
+        return calibration_rank(judged, correct, scale["slope"])
     proper = calibration_brier if args.calibration == "brier" else calibration_log
     probability = judged.exp() if args.probability == "exp" else metrics.probability(judged, scale["slope"], scale["intercept"])
-    return perception, proper(probability, correct)
+    return proper(probability, correct)
 
 
 def set_apart(c, weight):

@@ -115,6 +115,8 @@ class Args:
     # Reward (paper Eq. 4)
     confidence: str = option("topk", "C of the perception term: Eq. 3, or mean log-prob, or minus mean entropy", KINDS)
     judged: str = option("topk", "the confidence that the calibration term judges", KINDS)
+    conf_weight: float = option(1.0, "weight of the confidence reward, both terms, beside outcome and format; 1 = the paper",
+                                least=0)
     alpha: float = option(0.12, "weight of the perception term tanh(beta (C - C')); 0 = no term")
     beta: float = option(0.5, "its steepness, per nat")
     cnorm: str = option("range", "scale of C in the linear term: the base's 5th-95th percentile, or the group's min-max",
@@ -170,7 +172,7 @@ def check(args, world):
     for name in ("lr", "temperature", "beta", "max_grad_norm", "steepness", "pairs"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be above 0")
-    for name in ("alpha", "kl_beta", "pathwise", "within", "noised_policy", "eval_size", "clip_low", "clip_high",
+    for name in ("alpha", "conf_weight", "kl_beta", "pathwise", "within", "noised_policy", "eval_size", "clip_low", "clip_high",
                  "micro_tokens", "memory"):
         if not getattr(args, name) >= 0:
             raise InputError(f"--{name} is {getattr(args, name)}; it must not be negative")
@@ -289,8 +291,9 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
     Exact (`tests/test_exact.py`, by enumeration): with --adv_norm loo, --pathwise 1, --within 1, --mu 1 and --kl_beta 0 the
     expected gradient, before the division by the batch's tokens, is the gradient of that objective. With --noised_policy 1 the
     answers of both views are drawn from the policy; with 0, or where only one view learns, the noised answers are data: their
-    probability is held, C' on them is not. --alpha, --beta, --calibration, --steepness, --pairs, --controls choose the reward;
-    any value is exact, except --cnorm group and --calibration rank, where an answer's reward holds the other answers' C.
+    probability is held, C' on them is not. --conf_weight, --alpha, --beta, --calibration, --steepness, --pairs and --controls
+    choose the reward; any value is exact, except --cnorm group and --calibration rank, where an answer's reward holds the
+    other answers' C.
     Not exact: --adv_norm none scales the policy's half by (G - 1) / G; std divides each group by its own std; other weights of
     --pathwise, --within and --noised_policy; --loss_norm sequence and --truncated mask weigh answers by their length; clipping.
     With std the pathwise term is divided by the batch's mean std, or by TIED where nearly all groups are ties, since a group's
