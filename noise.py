@@ -21,6 +21,7 @@ from PIL import Image, ImageFilter
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
+from utils import corruptions
 from utils.cli import TINY, InputError, reason
 from utils.loading import ATTENTION, read_map
 
@@ -219,11 +220,12 @@ def make_pair(images, question, clip, t=(999, 999), mode="key", mass=0.5, seed=0
     return make_pairs([images], [question], clip, t, [mode], mass, [seed], text_guidance)[0]
 
 
-def make_pairs(images, questions, clip, t, modes, mass, seeds, text_guidance=True):
+def make_pairs(images, questions, clip, t, modes, mass, seeds, text_guidance=True, corruption="noise"):
     """The noised twins i' of Q questions' images (paper 3.2.1): Q lists of PIL images -> Q lists of PIL images.
 
     clip: a ClipAttention, unused where the mode is "all". t: (low, high), one step drawn for each question, both included.
-    modes, seeds: Q each; a seed is any value, from which noise, step and random region follow.
+    modes, seeds: Q each; a seed is any value, from which noise, step and random region follow. corruption: "noise", or "mixed":
+    for each question one of the five of `corruptions`, at one of the three upper severities where it is not the noise.
     """
     asked = [(image, question if text_guidance else None)
              for pictures, question, mode in zip(images, questions, modes, strict=True) if mode != "all" for image in pictures]
@@ -232,11 +234,14 @@ def make_pairs(images, questions, clip, t, modes, mass, seeds, text_guidance=Tru
     for pictures, mode, seed in zip(images, modes, seeds, strict=True):
         rng = random.Random(f"pair {seed}")
         step = rng.randint(*t)
+        other = random.Random(f"corruption {seed}")
+        kind, severity = (other.choice(corruptions.NAMES), other.randint(3, 5)) if corruption == "mixed" else ("noise", 5)
         noised.append([])
         for image in pictures:
             own = rng.getrandbits(63)
             mask = region(next(maps), mass, mode, own) if mode != "all" else None
-            noised[-1].append(diffuse(image, step, mask=mask, seed=own))
+            noised[-1].append(diffuse(image, step, mask=mask, seed=own) if kind == "noise" else
+                              corruptions.corrupt(image, kind, severity, diffuse, mask=mask, seed=own))
     return noised
 
 

@@ -127,19 +127,36 @@ def calibration_log(prob, correct, floor=0.01):
     return (score - math.log(floor)) / (math.log(1 - floor) - math.log(floor))
 
 
+def calibration_rank(c, correct, slope):
+    """Are right answers more confident than wrong ones to the same question? (Q, G) -> (Q, G) in [0, 1].
+
+    As in RAC (arXiv 2605.16999): the mean of sigmoid(slope (C_right - C_wrong)) over an answer's pairs, 1/2 where it has
+    none. It says nothing about the level of C, and nothing to groups whose answers are all right or all wrong.
+    """
+    right = correct.bool()
+    sign = torch.where(right, 1.0, -1.0)[..., None]                                             # (Q, G, 1)
+    ordered = torch.sigmoid(slope * sign * (c[..., None] - c[..., None, :]))                    # (Q, G, G)
+    pairs = (right[..., None] != right[..., None, :]).to(c)                                     # (Q, G, G)
+    count = pairs.sum(-1)
+    return torch.where(count > 0, (ordered * pairs).sum(-1) / count.clamp(min=1), 0.5)
+
+
 def calibration_reward(c, correct, confidence_map, args):
     """The calibration term (Q, G) that --calibration names: it holds C (Q, G) against `correct` (Q, G)."""
     if args.calibration == "none":
         return torch.zeros_like(c)
     if args.calibration == "linear":
-        c_norm = normalise_group(c) if args.cnorm == "group" else normalise_range(c, confidence_map["lo"], confidence_map["hi"])
-        return calibration_linear(c_norm, correct)
-    prob = probability(c, confidence_map["slope"], confidence_map["intercept"])
-    return calibration_brier(prob, correct) if args.calibration == "brier" else calibration_log(prob, correct)
+        c_norm = (normalise_group(c) if args.cnorm == "group"
+                  else normalise_range(c, confidence_map["lo"], confidence_map["hi"]))
+        return args.conf_weight * calibration_linear(c_norm, correct)
+    if args.calibration == "rank":
+        return args.conf_weight * calibration_rank(c, correct, confidence_map["slope"])
+    proper_score = calibration_brier if args.calibration == "brier" else calibration_log
+    return args.conf_weight * proper_score(probability(c, confidence_map["slope"], confidence_map["intercept"]), correct)
 
 
 def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
-    """R_conf = alpha * tanh(beta * (C - C')) + (2R - 1) * Cnorm (Eq. 4), its two terms -> perception, calibration (Q, G).
+    """R_conf = alpha * tanh(beta * (C - C')) + (2R - 1) * Cnorm (Eq. 4), times --conf_weight -> its two terms (Q, G).
 
     c (Q, G): C of the answers on original pictures, `correct` their R_out. c_noised (Q, G): C' of their pairs, None where
     no picture was noised. is_control (Q,) bool: pairs whose noise spares the evidence earn no perception term.
@@ -147,7 +164,8 @@ def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
     """
     perception = torch.zeros_like(c)
     if args.alpha and c_noised is not None:
-        perception = perception_term(c, c_noised, args.alpha, args.beta).masked_fill(is_control[:, None].to(c.device), 0)
+        term = perception_term(c, c_noised, args.alpha, args.beta)
+        perception = args.conf_weight * term.masked_fill(is_control[:, None].to(c.device), 0)
     return perception, calibration_reward(c, correct, confidence_map, args)
 
 

@@ -81,13 +81,16 @@ class Args:
     mass: float = option(0.5, "share of CLIP's attention that the key region holds", above=0, most=1)
     controls: float = option(0.0, "share of the pairs whose noise goes on a random region of the same area. They earn no "
                              "perception term: C should fall with the evidence, not with noise", least=0, most=1)
+    corruption: str = option("noise", "what the noised pictures have: DDPM noise, or one of five corruptions drawn for each",
+                             ("noise", "mixed"))
     # Reward (paper Eq. 4)
+    conf_weight: float = option(1.0, "weight of the confidence reward, both terms, beside outcome and format", least=0)
     alpha: float = option(0.5, "weight of the perception term tanh(beta (C - C')); 0 = no term", least=0)
     beta: float = option(1.0, "slope of the tanh, per nat", above=0)
     cnorm: str = option("group", "scale of C in the linear term: min-max of the group, or the base's 5th-95th percentile",
                         ("group", "range"))
     calibration: str = option("linear", "calibration term: the paper's linear one, a proper score of c = sigmoid(aC + b), "
-                              "or none", ("linear", "brier", "log", "none"))
+                              "the order of right and wrong answers, none", ("linear", "brier", "log", "rank", "none"))
     scale_questions: int = option(256, "questions of the first steps. The base's answers to them give the scale of C and the "
                                   "map from C to c", least=1)
     steepness: float = option(1.0, "the slope of that map is multiplied by this; 1 = as fitted", above=0)
@@ -177,7 +180,7 @@ def make_image_pairs(images, samples, clip, step, args):
     is_control = [random.Random(f"control {args.seed} {step} {s.id}").random() < args.controls for s in samples]
     regions = ["random" if control else args.region for control in is_control]
     noised_images = noise.make_pairs(images, [s.question for s in samples], clip, noise.parse_t(args.noise_t), regions,
-                                     args.mass, [f"{args.seed} {step} {s.id}" for s in samples])
+                                     args.mass, [f"{args.seed} {step} {s.id}" for s in samples], corruption=args.corruption)
     return noised_images, torch.tensor(is_control)
 
 
@@ -254,8 +257,8 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
     Exact (tests/test_exact.py, by enumeration): with --adv_norm loo, --pathwise 1, --mu 1 and --kl_beta 0 the expected
     gradient, before the division by the tokens, is the gradient of that objective. With --noised_policy 1 both views'
     answers are drawn from the policy. With 0, or where one view learns, the noised answers are data: their probability is
-    held, C' on them is not. --alpha, --beta, --calibration, --steepness and --controls choose the reward, and any value is
-    exact. --cnorm group is not: an answer's reward then holds the C of the other answers.
+    held, C' on them is not. --conf_weight, --alpha, --beta, --calibration, --steepness and --controls choose the reward, and
+    any value is exact. --cnorm group and --calibration rank are not: a reward then holds the C of the other answers.
     Not exact: --adv_norm none scales the policy gradient by (G - 1) / G. std divides each group by its own std; the pathwise
     term is then divided by the batch's mean std, because a tied group's own is 0. Other weights, and clipping, leave it too.
     """

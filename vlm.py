@@ -367,6 +367,11 @@ class VLM:
         state.hidden = self._forward(state.cache, self.model.get_decoder() if self.shares else None, input_ids=token[:, None],
                                      attention_mask=state.mask, position_ids=state.position)[:, -1]
 
+    @torch.no_grad()
+    def states(self, images, prompts):
+        """The last hidden state at the end of each of B prompts, before the first word -> (B, D) fp32 on the CPU."""
+        return self._prefill(images, prompts).hidden.float().cpu()
+
     # ------------------------------------------------------------------------------------------------------------------
     # Completions out
 

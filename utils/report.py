@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from utils.baselines import by_figure
 from utils.logs import smoothed
 from utils.metrics import calibration_error, reliability_points
 
@@ -223,6 +224,13 @@ def build(tables, cases, logs, lead):
     if tables["probe"]:
         sections.append(("The probe: does confidence follow perception?", "Noise on the region where the evidence lies, and on "
                          "controls of the same area.", [*charts["probe"], table(tables["probe"])]))
+        sections.append(("Does confidence say when the evidence is gone?", "Mixed: over the answers to clean and to noised "
+                         "pictures together. Platt, isotonic: after a map fitted on the other half of the questions. Below, "
+                         "readouts of the hidden state, fitted on the other half as well: they cost no training of the model.",
+                         [table(by_figure(tables["headline"])), table(tables["free readouts"])]))
+    if "severity" in tables:
+        sections.append(("Severity", "Corruptions on the key region and on the whole picture, five severities each.",
+                         [table(tables["severity"])]))
     sections.append(("Scaling", "Slope: points of accuracy per log2 N.", charts["scaling"] + [table(
         {f"{name}, {method}": {key: value for key, value in row.items() if key != "tokens"}
          for name, found in tables["scaling"].items() for method, row in found.items()})]))
