@@ -37,7 +37,7 @@ import noise
 import reward
 from data import open_data
 from reward import KINDS, confidence_reward, group_advantages, measure_scale, outcomes, set_apart, token_values
-from utils import cli, distributed, memory, metrics, tables
+from utils import cli, distributed, loading, memory, metrics, tables
 from utils.batches import Order, micro_batches, questions_of
 from utils.checkpoint import load_checkpoint, open_run, save_checkpoint
 from utils.cli import TINY, InputError, add_options, command, option
@@ -229,6 +229,8 @@ class View:
     correct: torch.Tensor           # (Q, G)
     learns: bool                    # it has a policy gradient
     control: torch.Tensor           # bool, pairs without a perception term (--controls, --reflect); the same for both views
+    inputs: dict | None = None      # what `VLM.encode` made of all views' prompts, and this view's first row in it
+    first_row: int = 0
     terms: dict = field(default_factory=dict)        # reward terms by name, (Q, G) each
     advantages: torch.Tensor | None = None           # (Q, G)
     spread: float = 1.0             # the mean, over the batch's groups, of what advantages were divided by
@@ -294,11 +296,12 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
         rollouts = [[r for q in some for r in view.rollouts[q]] for view, some in seen]
         asked = [view.images[q] for view, some in seen for q in some], [prompts[q] for _, some in seen for q in some]
         completions, sizes = [r.tokens for flat in rollouts for r in flat], [len(flat) for flat in rollouts]
-        both = policy.score(*asked, completions, temperature=args.temperature).split(sizes)           # all views in one pass
+        encoded = views[0].inputs and views[0].inputs.rows([view.first_row + q for view, some in seen for q in some])
+        both = policy.score(*asked, completions, temperature=args.temperature, inputs=encoded).split(sizes)    # in one pass
         anchors = [None] * len(seen)
         if reference is not None:
             with torch.no_grad():
-                anchors = reference.score(*asked, completions, temperature=args.temperature).split(sizes)
+                anchors = reference.score(*asked, completions, temperature=args.temperature, inputs=encoded).split(sizes)
         for (view, some), flat, scores, anchor in zip(seen, rollouts, both, anchors):
             used = used_mask(flat, args).to(device)
             token_weights, weights[view.name] = weights_of(scores.mask & used[:, None], args)
@@ -415,13 +418,16 @@ def roll_out(vlm, clip, samples, step, args):
     # ---- II. rollouts: y_j on i, y'_j on i', in one batch; III. confidences (Eq. 3), online while sampling
     paired = noised is not None and args.noised == "rollout"
     again = twins if paired else []
-    rollouts = vlm.sample(images + (noised if paired else []), prompts + prompts[:len(again)], n=args.group_size,
-                          seed=seeds + [f"{seed} noised" for seed in seeds[:len(again)]],
+    all_images, all_prompts = images + (noised if paired else []), prompts + prompts[:len(again)]
+    inputs = vlm.encode(all_images, all_prompts)                # once, for sampling and for learning
+    rollouts = vlm.sample(all_images, all_prompts, n=args.group_size, inputs=inputs, seed=
+                          seeds + [f"{seed} noised" for seed in seeds[:len(again)]],
                           max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                           entropy="entropy" in (args.confidence, args.judged))
     groups, others = rollouts[:len(samples)], rollouts[len(samples):] if paired else rollouts[:len(twins)]
     views = [View("original", images, groups, rollout_confidence(groups, args.confidence),
-                  rollout_confidence(groups, args.judged), outcomes(groups, samples), True, control)]
+                  rollout_confidence(groups, args.judged), outcomes(groups, samples), True, control,
+                  inputs if paired or noised is None else None)]
     if noised is not None:
         if paired:
             confidences = rollout_confidence(others, args.confidence), rollout_confidence(others, args.judged)
@@ -429,7 +435,8 @@ def roll_out(vlm, clip, samples, step, args):
             with torch.no_grad():
                 scores = vlm.score(noised, prompts[:some], [r.tokens for group in others for r in group])
             confidences = (c.cpu() for c in scored_confidence(scores, args, args.group_size))
-        views.append(View("noised", noised, others, *confidences, outcomes(others, twins), args.learn_noised, control))
+        views.append(View("noised", noised, others, *confidences, outcomes(others, twins), args.learn_noised, control,
+                          first_row=len(samples)))
     return views, prompts
 
 
@@ -479,17 +486,17 @@ def train(args):
     check_prompts(vlm, [held_out[i] for i in range(rank, len(held_out), world)], args.max_new_tokens, main_rank)
     if main_rank:
         output, checkpoint = open_run(args)
-        vlm.save_processor(output)                      # a class that cannot be saved fails now, not at its first checkpoint
+        loading.save_processor(vlm, output)     # a class that cannot be saved fails now, not at its first checkpoint
     output, checkpoint = gathered([(output, checkpoint)])[0]
     if checkpoint is not None:
         if held_out and not (output / "before.json").exists():
             raise InputError(f"{output} has lost before.json, the answers of the model before training; restore it, or start "
                              "again with --resume no")
     if args.freeze_vision:
-        for p in vlm.vision_parameters():
+        for p in loading.vision_parameters(vlm):
             p.requires_grad_(False)
     if again:
-        vlm.checkpoint_activations(distributed.blocks(vlm.model))
+        loading.checkpoint_activations(distributed.blocks(vlm.model), vlm.cache_name)
     policy = distributed.shard(vlm, device, compute, spread, args.offload)
     reference = distributed.shard(load_model(args.model, device, compute), device, compute, spread, args.offload,
                                trains=False) if args.kl_beta else None
@@ -509,7 +516,6 @@ def train(args):
         print(f"{args.recipe}: {cli.shown(args.model)}, {count:,} parameters on {device}, "
               f"{distributed.describe(compute, spread, again, world)}, steps {start} to {args.steps}")
 
-    vlm.encodes_once = True             # a step learns from the prompts that it has sampled from
     stop, step = [], start - 1
     previous = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="step", disable=not main_rank)
@@ -577,7 +583,7 @@ def finish(vlm, policy, compute, clip, held_out, before, output, scale, args, ra
     state = distributed.whole_state(policy, compute)
     if rank:
         return None
-    vlm.save(output, state)
+    loading.save(vlm, output, state)
     write_json(output / "confidence.json", scale | {"judged": args.judged})
     rows = None
     if held_out:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from utils import cli, distributed
+from utils import cli, distributed, loading
 from utils.cli import InputError
 from utils.logs import write_json
 
@@ -83,7 +83,7 @@ def save_checkpoint(output, vlm, policy, optimiser, step, scale, keep, dtype):
         distributed.save_state(policy, optimiser, temporary / "state")
         sums = distributed.checksums(temporary / "state")
         if main_rank:
-            vlm.save(temporary, state)
+            loading.save(vlm, temporary, state)
             torch.save({"step": step, "scale": scale, "rng": random_states, "checksums": sums}, temporary / "training.pt")
             for path in (*temporary.rglob("*"), temporary, *output.glob("*.jsonl")):
                 _to_disk(path)

@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from utils import cli
+from utils import cli, loading
 from utils.cli import InputError
 
 GIB = 2**30
@@ -224,7 +224,7 @@ def load_state(policy, optimiser, path):
 def parameters(vlm, frozen_vision=False):
     """-> (all, those that train)."""
     total = sum(p.numel() for p in vlm.model.parameters())
-    return total, total - (sum(p.numel() for p in vlm.vision_parameters()) if frozen_vision else 0)
+    return total, total - (sum(p.numel() for p in loading.vision_parameters(vlm)) if frozen_vision else 0)
 
 
 def device_memory(args, device):

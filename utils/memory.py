@@ -15,7 +15,7 @@ from collections import defaultdict
 
 import torch
 
-from utils import cli, distributed
+from utils import cli, distributed, loading
 from utils.cli import InputError
 from utils.distributed import GIB, choices, describe, device_memory, dtype_of, parameters, state_bytes
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
@@ -81,7 +81,7 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, noised, world):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute, (spread, again) = dtype_of(args, device), choices(args, device, world, vlm)
     total, trained = parameters(vlm, args.freeze_vision)
-    vision = sum(p.numel() for p in vlm.vision_parameters())
+    vision = sum(p.numel() for p in loading.vision_parameters(vlm))
     ranks, size = (world if spread else 1), compute.itemsize
     sharded = spread or world > 1 or args.offload or compute != torch.float32         # see parallel.shard
 
