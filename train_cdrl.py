@@ -16,7 +16,6 @@ Left out of GRPO on purpose: a reference model unless --kl_beta is set (on-polic
 old log-probs unless --mu is above 1. How a run is run (memory, ranks, checkpoints) is in `utils/`.
 """
 import argparse
-import json
 import math
 import random
 import sys
@@ -40,7 +39,7 @@ from reward import (
     rollout_confidence,
     sequence_confidence,
 )
-from utils import checkpoint, cli, distributed, logs, memory, report
+from utils import checkpoint, cli, distributed, loading, logs, memory, report
 from utils.batches import QuestionOrder, micro_batches
 from utils.cli import TINY, InputError, RunOptions, option
 from vlm import VLM, load_model
@@ -155,6 +154,8 @@ class RolloutBatch:
     confidence: torch.Tensor                         # (Q, G) C, or C' on the noised view
     correct: torch.Tensor                            # (Q, G) R_out
     is_control: torch.Tensor                         # (Q,) bool: the pair's noise spares the evidence
+    inputs: dict | None                              # `VLM.encode` of both views' prompts, read when sampling and learning
+    rows: list                                       # Q row numbers: where this view's prompts stand in `inputs`
     policy_weight: float                             # of its policy gradient; 0 = none
     rewards: dict = field(default_factory=dict)      # each reward term by name, (Q, G)
     advantages: torch.Tensor | None = None           # (Q, G)
@@ -163,11 +164,11 @@ class RolloutBatch:
 
     def select(self, questions):
         """The same for some of the questions (a list of indices)."""
-        rows = {name: [getattr(self, name)[q] for q in questions] for name in ("images", "prompts", "rollouts")}
+        lists = {name: [getattr(self, name)[q] for q in questions] for name in ("images", "prompts", "rollouts", "rows")}
         tensors = {name: getattr(self, name)[questions] for name in ("confidence", "correct", "is_control", "advantages")}
         rewards = {name: term[questions] for name, term in self.rewards.items()}
-        return RolloutBatch(self.view, **rows, **tensors, policy_weight=self.policy_weight, rewards=rewards,
-                            advantage_divisor=self.advantage_divisor)
+        return RolloutBatch(self.view, **lists, **tensors, inputs=self.inputs, policy_weight=self.policy_weight,
+                            rewards=rewards, advantage_divisor=self.advantage_divisor)
 
 
 def make_image_pairs(images, samples, clip, step, args):
@@ -191,7 +192,9 @@ def roll_out(vlm, samples, images, noised_images, is_control, step, args):
     """
     prompts, seeds = [data.prompt(s) for s in samples], [f"{args.seed} {step} {s.id}" for s in samples]
     views = {"original": images} if noised_images is None else {"original": images, "noised": noised_images}
-    groups = vlm.sample([pictures for view in views.values() for pictures in view], prompts * len(views), n=args.group_size,
+    all_images, all_prompts = [pictures for view in views.values() for pictures in view], prompts * len(views)
+    inputs = vlm.encode(all_images, all_prompts)                # once, for sampling and for learning
+    groups = vlm.sample(all_images, all_prompts, inputs=inputs, n=args.group_size,
                         seed=seeds + [f"{seed} noised" for seed in seeds] * (len(views) - 1),
                         max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     batches = []
@@ -200,7 +203,7 @@ def roll_out(vlm, samples, images, noised_images, is_control, step, args):
         correct = torch.tensor([[outcome_reward(r.text, s) for r in group] for s, group in zip(samples, rollouts)])
         policy_weight = 1.0 if view == "original" else args.noised_policy if args.learn_noised else 0.0
         batches.append(RolloutBatch(view, pictures, prompts, rollouts, rollout_confidence(rollouts), correct, is_control,
-                                    policy_weight))
+                                    inputs, [len(batches) * len(samples) + q for q in range(len(samples))], policy_weight))
     return batches[0], batches[1] if len(batches) > 1 else None
 
 
@@ -266,11 +269,12 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
     images, prompts = [p for view in views for p in view.images], [p for view in views for p in view.prompts]
     completions = [r.tokens for view in views for group in view.rollouts for r in group]
     sizes = [view.confidence.numel() for view in views]
-    scores = policy.score(images, prompts, completions, temperature=args.temperature).split(sizes)   # both views, one pass
+    inputs = original.inputs and original.inputs.rows([row for view in views for row in view.rows])
+    scores = policy.score(images, prompts, completions, temperature=args.temperature, inputs=inputs).split(sizes)
     ref_scores = [None] * len(views)
     if reference is not None:
         with torch.no_grad():
-            ref_scores = reference.score(images, prompts, completions, temperature=args.temperature).split(sizes)
+            ref_scores = reference.score(images, prompts, completions, temperature=args.temperature, inputs=inputs).split(sizes)
     loss, sums = 0.0, dict.fromkeys(logs.LOSS_SUMS, 0.0)
 
     # ---- the clipped policy gradient of GRPO
@@ -367,7 +371,7 @@ def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map,
     state = distributed.full_state_dict(policy, compute)
     if order.rank:
         return None
-    vlm.save(output, state)
+    loading.save(vlm, output, state)
     logs.write_json(output / "confidence.json", confidence_map | {"judged": "topk"})
     rows = report.finish_run(output, before, after, confidence_map, args, noise.parse_t(args.noise_t)[1]) if held_out else None
     print(f"next: python eval.py --model {output} --baseline {cli.shown(args.model)}")
@@ -395,11 +399,11 @@ def train(args):
     check_prompts(vlm, [held_out[i] for i in range(rank, len(held_out), world)], args.max_new_tokens, rank == 0)
     output, newest = checkpoint.open_run(args, vlm, needs_before=bool(held_out))
     if args.freeze_vision:
-        for p in vlm.vision_parameters():
+        for p in loading.vision_parameters(vlm):
             p.requires_grad_(False)
     sharded, gradient_checkpointing = distributed.choices(args, device, world, vlm)
     if gradient_checkpointing:
-        vlm.checkpoint_activations(distributed.blocks(vlm.model))
+        loading.checkpoint_activations(distributed.blocks(vlm.model), vlm.cache_name)
     policy = distributed.shard(vlm, device, compute, sharded, args.run.offload)
     reference = distributed.shard(load_model(args.model, device, compute), device, compute, sharded, args.run.offload,
                                   trains=False) if args.kl_beta else None
@@ -416,7 +420,6 @@ def train(args):
         print(f"{args.recipe}: {cli.shown(args.model)}, {sum(p.numel() for p in parameters):,} parameters on {device}, "
               f"{distributed.describe(compute, sharded, gradient_checkpointing, world)}, steps {start} to {args.steps}")
 
-    vlm.encodes_once = True             # a step learns from the prompts that it has sampled from
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="step", disable=rank > 0)
     with distributed.stop_on_signals() as stop:
         for step in progress:

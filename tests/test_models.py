@@ -13,7 +13,7 @@ import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from utils import distributed, memory
+from utils import distributed, loading, memory
 from utils.cli import InputError
 from vlm import VLM
 
@@ -329,30 +329,19 @@ def test_a_prompt_alone_is_the_same_prompt_in_a_batch(vlm, rollouts):
             torch.testing.assert_close(together[i, :len(alone)], alone, atol=1e-5, rtol=0)
 
 
-def test_prompts_encoded_once_are_found_again_in_parts_and_in_another_order(vlm, monkeypatch):
+def test_rows_of_encoded_prompts_equal_prompts_encoded_for_themselves(vlm):
     images, prompts = [IMAGES[i] for i in (0, 3, 3)], [PROMPTS[i] for i in (0, 3, 2)]
-    parts, said = [[2, 0], [1], [0, 1, 2]], torch.tensor([40, 50])
-    with torch.no_grad():
-        fresh = [vlm.score([images[i] for i in part], [prompts[i] for i in part], [said] * len(part)) for part in parts]
-        monkeypatch.setattr(vlm, "encodes_once", True)
-        vlm.sample(images, prompts, max_new_tokens=1)
-        held = vlm._encoded
+    words, encoded = torch.tensor([40, 50]), vlm.encode(images, prompts)
+    for rows in ([2, 0], [1], [0, 1, 2]):
+        batch = [images[i] for i in rows], [prompts[i] for i in rows], [words] * len(rows)
+        inputs = encoded.rows(rows)
         # A picture cut into as many tiles as suit its shape (InternVL): whose is whose cannot be told
-        tiles = "image_grid_thw" not in held[2] and len(pixels_of(held[2])) != len(images)
-        for part, wanted in zip(parts, fresh):
-            # in lists of their own: FSDP2 rebuilds those that pass through it
-            found = vlm.score([[*images[i]] for i in part], [prompts[i] for i in part], [said] * len(part))
-            torch.testing.assert_close(found.logprobs, wanted.logprobs, atol=1e-5, rtol=0)
-            assert (vlm._encoded is held) != tiles
-        # another picture under the same prompt, and two pictures, are encoded
-        for some, text in (([[picture(9, 64, 64)]], prompts[:1]), ([IMAGES[1]], [PROMPTS[1]])):
-            vlm.score(some, text, [said])
-            assert vlm._encoded[0] == some
-        some = [IMAGES[0]]
-        before = vlm.score(some, ["Where?"], [said]).logprobs
-        some[0] = IMAGES[3]                     # the list is another's; what was encoded is not mistaken for its new picture
-        assert (vlm.score(some, ["Where?"], [said]).logprobs - before).abs().max() > 1e-3
-    monkeypatch.setattr(vlm, "_encoded", ((), (), {}))
+        tiles = "image_grid_thw" not in encoded and len(pixels_of(encoded)) != len(images)
+        assert (inputs is None) == tiles
+        with torch.no_grad():
+            fresh, selected = vlm.score(*batch), vlm.score(*batch, inputs=inputs)
+        torch.testing.assert_close(selected.logprobs, fresh.logprobs, atol=1e-5, rtol=0)
+    assert vlm.encode(IMAGES, PROMPTS).rows([0]) is None            # prompts with two pictures, and with none
 
 
 def test_every_picture_is_looked_at(vlm):
@@ -366,7 +355,7 @@ def test_every_picture_is_looked_at(vlm):
 
 
 def test_saved_and_loaded_says_the_same(vlm, rollouts, tmp_path):
-    vlm.save(tmp_path)
+    loading.save(vlm, tmp_path)
     weights = tf.AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(weights[key], value) for key, value in vlm.model.state_dict().items())
     again = flat(VLM.load(tmp_path, "cpu").sample(IMAGES, PROMPTS, n=2, max_new_tokens=6, seed=1))
@@ -401,7 +390,7 @@ def test_gradient_equals_that_of_plain_forwards_and_a_step_along_it_lowers_the_l
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
         loss()
-        vlm.checkpoint_activations(distributed.blocks(vlm.model))
+        loading.checkpoint_activations(distributed.blocks(vlm.model), vlm.cache_name)
         kept, _ = sum(held), held.clear()
         torch.testing.assert_close(gradient(loss()), found, atol=1e-6, rtol=1e-5)
     assert sum(held) < kept / 2                     # what the blocks need is made again
@@ -431,7 +420,7 @@ def test_the_state_of_training_comes_back_where_some_weights_never_had_a_gradien
 
 def test_the_plan_counts_what_the_vision_tower_sees(vlm):
     """A class token a tile apart, which some towers add."""
-    sight, seen = {id(p) for p in vlm.vision_parameters()}, []
+    sight, seen = {id(p) for p in loading.vision_parameters(vlm)}, []
     block = next(b for b in distributed.blocks(vlm.model) if id(next(b.parameters())) in sight)
 
     def look(_, args, named):
@@ -448,7 +437,7 @@ def test_the_plan_counts_what_the_vision_tower_sees(vlm):
 def test_a_processor_that_cannot_be_written_is_refused_by_name(path, vlm, tmp_path, monkeypatch):
     """By the plan of --dry_run as well, and in one sentence."""
     monkeypatch.setattr(tf.ProcessorMixin, "save_pretrained", lambda *_: {}["no such setting"])
-    for refuse in (lambda: vlm.save_processor(tmp_path), lambda: VLM.load(path, meta=True)):
+    for refuse in (lambda: loading.save_processor(vlm, tmp_path), lambda: VLM.load(path, meta=True)):
         with pytest.raises(InputError, match="^model class [A-Za-z0-9_]+ cannot be used here: its processor cannot be saved"):
             refuse()
 
@@ -456,7 +445,7 @@ def test_a_processor_that_cannot_be_written_is_refused_by_name(path, vlm, tmp_pa
 def test_every_id_that_the_settings_name_is_never_sampled(vlm, monkeypatch):
     said = [i for i in (~vlm.banned).nonzero()[:, 0].tolist() if i not in vlm.eos.tolist()][:2]
     monkeypatch.setattr(vlm.model.config, "odd_token_id", said, raising=False)
-    assert len(said) == 2 and vlm._banned_ids()[said].all()
+    assert len(said) == 2 and loading.banned_ids(vlm.model, vlm.tokenizer, vlm.eos)[said].all()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="there is torchvision, which Pixtral asks for")

@@ -22,7 +22,7 @@ import reward
 import train_cdrl
 from reward import group_advantages
 from train_cdrl import kl_k3, learn, parse, policy_loss
-from utils import batches, checkpoint, cli, distributed, logs, memory
+from utils import batches, checkpoint, cli, distributed, loading, logs, memory
 from utils.batches import Order
 from utils.cli import InputError
 from vlm import VLM
@@ -315,7 +315,7 @@ def question(tmp_path, **row):
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, base, capsys):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
-    base.save(tmp_path / "blind")
+    loading.save(base, tmp_path / "blind")
     for settings in (tmp_path / "blind").glob("*processor_config.json"):
         settings.unlink()
     for path, name in ((ROOT / "tiny" / "base", "torn"), (ROOT / "tiny" / "clip", "torn_clip")):

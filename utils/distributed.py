@@ -14,6 +14,7 @@ Left out on purpose: tensor and pipeline parallelism; a model that fits one GPU,
 needs beside it, does not need them.
 """
 import os
+import signal
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -33,7 +34,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from utils import cli
+from utils import cli, loading
 from utils.cli import InputError
 
 GIB = 2**30
@@ -88,6 +89,32 @@ def _reduced(values, operation):
     if dist.is_initialized():
         dist.all_reduce(tensor, operation)
     return tensor.tolist()
+
+
+@contextmanager
+def stop_on_signals():
+    """Inside, SIGINT and SIGTERM ask for a stop instead of raising -> a StopRequest, which the loop looks at."""
+    request = StopRequest()
+    previous = {number: signal.signal(number, request.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class StopRequest:
+    """Whether a signal has come."""
+
+    def __init__(self):
+        self.came = False
+
+    def handle(self, *_):
+        self.came = True
+
+    def on_any_rank(self):
+        """Whether one has come on any rank (bool). All ranks call it."""
+        return summed([float(self.came)])[0] > 0
 
 
 def gathered(items):
@@ -228,13 +255,13 @@ def load_state(policy, optimizer, path):
 def parameters(vlm, frozen_vision=False):
     """-> (all, those that train)."""
     total = sum(p.numel() for p in vlm.model.parameters())
-    return total, total - (sum(p.numel() for p in vlm.vision_parameters()) if frozen_vision else 0)
+    return total, total - (sum(p.numel() for p in loading.vision_parameters(vlm)) if frozen_vision else 0)
 
 
-def device_memory(args, device):
+def device_memory(run, device):
     """GiB of a device; 0 where it is not known."""
-    if args.memory:
-        return args.memory
+    if run.memory:
+        return run.memory
     return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else 0.0
 
 
@@ -255,14 +282,15 @@ def dtype_of(run, device):
 def choices(args, device, world, vlm):
     """What `--shard` and `--activation_checkpointing` come to for this model -> (sharded?, activation checkpointing?)."""
     total, trained = parameters(vlm, args.freeze_vision)
-    sharded, again = args.shard == "fsdp", args.activation_checkpointing == "on"
-    if args.activation_checkpointing == "auto":
-        again = total > LARGE
-    if args.shard == "auto" and world > 1 and (memory := device_memory(args, device)):
+    sharded, gradient_checkpointing = args.run.shard == "fsdp", args.run.activation_checkpointing == "on"
+    if args.run.activation_checkpointing == "auto":
+        gradient_checkpointing = total > LARGE
+    if args.run.shard == "auto" and world > 1 and (memory := device_memory(args.run, device)):
         sharded = sum(state_bytes(total, trained, 1).values()) > COMFORTABLE * memory * GIB
-    return sharded, again
+    return sharded, gradient_checkpointing
 
 
-def describe(compute, sharded, again, world):
+def describe(compute, sharded, gradient_checkpointing, world):
+    """The choices of a run in words (str)."""
     return (f"{str(compute).removeprefix('torch.')}, {world} rank{'s' * (world > 1)}, "
-            f"{'each with a share (fsdp)' if sharded else 'each with the whole state'}{', activation checkpointing' * again}")
+            f"{'each with a share (fsdp)' if sharded else 'each with the whole state'}{', activation checkpointing' * gradient_checkpointing}")

@@ -9,7 +9,6 @@ import torch
 from utils import cli
 from utils.distributed import gathered, summed
 
-
 # What a micro-batch adds up for the log: the loss and its pathwise part; KL and clipped ratios, and the tokens they are of.
 LOSS_SUMS = ("loss", "pathwise", "kl", "clipped", "tokens")
 

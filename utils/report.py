@@ -7,7 +7,9 @@ import math
 
 import numpy as np
 
+from utils import cli, metrics, tables
 from utils.baselines import by_figure
+from utils.cli import InputError
 from utils.logs import smoothed
 from utils.metrics import calibration_error, reliability_points
 
@@ -283,3 +285,28 @@ def draw_report(output, before, after, args):
     figure.tight_layout()
     figure.savefig(output / "report.png", dpi=110)
     pyplot.close(figure)
+
+
+def read_probe(path, answer_class):
+    """before.json or after.json of a run folder -> {t: list of answer_class}. InputError where it is damaged."""
+    try:
+        return {int(t): [answer_class(**answer) for answer in answers] for t, answers in json.loads(path.read_text()).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}); restore it, or start again with --resume no") from error
+
+
+def finish_run(output, before, after, confidence_map, args, t):
+    """The end of a training run: report.png, and the table before and after on the terminal -> its rows.
+
+    before, after: {noise step: list of Answer}. t: the noise step of the table's noised column.
+    """
+    draw_report(output, before, after, args)
+    base_map = metrics.as_fitted(confidence_map)                # the base was not trained towards the steeper one
+    rows = tables.before_after(*(tables.within_skills(answers[0], answers[t], c_map)
+                                 for answers, c_map in ((before, base_map), (after, confidence_map))))
+    questions = {answer.id for answer in before[0]}
+    print(f"\n{len(questions)} held-out questions x {len(before[0]) // len(questions)} answers; "
+          f"noised = t {t} on the {args.region} region")
+    print(cli.table(rows))
+    print(f"\nwrote {output}/: the model, metrics.jsonl, samples.jsonl, report.png")
+    return rows
