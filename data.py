@@ -32,7 +32,7 @@ def open_data(args):
     """(training questions, held-out questions). Built-in questions have a test split; a file gives up every fifth
     question at most, drawn by the seed; each of its questions must have a picture."""
     if args.data == "synthetic":
-        held_out = load("synthetic", "test", args.eval_size, args.seed) if args.eval_size else []
+        held_out = load("synthetic", "test", args.run.eval_size, args.seed) if args.run.eval_size else []
         return load("synthetic", "train", None, args.seed), held_out
     samples = list(load(args.data, answered=True))
     for sample in samples:
@@ -40,7 +40,7 @@ def open_data(args):
             raise InputError(f"question {sample.id!r} has no picture; training noises one, give it or remove the row")
     order = list(range(len(samples)))
     random.Random(f"hold out {args.seed}").shuffle(order)
-    size = min(args.eval_size, len(samples) // 5)
+    size = min(args.run.eval_size, len(samples) // 5)
     return [samples[i] for i in sorted(order[size:])], [samples[i] for i in sorted(order[:size])]
 
 

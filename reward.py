@@ -202,14 +202,13 @@ def group_advantages(rewards, norm):
 # ----------------------------------------------------------------------------------------------------------------------
 # The map from C to a probability, fitted once on the base model
 
-def fit_confidence_map(original, noised, slope_scale=1.0):
+def fit_confidence_map(original, noised):
     """Fit the map on the base model's rollouts, before step 0 -> {"lo", "hi", "slope", "intercept"}.
 
     original, noised: (C, R_out) of the rollouts on each view, (N,) each. lo, hi: 5th and 95th percentile of C on original
-    pictures (`--cnorm range`). slope, intercept: logistic regression of R_out on C over both views (Platt), times
-    slope_scale (`--calibration brier | log`).
+    pictures (`--cnorm range`). slope, intercept: logistic regression of R_out on C over both views (Platt; `--calibration
+    brier | log`).
     """
     lo, hi = torch.quantile(original[0], torch.tensor([0.05, 0.95])).tolist()
     slope, intercept = fit_platt(*(torch.cat(views) for views in zip(original, noised)))
-    return {"lo": lo, "hi": max(hi, lo + 1e-6), "slope": slope_scale * slope, "intercept": slope_scale * intercept,
-            "steepness": slope_scale}
+    return {"lo": lo, "hi": max(hi, lo + 1e-6), "slope": slope, "intercept": intercept}

@@ -92,24 +92,27 @@ class Args:
                               "the order of right and wrong answers, none", ("linear", "brier", "log", "rank", "none"))
     scale_questions: int = option(256, "questions of the first steps. The base's answers to them give the scale of C and the "
                                   "map from C to c", least=1)
-    steepness: float = option(1.0, "the slope of that map is multiplied by this; 1 = as fitted", above=0)
-    learn_noised: bool = option(False, "rollouts on the noised picture get a reward and a gradient of their own")
-    noised_policy: float = option(0.0, "weight of their policy gradient; 0: they teach through their confidence alone", least=0)
     pathwise: float = option(0.0, "weight of the reward's own gradient, through C and C'; 1 = exact with --adv_norm loo, 0 = "
                              "the paper", least=0)
+    learn_noised: bool = option(True, "where there is one, it also flows through the noised answers' own calibration term")
+    noised_policy: float = option(0.0, "weight of a policy gradient on the noised answers", least=0)
     run: RunOptions = field(default_factory=RunOptions)         # how it is run: utils/cli.py
 
     @property
+    def noised_learns(self):
+        """Whether the noised answers have a reward and a gradient of their own."""
+        return self.learn_noised and (self.pathwise > 0 or self.noised_policy > 0)
+
+    @property
     def uses_noised(self):
-        """Whether pictures are noised at all: for the perception term, or because the noised view learns."""
-        return self.alpha > 0 or self.learn_noised
+        """Whether pictures are noised at all: for the perception term, or because the noised answers learn."""
+        return self.alpha > 0 or self.noised_learns
 
 
 RECIPES = {
     "paper": {},
     "grpo": dict(alpha=0.0, calibration="none", lr=3e-4),
-    "ours": dict(alpha=0.12, beta=0.5, calibration="log", adv_norm="none", lr=3e-4, controls=0.3, steepness=1.6,
-                 learn_noised=True, pathwise=3.5),
+    "ours": dict(alpha=0.12, beta=0.5, calibration="log", adv_norm="none", lr=3e-4, controls=0.3, pathwise=3.5),
 }
 
 
@@ -201,7 +204,7 @@ def roll_out(vlm, samples, images, noised_images, is_control, step, args):
     for view, pictures in views.items():
         rollouts, groups = groups[:len(samples)], groups[len(samples):]
         correct = torch.tensor([[outcome_reward(r.text, s) for r in group] for s, group in zip(samples, rollouts)])
-        policy_weight = 1.0 if view == "original" else args.noised_policy if args.learn_noised else 0.0
+        policy_weight = 1.0 if view == "original" else args.noised_policy if args.noised_learns else 0.0
         batches.append(RolloutBatch(view, pictures, prompts, rollouts, rollout_confidence(rollouts), correct, is_control,
                                     inputs, [len(batches) * len(samples) + q for q in range(len(samples))], policy_weight))
     return batches[0], batches[1] if len(batches) > 1 else None
@@ -255,12 +258,12 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
     Policy gradient: GRPO on the original's rollouts, and times --noised_policy on the noised ones'. Pathwise: --pathwise
     times the gradient of the confidence reward itself, which is made of the policy's logits, through C and C'.
     The objective counts each reward term once: the expected perception, calibration, outcome and format of the original
-    answers, and with --learn_noised the calibration, outcome and format of the noised ones.
+    answers, and where they learn the calibration, outcome and format of the noised ones.
 
     Exact (tests/test_exact.py, by enumeration): with --adv_norm loo, --pathwise 1, --mu 1 and --kl_beta 0 the expected
     gradient, before the division by the tokens, is the gradient of that objective. With --noised_policy 1 both views'
     answers are drawn from the policy. With 0, or where one view learns, the noised answers are data: their probability is
-    held, C' on them is not. --conf_weight, --alpha, --beta, --calibration, --steepness and --controls choose the reward, and
+    held, C' on them is not. --conf_weight, --alpha, --beta, --calibration and --controls choose the reward, and
     any value is exact. --cnorm group and --calibration rank are not: a reward then holds the C of the other answers.
     Not exact: --adv_norm none scales the policy gradient by (G - 1) / G. std divides each group by its own std; the pathwise
     term is then divided by the batch's mean std, because a tied group's own is 0. Other weights, and clipping, leave it too.
@@ -300,7 +303,7 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
         c_noised = None if noised is None else c[1]
         terms = confidence_reward(c[0], c_noised, original.correct.to(c[0].device), original.is_control, confidence_map, args)
         pathwise = -args.pathwise * (sum(terms) / original.advantage_divisor).sum() / num_loss_tokens
-        if args.learn_noised:
+        if args.noised_learns:
             calibration = calibration_reward(c_noised, noised.correct.to(c_noised.device), confidence_map, args)
             pathwise = pathwise - args.pathwise * (calibration / noised.advantage_divisor).sum() / num_loss_tokens
         loss, sums["pathwise"] = loss + pathwise, pathwise.detach()
@@ -340,7 +343,7 @@ def fit_map_on_base(vlm, clip, order, args):
         images = [s.pictures() for s in samples]
         views = roll_out(vlm, samples, images, *make_image_pairs(images, samples, clip, name, pairs), name, pairs)
         measured.append(torch.stack([torch.stack([view.confidence, view.correct]) for view in views]))    # (2, 2, Q, G)
-    return fit_confidence_map(*torch.cat(distributed.gathered(measured), 2).flatten(2), args.steepness)
+    return fit_confidence_map(*torch.cat(distributed.gathered(measured), 2).flatten(2))
 
 
 def probe_held_out(vlm, held_out, clip, args, path, order):
@@ -372,7 +375,7 @@ def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map,
     if order.rank:
         return None
     loading.save(vlm, output, state)
-    logs.write_json(output / "confidence.json", confidence_map | {"judged": "topk"})
+    logs.write_json(output / "confidence.json", confidence_map)
     rows = report.finish_run(output, before, after, confidence_map, args, noise.parse_t(args.noise_t)[1]) if held_out else None
     print(f"next: python eval.py --model {output} --baseline {cli.shown(args.model)}")
     return rows
@@ -438,9 +441,9 @@ def train(args):
             add_rewards(original, noised, confidence_map, args)
             sampled = time.perf_counter()
             # ---- VI. loss and update. The noised words are scored only where a gradient reaches them.
-            noised_learns = args.learn_noised or args.pathwise > 0 and args.alpha > 0
-            passes = micro_batches(vlm, original, noised if noised_learns else None, args.run)
-            num_loss_tokens = count_loss_tokens([original, noised] if args.learn_noised else [original])
+            scores_noised = args.noised_learns or args.pathwise > 0 and args.alpha > 0
+            passes = micro_batches(vlm, original, noised if scores_noised else None, args.run)
+            num_loss_tokens = count_loss_tokens([original, noised] if args.noised_learns else [original])
             updates = []
             for _ in range(args.mu):
                 updates.append(accumulate_gradients(policy, reference, passes, confidence_map, num_loss_tokens, args))

@@ -1,4 +1,4 @@
-"""The gradient of `train_cdrl.learn` against the gradient of the expected reward, for a policy small enough to enumerate."""
+"""The gradient of a training step against that of the expected reward, for a policy small enough to enumerate."""
 import math
 from dataclasses import replace
 from itertools import product
@@ -7,14 +7,13 @@ import pytest
 import torch
 
 import reward
-import train_cdrl
-from train_cdrl import View, learn, learners, parse, reward_views
+from train_cdrl import RolloutBatch, accumulate_gradients, add_rewards, parse
 from vlm import Rollout, Scores
 
 VIEWS = ("original", "noised")
 TEXTS = ("no box", r"so \boxed{1}", r"so \boxed{2}")        # by first word; the second is right on the original picture
 SCALE = {"lo": 0.5, "hi": 0.9, "slope": 3.0, "intercept": -2.0}
-EXACT = {"adv_norm": "loo", "pathwise": 1.0, "within": 1.0, "noised_policy": 1.0}
+EXACT = {"adv_norm": "loo", "pathwise": 1.0, "noised_policy": 1.0}
 
 
 class Toy:
@@ -37,7 +36,7 @@ class Toy:
         logits = self.logits(theta, view, words)
         return logits.log_softmax(-1)[range(len(words)), words], -logits.log_softmax(-1).amax(-1)        # Eq. 3 with k = 1
 
-    def score(self, images, prompts, completions, temperature):
+    def score(self, images, prompts, completions, temperature, inputs):
         group, width = len(completions) // len(images), max(map(len, completions))
         words = torch.stack([torch.nn.functional.pad(w, (0, width - len(w))) for w in completions])      # (B, T)
         mask = torch.arange(width) < torch.tensor([len(w) for w in completions])[:, None]
@@ -61,7 +60,7 @@ def format_of(words, longest):
 
 
 def expected_gradient(toy, args, longest):
-    """Each way to draw G pairs of answers is a question. `learn` makes their gradients; the ways' probabilities weigh them."""
+    """Each way to draw G pairs of answers is a question: its gradient by `accumulate_gradients`, weighed by its probability."""
     drawn = list(product(range(len(toy.answers)), repeat=2 * args.group_size))
     toy.copies = toy.theta.repeat(len(drawn), 1).requires_grad_()
     with torch.no_grad():
@@ -71,14 +70,16 @@ def expected_gradient(toy, args, longest):
     views = []
     for v, name in enumerate(VIEWS):
         groups = [[rollouts[v][i] for i in draw[v * args.group_size:(v + 1) * args.group_size]] for draw in drawn]
-        c = train_cdrl.rollout_confidence(groups, "topk")
+        c = reward.rollout_confidence(groups)
         right = torch.tensor([[correct_of(v, r.tokens.tolist()) for r in group] for group in groups])
-        views.append(View(name, [(v, q) for q in range(len(drawn))], groups, c, c, right, not v or args.learn_noised,
-                          torch.zeros(len(drawn), dtype=torch.bool)))
-    reward_views(views, SCALE, args)
+        views.append(RolloutBatch(name, [(v, q) for q in range(len(drawn))], [""] * len(drawn), groups, c, right,
+                                  torch.zeros(len(drawn), dtype=torch.bool), None, list(range(len(drawn))),
+                                  policy_weight=1.0 if v == 0 else args.noised_policy * args.noised_learns))
+    add_rewards(*views, SCALE, args)
     half = len(drawn) // 2
-    parts = [list(range(half)), list(range(half, len(drawn)))]
-    learn(toy, None, learners(views, args), [""] * len(drawn), parts, SCALE, 1.0, args)
+    halves = [range(half), range(half, len(drawn))]
+    passes = [(views[0].select(list(indices)), views[1].select(list(indices)), 1.0) for indices in halves]
+    accumulate_gradients(toy, None, passes, SCALE, 1.0, args)
     chance = torch.tensor([math.exp(sum(r.logprobs.sum().item() for view in views for r in view.rollouts[q]))
                            for q in range(len(drawn))])
     assert chance.sum().item() == pytest.approx(1, abs=1e-6)
@@ -128,7 +129,7 @@ def test_the_gradient_is_that_of_the_expected_reward(noised, group, longest, wei
 
 
 @pytest.mark.parametrize("knob", [{"adv_norm": "none"}, {"adv_norm": "std"}, {"pathwise": 0.0}, {"pathwise": 3.5},
-                                  {"within": 4.0}, {"noised_policy": 0.5}, {"calibration": "linear", "cnorm": "group"}])
+                                  {"noised_policy": 0.5}, {"calibration": "linear", "cnorm": "group"}])
 def test_these_knobs_leave_the_exact_gradient(knob):
     ours, truth = both(2, alpha=0.5, learn_noised=True, **{"calibration": "brier", **knob})
     assert (ours - truth).norm() > 1e-3

@@ -108,7 +108,8 @@ def save_checkpoint(output, vlm, policy, optimizer, step, confidence_map, keep, 
         sums = distributed.checksums(temporary / "state")
         if main_rank:
             loading.save(vlm, temporary, state)
-            torch.save({"step": step, "scale": confidence_map, "rng": random_states, "checksums": sums}, temporary / "training.pt")
+            torch.save({"step": step, "scale": confidence_map, "rng": random_states, "checksums": sums},
+                       temporary / "training.pt")
             for path in (*temporary.rglob("*"), temporary, *output.glob("*.jsonl")):
                 _to_disk(path)
             shutil.rmtree(final, ignore_errors=True)
@@ -135,8 +136,10 @@ def _to_disk(path):
 
 
 def load_checkpoint(checkpoint, policy, optimizer):
-    """-> (step, map from C to c). Fills in weights and optimizer, on any number of ranks, and this rank's random state. InputError, in a
-    sentence, for one that has been damaged since it was written."""
+    """Fill in weights, optimizer and this rank's random state, on any number of ranks -> (step, map from C to c).
+
+    InputError, in a sentence, for a checkpoint that has been damaged since it was written.
+    """
     try:
         found = torch.load(checkpoint / "training.pt", weights_only=True)
         if distributed.checksums(checkpoint / "state") != found["checksums"]:

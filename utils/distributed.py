@@ -292,5 +292,6 @@ def choices(args, device, world, vlm):
 
 def describe(compute, sharded, gradient_checkpointing, world):
     """The choices of a run in words (str)."""
-    return (f"{str(compute).removeprefix('torch.')}, {world} rank{'s' * (world > 1)}, "
-            f"{'each with a share (fsdp)' if sharded else 'each with the whole state'}{', activation checkpointing' * gradient_checkpointing}")
+    words = [str(compute).removeprefix("torch."), f"{world} rank{'s' * (world > 1)}",
+             "each with a share (fsdp)" if sharded else "each with the whole state"]
+    return ", ".join(words + ["activation checkpointing"] * gradient_checkpointing)

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from utils import cli, metrics, tables
+from utils import cli, tables
 from utils.baselines import by_figure
 from utils.cli import InputError
 from utils.logs import smoothed
@@ -301,9 +301,7 @@ def finish_run(output, before, after, confidence_map, args, t):
     before, after: {noise step: list of Answer}. t: the noise step of the table's noised column.
     """
     draw_report(output, before, after, args)
-    base_map = metrics.as_fitted(confidence_map)                # the base was not trained towards the steeper one
-    rows = tables.before_after(*(tables.within_skills(answers[0], answers[t], c_map)
-                                 for answers, c_map in ((before, base_map), (after, confidence_map))))
+    rows = tables.before_after(*(tables.within_skills(answers[0], answers[t], confidence_map) for answers in (before, after)))
     questions = {answer.id for answer in before[0]}
     print(f"\n{len(questions)} held-out questions x {len(before[0]) // len(questions)} answers; "
           f"noised = t {t} on the {args.region} region")
