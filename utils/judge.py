@@ -63,12 +63,14 @@ _CLOSING_BOLD = re.compile(r"(?P<line>[^\n]*)\*\*\W?(?P<bold>[^*\n]{1,80})\*\*[\
 _SECOND_THOUGHT = re.compile(r"\b(?:no,|wait\b|actually\b|correction\b|on second thoughts?\b)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？\n]|</")
 _PART_END = re.compile(  # a part opens with the word that joins it on, but "since (A) is red," is cut away
-    r";|^\W*(?:because|since|as|although|while)\s[^,;]*,\s|,\s(?=(?:as|which|while|but|in)\s)|(?:,\s|\()(?=not\s)"
+    r";|^\W*(?:because|since|as|although|while)\s[^,;]*,\s"
+    r"|,\s(?=(?:as|which|while|but|in|exactly|respectively)\b)|(?:,\s|\()(?=not\s)"
     r"|\((?=(?:because|since|as)\s)|[,，]\s?(?=而?不是|因为)"
     r"|,?\s(?=(?:because|since|although|whereas|rather than|instead of|and not|so|hence|thus|therefore)\b)",
     re.IGNORECASE)
-_ASIDE = re.compile(r"\W*(?:(?:because|since|although|whereas|rather|instead|and not|not|as|while|in (?:total|all))\b"
-                    r"|而?不是|因为)", re.IGNORECASE)
+_ASIDE = re.compile(
+    r"\W*(?:(?:because|since|although|whereas|rather|instead|and not|not|as|while|in (?:total|all)|exactly"
+    r"|respectively)\b|而?不是|因为)", re.IGNORECASE)
 _NEGATED = re.compile(r"\b(?:not|neither|nor|never|cannot)\b|n['’]t\b", re.IGNORECASE)
 _REJECTED = re.compile(
     _NEGATED.pattern + r"|\b(?:wrong|incorrect|false|eliminated?|excluded?|ruled? out)\b|[不错]", re.IGNORECASE)
@@ -263,6 +265,7 @@ def _ending(sentence):
 
 def _statement(part):
     r"""The formula without words that a sentence ends in: "x \neq 3", "5 = 2a + b", a span in $. Not "x = 5", which is 5."""
+    part = re.sub(r"(=[^$]*)\$\s*(,?\s*(?:and|or)|,)\s*\$(?=[^$]*=)", r"\1 \2 ", part)  # $a=2$ and $b=3$
     spans = re.split(r"\$+|\\[()\[\]]", part.strip(" *`,."))
     in_span = len(spans) % 2 == 0 or (len(spans) > 1 and not spans[-1])
     formula = ((spans[-1] or spans[-2]) if in_span else _STATEMENT_STARTS.split(part)[-1]).strip(" *$`,.")
@@ -396,7 +399,7 @@ def _option(answer, choices):
 def _closing_option(text, choices):
     """Index of the option that a response without a box and an "answer is" decides for; None if none or several."""
     echo = r"\W{1,6}".join(rf"\b{_letter(i)}\W{{1,4}}{re.escape(choice)}" for i, choice in enumerate(choices) if choice)
-    text = re.sub(echo, "\n", text).strip()
+    text = re.sub(echo, "\n", text).strip() if len(choices) > 1 else text.strip()
     sentences = [line for line in _SENTENCE_END.split(text[-MAX_ANSWER:]) if re.search(r"\w", line)]
     opening = _labelled(_SENTENCE_END.split(text[:MAX_ANSWER], maxsplit=1)[0], choices)
     if opening is not None and {_labelled(line, choices) for line in sentences} <= {None, opening}:
