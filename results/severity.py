@@ -5,8 +5,8 @@
 
 Five corruptions at five severities, on the key region and on the whole picture (`eval.corrupter`, as `eval.py --corruptions`).
 Answers stay under runs/severity. The tables are printed and go to results/severity.json: accuracy, C, c and ECE of c by
-severity; for each corruption the AUROC over the answers to clean and to corrupted pictures of all severities together, of C and of p, and
-the better of them minus the baseline's better one, with an interval of questions and seeds.
+severity; for each corruption the AUROC over the answers to clean and to corrupted pictures of all severities together, of C
+and p, and the better of them minus the baseline's better one, with an interval of questions and seeds.
 """
 import argparse
 import json
