@@ -22,7 +22,7 @@ from utils.metrics import (
     interval,
 )
 
-RIDGE = 30.0                    # weight of half the squared norm of the readout, on standardised states
+RIDGE = 100.0                   # weight of half the squared norm of the readout, on standardised states
 
 
 # ---------------------------------------------------------------------------------------------------------------------
