@@ -4,8 +4,8 @@
     rollouts = vlm.sample(images, prompts, n=8)              # list (B) of lists (8) of Rollout
     scores = vlm.score(images, prompts, completions)         # log-probs and confidence, with gradient
 
-Works for any Hugging Face image-text-to-text model whose cache is a `DynamicCache`. One prefill reads a prompt and its
-pictures once. The G samples share its keys and values (`utils/shared_prefix.py`). `score` prefills in the same way and
+Works for any Hugging Face image-text-to-text model whose cache is a `DynamicCache`, with attention or linear attention
+(`utils/caches.py`). One prefill reads a prompt and its pictures once. The G samples share its keys and values (`utils/shared_prefix.py`). `score` prefills in the same way and
 reads the completions after copies of the cache, so that sampled and scored log-probs agree to rounding.
 
 Log-probs and confidence are read from the raw logits in fp32, before temperature, top-k and banned ids (paper Eq. 3).
@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from reward import token_confidence, token_entropy, top_k_for
 from utils import loading, shared_prefix
+from utils.caches import has_states, new_cache
 from utils.cli import InputError, reason
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
 
@@ -135,6 +136,9 @@ class VLM:
         self.special_tokens = loading.special_token_pattern(self.tokenizer)
         # transformers 5.20 renamed past_key_values to cache.
         self.cache_name = "cache" if "cache" in inspect.signature(self.backbone.forward).parameters else "past_key_values"
+        # A layer with states needs more than one word at a time for its backward pass.
+        self.min_words = 2 if has_states(self.text_config) else 1
+        self.logit_factor = 1.0                                 # measured by `loading.check`
         # Do samples read their prompt's keys and values in place (shared_prefix.py)? `loading.check` tries it.
         self.shares_prefix = shared_prefix.applies_to(self.text_config)
 
@@ -227,7 +231,9 @@ class VLM:
     def prefill(self, images, prompts, inputs=None):
         """One forward pass over the prompts -> Prefill. inputs: what `encode` made of them, else it is made here."""
         inputs = self.encode(images, prompts) if inputs is None else inputs
-        positions, cache = loading.position_ids(self.backbone, inputs), DynamicCache(config=self.text_config)
+        dtype = self.head.weight.dtype                  # of the computation; not every class casts its pixels
+        inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        positions, cache = loading.position_ids(self.model, inputs), new_cache(self.text_config)
         hidden = self._forward(cache, position_ids=positions, **inputs)                             # (B, L, D)
         return Prefill(cache, hidden[:, -1], inputs["attention_mask"], positions[..., -1:])
 
@@ -242,8 +248,10 @@ class VLM:
                                      position_ids=state.position)[:, -1]
 
     def logits(self, hidden):
-        """(N, D) -> (N, V) in fp32, capped where the model caps them (Gemma)."""
+        """(N, D) -> (N, V) in fp32, scaled (Granite) and capped (Gemma) where the model does so."""
         logits = loading.apply_head(self.head, hidden).float()
+        if self.logit_factor != 1:
+            logits = logits * self.logit_factor
         cap = getattr(self.text_config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -377,9 +385,10 @@ class VLM:
         hidden = state.hidden[:, None]                                                              # (B*n, 1, D)
         # At least one word, even where no completion has a second: ranks that share a model gather its weights at each
         # pass, and must make the same number of passes.
-        read = max(1, width - 1)
-        after = self._forward(state.cache, input_ids=ids[:, :read].clamp(min=0),
-                              attention_mask=torch.cat([state.mask, mask[:, :read].long()], 1),
+        read = max(self.min_words, width - 1)
+        words = torch.nn.functional.pad(ids, (0, read - width), value=-1)                           # (B*n, read)
+        after = self._forward(state.cache, input_ids=words.clamp(min=0),
+                              attention_mask=torch.cat([state.mask, (words >= 0).long()], 1),
                               position_ids=state.position + torch.arange(1, read + 1, device=self.device))
         hidden = torch.cat([hidden, after], 1)[:, :width]                                           # (B*n, T, D)
         rows, targets = hidden[mask], ids[mask]                                                     # (N, D), (N,)

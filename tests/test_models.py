@@ -172,7 +172,7 @@ def qwen3_5():
         text_config=dict(TEXT, vocab_size=len(words), layer_types=["linear_attention", "full_attention"],
                          linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
                          rope_parameters=dict(MROPE, partial_rotary_factor=1.0)),
-        vision_config=dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32, patch_size=16,
+        vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32, patch_size=16,
                            num_position_embeddings=16), image_token_id=words.image_token_id)
     return config, images, words, name, {}
 
@@ -213,8 +213,19 @@ def emu3():
     return config, tf.Emu3ImageProcessor(min_pixels=32**2, max_pixels=64**2, spatial_factor=8), words, "Emu3Processor", {}
 
 
-FAMILIES = (qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, llava_onevision, gemma3, idefics3, llava_next, llava_next_video, glm4v)
-REFUSED = {mllama: "cross-attention", qwen3_5: "LinearAttentionLayer", t5gemma2: "encoder and a decoder",
+def qwen3_5_moe():
+    config, images, words, name, settings = qwen3_5()
+    text = config.text_config.to_dict() | dict(moe_intermediate_size=32, shared_expert_intermediate_size=32, num_experts=4,
+                                               num_experts_per_tok=2)
+    text.pop("model_type")
+    return (tf.Qwen3_5MoeConfig(text_config=text, vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2,
+            out_hidden_size=32, patch_size=16, num_position_embeddings=16), image_token_id=words.image_token_id,
+            video_token_id=config.video_token_id),
+            images, words, name, settings)
+
+
+FAMILIES = (qwen3_5, qwen3_5_moe, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, llava_onevision, gemma3, idefics3, llava_next, llava_next_video, glm4v)
+REFUSED = {mllama: "cross-attention", t5gemma2: "encoder and a decoder",
            hunyuan_vl: "other positions alone than in a batch"}
 
 
