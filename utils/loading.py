@@ -66,6 +66,11 @@ class _ImagesOnly(ProcessorMixin):
         by_name = {**dict(zip(super().get_attributes(), args)), **kwargs}
         super().__init__(**{name: value for name, value in by_name.items() if "video" not in name})
 
+    @property
+    def video_processor(self):
+        """Some classes read their settings from it when they are made (MiniCPM-V)."""
+        return self.image_processor
+
     @classmethod
     def get_attributes(cls):
         return [name for name in super().get_attributes() if "video" not in name]
