@@ -5,8 +5,9 @@
     scores = vlm.score(images, prompts, completions)         # log-probs and confidence, with gradient
 
 Works for any Hugging Face image-text-to-text model whose cache is a `DynamicCache`, with attention or linear attention
-(`utils/caches.py`). One prefill reads a prompt and its pictures once. The G samples share its keys and values (`utils/shared_prefix.py`). `score` prefills in the same way and
-reads the completions after copies of the cache, so that sampled and scored log-probs agree to rounding.
+(`utils/caches.py`). One prefill reads a prompt and its pictures once. The G samples share its keys and values
+(`utils/shared_prefix.py`). `score` prefills in the same way and reads the completions after copies of the cache, so that
+sampled and scored log-probs agree to rounding.
 
 Log-probs and confidence are read from the raw logits in fp32, before temperature, top-k and banned ids (paper Eq. 3).
 No (B, T, V) tensor is kept: at most CHUNK_LOGITS logits are in memory at once.

@@ -55,6 +55,11 @@ def qwen(name, patch, **vision):
     return config, images, words, f"{name}Processor", {}
 
 
+def untyped(config):
+    """The settings of a config, for one of another class (dict)."""
+    return {name: value for name, value in config.to_dict().items() if name != "model_type"}
+
+
 def qwen2_vl():
     return qwen("Qwen2VL", 14, embed_dim=32, mlp_ratio=2)
 
@@ -217,8 +222,7 @@ def emu3():
 
 def qwen3_5_moe():
     config, images, words, name, settings = qwen3_5()
-    text = {key: value for key, value in config.text_config.to_dict().items() if key != "model_type"}
-    vision = {key: value for key, value in config.vision_config.to_dict().items() if key != "model_type"}
+    text, vision = (untyped(part) for part in (config.text_config, config.vision_config))
     config = tf.Qwen3_5MoeConfig(text_config=dict(text, **EXPERTS), vision_config=vision,
                                  image_token_id=words.image_token_id, video_token_id=config.video_token_id)
     return config, images, words, name, settings
@@ -226,8 +230,7 @@ def qwen3_5_moe():
 
 def qwen3_vl_moe():
     config, images, words, name, settings = qwen3_vl()
-    text = {key: value for key, value in config.text_config.to_dict().items() if key != "model_type"}
-    vision = {key: value for key, value in config.vision_config.to_dict().items() if key != "model_type"}
+    text, vision = (untyped(part) for part in (config.text_config, config.vision_config))
     config = tf.Qwen3VLMoeConfig(text_config=dict(text, decoder_sparse_step=1, **EXPERTS), vision_config=vision,
                                  image_token_id=words.image_token_id, video_token_id=config.video_token_id)
     return config, images, words, name, settings
@@ -371,11 +374,11 @@ def ovis2():
 
 def glm46v():
     config, images, words, _, settings = glm4v()
-    text = {key: value for key, value in config.text_config.to_dict().items() if key != "model_type"}
-    vision = {key: value for key, value in config.vision_config.to_dict().items() if key != "model_type"}
+    text, vision = (untyped(part) for part in (config.text_config, config.vision_config))
     ids = {name: getattr(config, name) for name in vars(config) if name.endswith("_token_id") and name != "image_token_id"}
-    config = tf.Glm46VConfig(text_config=dict(text, model_type="glm4v_text"), vision_config=dict(vision, model_type="glm4v_vision"),
-                             image_token_id=config.image_token_id, **ids)
+    config = tf.Glm46VConfig(
+        text_config=dict(text, model_type="glm4v_text"), vision_config=dict(vision, model_type="glm4v_vision"),
+        image_token_id=config.image_token_id, **ids)
     return config, tf.models.glm46v.Glm46VImageProcessorPil(
         patch_size=14, size=dict(shortest_edge=56**2, longest_edge=112**2)), words, "Glm46VProcessor", settings
 
