@@ -15,6 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from utils import distributed, loading, memory
+from utils.caches import STATES, tensors_of
 from utils.cli import InputError
 from vlm import VLM
 
@@ -614,6 +615,14 @@ def test_the_plan_counts_what_the_vision_tower_sees(vlm):
     assert 0 <= seen[0] - memory.patches(pixels, vlm.model.config.vision_config) <= tiles
 
 
+def test_the_plan_counts_the_cache(vlm):
+    """Bytes a token and a row, against the cache of one prompt read twice: `DynamicCache` where no window drops keys."""
+    _, a_row = memory.cache_bytes(vlm.text_config, 4)
+    cache = vlm.prefill(IMAGES[:1], PROMPTS[:1]).cache
+    states = sum(tensor.nbytes for layer in cache.layers for (name, _), tensor in tensors_of(layer).items() if name in STATES)
+    assert states == a_row
+
+
 def test_a_processor_that_cannot_be_written_is_refused_by_name(path, vlm, tmp_path, monkeypatch):
     """By the plan of --dry_run as well, and in one sentence."""
     monkeypatch.setattr(tf.ProcessorMixin, "save_pretrained", lambda *_: {}["no such setting"])
@@ -669,3 +678,12 @@ def test_a_class_that_cannot_work_is_refused_by_name_when_loaded(family, tmp_pat
 def test_a_class_whose_log_probs_of_a_prompt_depend_on_its_batch_is_refused(tmp_path):
     with pytest.raises(InputError, match="Emu3.* cannot be used here: its log-probs of a prompt alone are off from those in"):
         VLM.load(write(emu3, tmp_path))
+
+
+def test_experts_count_as_far_as_a_token_passes_them(tmp_path):
+    """Two of four experts of each layer are active: what is left when the other two are cut out."""
+    vlm = VLM.load(write(qwen3_5_moe, tmp_path), "cpu")
+    total = sum(p.numel() for p in vlm.model.parameters())
+    unused = sum(p[2:].numel() for name, p in vlm.model.named_parameters() if ".experts." in name)
+    assert loading.active_parameters(vlm.model) == total - unused and unused > 0
+    assert loading.tolerance(vlm.model.bfloat16()) > 0.5
