@@ -4,9 +4,10 @@
     rollouts = vlm.sample(images, prompts, n=8)              # list (B) of lists (8) of Rollout
     scores = vlm.score(images, prompts, completions)         # log-probs and confidence, with gradient
 
-Works for any Hugging Face image-text-to-text model whose cache is a `DynamicCache`. One prefill reads a prompt and its
-pictures once. The G samples share its keys and values (`utils/shared_prefix.py`). `score` prefills in the same way and
-reads the completions after copies of the cache, so that sampled and scored log-probs agree to rounding.
+Works for any Hugging Face image-text-to-text model whose cache is a `DynamicCache`, with attention or linear attention
+(`utils/caches.py`). One prefill reads a prompt and its pictures once. The G samples share its keys and values
+(`utils/shared_prefix.py`). `score` prefills in the same way and reads the completions after copies of the cache, so that
+sampled and scored log-probs agree to rounding.
 
 Log-probs and confidence are read from the raw logits in fp32, before temperature, top-k and banned ids (paper Eq. 3).
 No (B, T, V) tensor is kept: at most CHUNK_LOGITS logits are in memory at once.
@@ -28,6 +29,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from reward import token_confidence, token_entropy, top_k_for
 from utils import loading, shared_prefix
+from utils.caches import has_states, new_cache
 from utils.cli import InputError, reason
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
 
@@ -64,6 +66,11 @@ class Inputs(dict):
     def __init__(self, tensors, one_picture_each):
         super().__init__(tensors)
         self.one_picture_each = one_picture_each
+
+    def to_dtype(self, dtype):
+        """-> Inputs whose pixels have this dtype."""
+        return Inputs({name: value.to(dtype) if value.is_floating_point() else value for name, value in self.items()},
+                      self.one_picture_each)
 
     def rows(self, indices):
         """The inputs of these prompts (list of int), in this order, without columns that are padding only -> Inputs.
@@ -135,6 +142,9 @@ class VLM:
         self.special_tokens = loading.special_token_pattern(self.tokenizer)
         # transformers 5.20 renamed past_key_values to cache.
         self.cache_name = "cache" if "cache" in inspect.signature(self.backbone.forward).parameters else "past_key_values"
+        # A layer with states needs more than one word at a time for its backward pass.
+        self.min_words = 2 if has_states(self.text_config) else 1
+        self.logit_factor = 1.0                                 # measured by `loading.check`
         # Do samples read their prompt's keys and values in place (shared_prefix.py)? `loading.check` tries it.
         self.shares_prefix = shared_prefix.applies_to(self.text_config)
 
@@ -215,7 +225,7 @@ class VLM:
         except ValueError as error:     # some classes take no prompt without a picture, or not beside others with one
             raise InputError(f"{type(self.processor).__name__} does not take these prompts: {error}") from error
         return Inputs({name: value.to(self.device) for name, value in inputs.items()},
-                      all(len(pictures) == 1 for pictures in images))
+                      all(len(pictures) == 1 for pictures in images)).to_dtype(self.head.weight.dtype)
 
     def prompt_length(self, images, prompt):
         """Tokens of one prompt, its pictures included (int)."""
@@ -227,7 +237,8 @@ class VLM:
     def prefill(self, images, prompts, inputs=None):
         """One forward pass over the prompts -> Prefill. inputs: what `encode` made of them, else it is made here."""
         inputs = self.encode(images, prompts) if inputs is None else inputs
-        positions, cache = loading.position_ids(self.backbone, inputs), DynamicCache(config=self.text_config)
+        inputs = inputs.to_dtype(self.head.weight.dtype)        # FSDP may have changed it since they were encoded
+        positions, cache = loading.position_ids(self.model, inputs), new_cache(self.text_config)
         hidden = self._forward(cache, position_ids=positions, **inputs)                             # (B, L, D)
         return Prefill(cache, hidden[:, -1], inputs["attention_mask"], positions[..., -1:])
 
@@ -242,8 +253,10 @@ class VLM:
                                      position_ids=state.position)[:, -1]
 
     def logits(self, hidden):
-        """(N, D) -> (N, V) in fp32, capped where the model caps them (Gemma)."""
+        """(N, D) -> (N, V) in fp32, scaled (Granite) and capped (Gemma) where the model does so."""
         logits = loading.apply_head(self.head, hidden).float()
+        if self.logit_factor != 1:
+            logits = logits * self.logit_factor
         cap = getattr(self.text_config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -382,9 +395,10 @@ class VLM:
         hidden = state.hidden[:, None]                                                              # (B*n, 1, D)
         # At least one word, even where no completion has a second: ranks that share a model gather its weights at each
         # pass, and must make the same number of passes.
-        read = max(1, width - 1)
-        after = self._forward(state.cache, input_ids=ids[:, :read].clamp(min=0),
-                              attention_mask=torch.cat([state.mask, mask[:, :read].long()], 1),
+        read = max(self.min_words, width - 1)
+        words = torch.nn.functional.pad(ids, (0, read - width), value=-1)                           # (B*n, read)
+        after = self._forward(state.cache, input_ids=words.clamp(min=0),
+                              attention_mask=torch.cat([state.mask, (words >= 0).long()], 1),
                               position_ids=state.position + torch.arange(1, read + 1, device=self.device))
         hidden = torch.cat([hidden, after], 1)[:, :width]                                           # (B*n, T, D)
         rows, targets = hidden[mask], ids[mask]                                                     # (N, D), (N,)

@@ -127,7 +127,8 @@ def views_of(vlm, clip, samples, args):
 
 def step_views(vlm, clip, recipe="ours", **settings):
     """-> args, (original, noised) with rewards and advantages, the map from C to c."""
-    args = replace(parse(["--recipe", recipe]), **{"group_size": 3, "max_new_tokens": 24, "batch_size": 4, "mass": 0.7, **settings})
+    small = {"group_size": 3, "max_new_tokens": 24, "batch_size": 4, "mass": 0.7}
+    args = replace(parse(["--recipe", recipe]), **small | settings)
     views = views_of(vlm, clip, [data.synthetic("train", 5, i) for i in range(4)], args)
     confidence_map = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}
     train_cdrl.add_rewards(*views, confidence_map, args)

@@ -14,8 +14,10 @@ import random
 from collections import defaultdict
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from utils import cli, distributed, loading
+from utils.caches import StateLayer, new_cache
 from utils.cli import InputError
 from utils.distributed import GIB, choices, describe, device_memory, dtype_of, parameters, state_bytes
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
@@ -42,7 +44,9 @@ def activations(config, tokens, size, again, read):
     def of(*names, default=0):
         return next((getattr(config, name) for name in names if getattr(config, name, None)), default)
     layers, hidden = of("num_hidden_layers", "depth", default=1), of("embed_dim", "hidden_size", default=1)
-    mlp = of("intermediate_size", default=4 * hidden)
+    count, used = loading.experts(config)
+    mlp = of("intermediate_size", default=4 * hidden) if count == 1 else \
+        used * of("moe_intermediate_size", "intermediate_size") + of("shared_expert_intermediate_size")
     block, kept = size * tokens * (12 * hidden + 4 * mlp), size * read * key_values(config)
     if again:
         return layers * (size * tokens * hidden + kept) + block
@@ -70,6 +74,21 @@ def key_values(config, repeated=False):
     heads = heads or getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or config.hidden_size // (getattr(config, "num_attention_heads", None) or 1)
     return 2 * heads * width
+
+
+def cache_bytes(config, size):
+    """Bytes that the cache of a text config holds -> (for a token, for a row). size: bytes of a number.
+
+    Attention layers hold keys and values for each token. Linear-attention layers hold states for each row: a convolution's
+    last words, and a matrix a head in fp32 (48 MiB a row for Qwen3.5-9B)."""
+    layers = new_cache(config).layers
+    linear = sum(isinstance(layer, StateLayer) for layer in layers)
+    attending = sum(isinstance(layer, DynamicLayer) for layer in layers)
+    heads, width = getattr(config, "linear_num_value_heads", 0), getattr(config, "linear_value_head_dim", 0)
+    key_width = getattr(config, "linear_key_head_dim", 0)
+    convolved = 2 * key_width * getattr(config, "linear_num_key_heads", 0) + heads * width or config.hidden_size
+    kernel = getattr(config, "linear_conv_kernel_dim", None) or getattr(config, "conv_L_cache", 0)
+    return size * attending * key_values(config), linear * (size * convolved * kernel + 4 * heads * key_width * width)
 
 
 def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
@@ -112,10 +131,13 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
     state["device", "CLIP, fp32"] = 4 * clip_parameters
     if args.kl_beta:
         state["CPU" if args.run.offload else "device", "reference model"] = 4 * total / ranks
+    a_token, a_row = cache_bytes(text, size)
     rolling = {"all weights, gathered": size * total if sharded else 0,
-               "keys and values of the rollouts": size * rollouts * length * text.num_hidden_layers * key_values(text),
+               "keys and values of the rollouts": rollouts * length * a_token,
                "probabilities of a word": 32 * rollouts * vlm.vocabulary,
                "logits of the words recorded together": 12 * min(CHUNK_LOGITS, TRIM_EVERY * rollouts * vlm.vocabulary)}
+    if a_row:
+        rolling["states of the rollouts"] = rollouts * a_row
     tokens = part * views * (prompt + args.group_size * args.max_new_tokens)
     learning = {"weights of two blocks and the rest, gathered": size * (2 * block + left),
                 "gradients of a block or the rest, before they are summed": (size + 4) * max(block, left),
@@ -136,7 +158,9 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
     idle = state.get(("device", "gradients, fp32"), 0)              # there are none while rolling out
     peak = {"rolling out": 1.1 * (held - idle + sum(rolling.values())) / GIB,
             "learning": 1.1 * (held + sum(learning.values())) / GIB}
-    print(f"{cli.shown(args.model)}: {total:,} parameters ({vision:,} of them vision), {trained:,} train")
+    active = loading.active_parameters(vlm.model)
+    print(f"{cli.shown(args.model)}: {total:,} parameters ({vision:,} of them vision), {trained:,} train"
+          + f", {active:,} are active for a token" * (active < total))
     print(f"{describe(compute, sharded_state, again, world)}{', offload' if args.run.offload else ''}")
     print(f"tokens: longest of {len(chosen)} prompts {prompt}, {picture} of them pictures; completion {args.max_new_tokens}")
     a_rank = questions * views * args.group_size

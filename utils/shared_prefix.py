@@ -16,13 +16,16 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface
 
+from utils.caches import StateLayer, new_cache
+
 NAME = "shared_prefix"
 ROOM = 32       # words that a sample has memory for at first
 
 
 def applies_to(config):
-    """Whether a model with this text config has plain layers only."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    """Whether a model with this text config has only plain layers, and layers with states."""
+    types = {type(layer) for layer in new_cache(config).layers}
+    return DynamicLayer in types and types <= {DynamicLayer, StateLayer}
 
 
 @dataclass
@@ -41,7 +44,12 @@ class SharedPrefix(DynamicCache):
     def __init__(self, cache, mask, n):
         super().__init__()
         self.rows = _Rows(n, ~mask.bool()[:, None, None])
-        self.layers = [_Layer(layer, self.rows) for layer in cache.layers]
+        self.layers = [_Layer(layer, self.rows) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        for layer in self._state_layers():          # states cannot be shared: every word changes them
+            layer.batch_repeat_interleave(n)
+
+    def _state_layers(self):
+        return [layer for layer in self.layers if not isinstance(layer, _Layer)]
 
     def batch_select_indices(self, rows):
         """Only these rows (ascending) stay; a prompt leaves with its last row."""
@@ -53,7 +61,9 @@ class SharedPrefix(DynamicCache):
         index.slots = None if len(rows) == len(prompts) * index.n else \
             which * index.n + torch.arange(len(rows), device=rows.device) - first[which]
         index.padded = index.padded[prompts]
-        for layer in self.layers:
+        for layer in self._state_layers():
+            layer.batch_select_indices(rows)
+        for layer in (layer for layer in self.layers if isinstance(layer, _Layer)):
             layer.keys, layer.values = layer.keys[prompts], layer.values[prompts]
             if layer.sample_kv is not None:         # None: no row has read a word yet
                 layer.sample_kv = [tensor[rows, :, :layer.length] for tensor in layer.sample_kv]
