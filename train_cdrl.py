@@ -106,7 +106,6 @@ class Args:
                              "perception term there, so that C learns to fall with the evidence, not with noise")
     reflect: float = option(0.0, "share of questions asked with an earlier answer and a critique of it, right or wrong, no "
                             "perception term there, so that Self-Reflection is not unlearned")
-    text_guidance: bool = option(True, "the question guides CLIP's attention")
     noised: str = option("rollout", "C' from rollouts on the noised picture (paper), or from scoring the same words there",
                          ("rollout", "rescore"))
     # Reward (paper Eq. 4)
@@ -411,7 +410,7 @@ def roll_out(vlm, clip, samples, step, args):
     control |= reflects[:len(twins)]        # with a critique the answer is known without the picture
     regions = ["random" if spared else args.region for spared in control]
     noised = noise.make_pairs(images[:some], [s.question for s in twins], clip, noise.parse_t(args.noise_t), regions, args.mass,
-                              seeds[:some], args.text_guidance) if twins else None
+                              seeds[:some]) if twins else None
     # ---- II. rollouts: y_j on i, y'_j on i', in one batch; III. confidences (Eq. 3), online while sampling
     paired = noised is not None and args.noised == "rollout"
     again = twins if paired else []

@@ -29,6 +29,7 @@ from reward import token_confidence, token_entropy, top_k_for
 from utils import shared_prefix
 from utils.cli import InputError, reason
 from utils.loading import CHUNK_LOGITS, FEW_ROWS, LARGE_HEAD, TRIM_EVERY, load_processor, run_again
+from utils.sight import Sight
 
 
 def load_model(path, device, compute):
@@ -93,7 +94,7 @@ class VLM:
 
     def __init__(self, model, processor):
         self.model, self.processor = model.eval(), processor       # eval: dropout would make score differ from sample
-        self.tokenizer = processor.tokenizer
+        self.tokenizer, self.sight = processor.tokenizer, Sight(processor)
         self.tokenizer.padding_side = "left"
         self.backbone, self.head = getattr(model, "model", None), model.get_output_embeddings()
         if self.backbone is None or self.head is None:
@@ -305,8 +306,9 @@ class VLM:
                                                             add_generation_prompt=True))
         bos = self.tokenizer.bos_token              # where the template has written it, the tokenizer must not once more
         try:
-            inputs = self.processor(text=texts, images=ordered if any(ordered) else None, padding=True, return_tensors="pt",
-                                    add_special_tokens=not (bos and texts[0].startswith(bos)))
+            inputs = self.sight(texts, ordered, add_special_tokens=not (bos and texts[0].startswith(bos)))
+        except InputError:
+            raise
         except ValueError as error:     # some classes know no prompt without a picture, or not beside others with one
             raise InputError(f"{type(self.processor).__name__} does not take these prompts: {error}") from error
         inputs = {key: value.to(self.device) for key, value in inputs.items()}
