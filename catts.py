@@ -41,9 +41,9 @@ from utils.experts import (
     parse_order,
     parse_probabilities,
 )
-from utils.formats import LETTERS
 from utils.judge import accepts, equivalent, extract_answer
 from utils.results_file import Ledger, answer_file, average, describe, frame_of, read_threshold, sources_of, timed
+from utils.rows import LETTERS
 from vlm import VLM, Rollout
 
 TIE = 1e-9                      # totals closer than this are equal; the samples' order then decides

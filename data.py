@@ -12,20 +12,20 @@ is determined by the picture, cell by cell (`meta["solution"]`; only the warm-up
 
 Left out on purpose: downloads. A file is opened where the user has it.
 """
-import io
-import os
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from PIL import Image
 
 from tiny import questions
 from tiny.questions import SIZES, SPLITS, Synthetic
-from utils.cli import InputError
-from utils.formats import LETTERS, READERS, File
+from utils.cli import InputError, reason
+from utils.formats import File, open_rows
+from utils.judge import is_correct
+from utils.pictures import UNREADABLE, load_picture, shown_size
+from utils.rows import ANSWER, LETTERS
 
 
 def open_data(args):
@@ -52,7 +52,7 @@ class Sample:
     question of words alone, which training refuses. answer: the gold answer, a LETTER when `choices` (the option texts, ""
     where a letter is left out) is given, a list where any of several is right, None when unknown. meta: whatever the source
     knows; the built-in questions carry "skill", "level", "evidence", "rows" and "solution". where: its place in a file, for
-    messages.
+    messages. enough: pixels of a picture that the model can use; larger JPEGs are decoded at a reduced size.
     """
     id: str
     images: list
@@ -62,25 +62,36 @@ class Sample:
     source: str = ""
     meta: dict = field(default_factory=dict)
     where: str = ""
+    enough: int | None = None
 
     def pictures(self):
-        """The images as RGB PIL images. Raises InputError, naming the sample, when a file is missing or unreadable."""
+        """The images as RGB PIL images, as a viewer shows them (`utils/pictures.py`). Raises InputError, naming the sample,
+        when a file is missing or unreadable."""
         opened = []
         for image in self.images:
             if not isinstance(image, Image.Image):
                 try:
-                    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as file:
-                        file.load()
-                        if max(file.size) > 200 * min(file.size):           # what the models' processors take
-                            raise ValueError(f"{file.width} x {file.height} pixels, longer than 200 times its breadth")
-                        image = file.convert("RGB")
-                except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-                    shown = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
-                    why = re.sub(r" <_io\.BytesIO[^>]*>", "", str(error))             # its address differs from time to time
-                    raise InputError(f"{self.where + ': ' if self.where else ''}question {self.id!r}: image {shown} cannot be "
-                                     f"read ({why}); repair or remove it") from error
+                    image = load_picture(image, self.enough)
+                except UNREADABLE as error:
+                    raise self._unreadable(image, error) from error
             opened.append(image.convert("RGB"))
         return opened
+
+    def picture_sizes(self):
+        """(width, height) of each picture as shown, from the headers of the files alone. Raises InputError."""
+        sizes = []
+        for image in self.images:
+            try:
+                sizes.append(image.size if isinstance(image, Image.Image) else shown_size(image))
+            except UNREADABLE as error:
+                raise self._unreadable(image, error) from error
+        return sizes
+
+    def _unreadable(self, image, error):
+        name = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
+        why = re.sub(r" <_io\.BytesIO[^>]*>", "", reason(error))             # its address differs from time to time
+        return InputError(f"{self.where + ': ' if self.where else ''}question {self.id!r}: image {name} cannot be read "
+                          f"({why}); repair or remove it")
 
 
 def ask(sample):
@@ -148,16 +159,16 @@ def synthetic(split, seed, index, skill=None):
     return Sample(**questions.synthetic(split, seed, index, skill))
 
 
-def load(source, split="train", limit=None, seed=0, strict=True, answered=False):
+def load(source, split="train", limit=None, seed=0, strict=True, answered=False, allow_outside=False):
     """Open a set of questions -> Sequence[Sample].
 
-    source: "synthetic", or a file: .jsonl (plain, MathVision, ViRL39K or Geometry3K rows), .json (MathVista, or a list of
-    rows), .tsv (VLMEvalKit: MathVista, MathVision, MMStar, MMMU, ..), .parquet (needs pyarrow). An image is a path relative
-    to the file, base64 or a data URI; a row may have none. Bytes that are no UTF-8 become U+FFFD. split and seed choose
-    among the built-in questions and are ignored for files. limit: at most so many.
-    strict: a broken row raises InputError, which names line and id; else it is named on stderr, left out and counted in
-    the result's `broken`. answered: a row without a gold answer is a broken one. A .tsv stays on the disk and is read row by
-    row; some 200 bytes a row are held.
+    source: "synthetic", or a file, or a folder that holds one. Files: .jsonl, .json, .csv, .tsv (VLMEvalKit), .parquet (needs
+    pyarrow), in any layout of `utils/rows.py`; a folder with metadata.jsonl, or one folder of pictures a class. An image is
+    a path relative to the file, base64 or a data URI; a row may have none. Bytes that are no UTF-8 become U+FFFD.
+    split, seed: choose among the built-in questions, ignored for files. limit: at most so many.
+    strict: broken rows raise one InputError that names lines and ids. Else each is named on stderr, left out and counted in
+    the result's `broken`. answered: a row without a gold answer, or with one that no response can match, is broken.
+    allow_outside: pictures may lie outside the file's folder. A .tsv is read row by row; some 200 bytes a row are held.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; it must be at least 1")
@@ -165,19 +176,22 @@ def load(source, split="train", limit=None, seed=0, strict=True, answered=False)
         if split not in SPLITS:
             raise InputError(f"split {split!r} is unknown; the built-in questions have {', '.join(SPLITS)}")
         return Samples(Synthetic(split, seed, SIZES[split] if limit is None else limit))
-    path = Path(source)
-    if not os.path.isfile(path):            # False, not an error, where the name is too long for a file
-        raise InputError(f"data file {str(source)!r} does not exist; give 'synthetic' or the path of a file")
-    if path.suffix.lower() not in READERS:
-        raise InputError(f"data file {str(source)!r} ends in {path.suffix!r}; one of {', '.join(READERS)} is expected")
-    try:
-        rows = READERS[path.suffix.lower()](path)
-    except OSError as error:
-        raise InputError(f"data file {str(source)!r} cannot be read ({error}); repair it or its permissions") from error
-    samples = Samples(File(path, rows, limit, strict, answered))
+    path, rows = open_rows(source)
+    samples = Samples(File(path, rows, limit, strict, _gold_fault if answered else lambda fields: None, allow_outside))
     if not len(samples):
         raise InputError(f"data file {str(source)!r} holds no question")
     return samples
+
+
+def _gold_fault(fields):
+    """Why a row cannot be trained on, for its answer, or None. A gold answer must at least match itself."""
+    if fields["answer"] is None:
+        return f"has no answer; give it one ({', '.join(ANSWER[1:])}) or remove the row"
+    sample = Sample(**fields)
+    for gold in golds(sample):
+        if not re.sub(r"\\boxed|[{}$\s]", "", gold) or not is_correct(f"\\boxed{{{gold}}}", sample):
+            return f"has the answer {gold[:60]!r}, which no response can match; write the plain value"
+    return None
 
 
 def critique(sample, answer):

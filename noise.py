@@ -26,6 +26,7 @@ from utils.cli import TINY, InputError, reason
 from utils.loading import ATTENTION, read_map
 
 STEPS = 1000
+REGION_SIDE = 448               # pixels; CLIP sees 224 or 336
 MODES = ("key", "all", "random", "inverse")
 CLIP = str(TINY / "clip")
 
@@ -54,17 +55,61 @@ def diffuse(image, t, *, mask=None, seed=0):
         return image.copy()
     plain = image if image.mode in ("RGB", "L") else image.convert("RGB")
     x = np.asarray(plain, dtype=np.float64) / 127.5 - 1
-    level = signal_levels()[int(t)]
-    noised = np.sqrt(level) * x + np.sqrt(1 - level) * np.random.default_rng(seed).standard_normal(x.shape)
-    if mask is not None:
-        noised = x + (noised - x) * (mask if x.ndim == 2 else mask[..., None])
-    noised = Image.fromarray(np.rint((noised.clip(-1, 1) + 1) * 127.5).astype(np.uint8), plain.mode)
+    eps = np.random.default_rng(seed).standard_normal(x.shape)
+    mask = mask if mask is None or x.ndim == 2 else mask[..., None]
+    noised = Image.fromarray(np.rint((add_noise(x, eps, t, mask) + 1) * 127.5).astype(np.uint8), plain.mode)
     if image.mode == plain.mode:
         return noised
     result = noised.convert(image.mode)
     if "A" in image.getbands():
         result.putalpha(image.getchannel("A"))
     return result
+
+
+def add_noise(x, eps, t, mask=None):
+    """The forward process on values in [-1, 1], shown where mask (broadcastable, in [0, 1]) is 1, clamped; as x."""
+    level = signal_levels()[int(t)]
+    noised = np.sqrt(level) * x + np.sqrt(1 - level) * eps
+    if mask is not None:
+        noised = x + (noised - x) * mask
+    return noised.clip(-1, 1)
+
+
+class NoisedPicture(Image.Image):
+    """The noised twin of a picture (PIL image): source, noise step t, mask (h, w) or None for everywhere, seed.
+
+    A processor that shrinks a photo averages pixel noise away, and the evidence returns. So a model noises what its vision
+    tower gets of `source`, after its processor's own resize (`utils/sight.py`, which calls `noised_values`). To everybody
+    else this is a picture of the source's size, whose pixels are made when they are first looked at.
+    """
+
+    def __init__(self, source, t, mask, seed):
+        super().__init__()
+        self._mode, self._size = source.mode, source.size           # as Pillow's own pictures that load lazily
+        self.source, self.t, self.mask, self.seed = source, t, mask, seed
+
+    def mask_at(self, width, height):
+        """The mask as (height, width) float array in [0, 1]."""
+        if self.mask is None:
+            return np.ones((height, width))
+        if self.mask.shape == (height, width):
+            return self.mask
+        small = Image.fromarray(self.mask.astype(np.float32))
+        return np.asarray(small.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float64)
+
+    def load(self):
+        if self._im is None:
+            mask = None if self.mask is None else self.mask_at(*self.size)
+            self.im = diffuse(self.source, self.t, mask=mask, seed=self.seed).im
+        return super().load()
+
+    def noised_values(self, x, mask):
+        """x (n, 3) float32 in [-1, 1], the values that a vision tower gets; mask (n, 1) in [0, 1] -> noised, as x."""
+        eps = np.random.default_rng(self.seed).standard_normal(x.shape, dtype=np.float32)
+        return x if self.t == 0 else add_noise(x, eps, self.t, mask).astype(np.float32)
+
+    def __reduce__(self):                   # to another process without its pixels
+        return NoisedPicture, (self.source, self.t, self.mask, self.seed)
 
 
 class ClipAttention:
@@ -215,21 +260,21 @@ def parse_t(text):
     return low, high
 
 
-def make_pair(images, question, clip, t=(999, 999), mode="key", mass=0.5, seed=0, text_guidance=True):
+def make_pair(images, question, clip, t=(999, 999), mode="key", mass=0.5, seed=0):
     """`make_pairs` of one question -> list of PIL images."""
-    return make_pairs([images], [question], clip, t, [mode], mass, [seed], text_guidance)[0]
+    return make_pairs([images], [question], clip, t, [mode], mass, [seed])[0]
 
 
-def make_pairs(images, questions, clip, t, modes, mass, seeds, text_guidance=True, corruption="noise"):
-    """The noised twins i' of Q questions' images (paper 3.2.1): Q lists of PIL images -> Q lists of PIL images.
+def make_pairs(images, questions, clip, t, modes, mass, seeds, corruption="noise"):
+    """The noised twins i' of Q questions' images (paper 3.2.1): Q lists of PIL images -> Q lists of `NoisedPicture`s.
 
     clip: a ClipAttention, unused where the mode is "all". t: (low, high), one step drawn for each question, both included.
     modes, seeds: Q each; a seed is any value, from which noise, step and random region follow. corruption: "noise", or "mixed":
     for each question one of the five of `corruptions`, at one of the three upper severities where it is not the noise.
     """
-    asked = [(image, question if text_guidance else None)
-             for pictures, question, mode in zip(images, questions, modes, strict=True) if mode != "all" for image in pictures]
-    maps = clip.maps(asked) if asked else None
+    image_question_pairs = [(_shrunk(image), question) for pictures, question, mode
+                            in zip(images, questions, modes, strict=True) if mode != "all" for image in pictures]
+    maps = clip.maps(image_question_pairs) if image_question_pairs else None
     noised = []
     for pictures, mode, seed in zip(images, modes, seeds, strict=True):
         rng = random.Random(f"pair {seed}")
@@ -238,11 +283,20 @@ def make_pairs(images, questions, clip, t, modes, mass, seeds, text_guidance=Tru
         kind, severity = (other.choice(corruptions.NAMES), other.randint(3, 5)) if corruption == "mixed" else ("noise", 5)
         noised.append([])
         for image in pictures:
-            own = rng.getrandbits(63)
-            mask = region(next(maps), mass, mode, own) if mode != "all" else None
-            noised[-1].append(diffuse(image, step, mask=mask, seed=own) if kind == "noise" else
-                              corruptions.corrupt(image, kind, severity, diffuse, mask=mask, seed=own))
+            image_seed = rng.getrandbits(63)
+            mask = region(next(maps), mass, mode, image_seed) if mode != "all" else None
+            twin = NoisedPicture(image, step, mask, image_seed)
+            if kind != "noise":
+                twin = corruptions.corrupt(image, kind, severity, diffuse, mask=twin.mask_at(*image.size), seed=image_seed)
+            noised[-1].append(twin)
     return noised
+
+
+def _shrunk(image):
+    """A picture no larger than a region needs to be: its longer side is at most REGION_SIDE."""
+    scale = REGION_SIDE / max(image.size)
+    size = [max(1, round(side * scale)) for side in image.size]
+    return image if scale >= 1 else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
 def contact_sheet(image, question, clip, mass, ts, path, seed=0):

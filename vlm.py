@@ -32,6 +32,7 @@ from utils import loading, shared_prefix
 from utils.caches import has_states, new_cache
 from utils.cli import InputError, reason
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
+from utils.sight import Sight
 
 
 @dataclass
@@ -129,7 +130,7 @@ class VLM:
 
     def __init__(self, model, processor):
         self.model, self.processor = model.eval(), processor    # eval: with dropout, score would differ from sample
-        self.tokenizer = processor.tokenizer
+        self.tokenizer, self.sight = processor.tokenizer, Sight(processor)
         self.tokenizer.padding_side = "left"
         self.backbone, self.head = getattr(model, "model", None), model.get_output_embeddings()
         if self.backbone is None or self.head is None:
@@ -220,8 +221,9 @@ class VLM:
                                                             add_generation_prompt=True))
         bos = self.tokenizer.bos_token              # not once more where the template has written it
         try:
-            inputs = self.processor(text=texts, images=ordered if any(ordered) else None, padding=True,
-                                    return_tensors="pt", add_special_tokens=not (bos and texts[0].startswith(bos)))
+            inputs = self.sight(texts, ordered, add_special_tokens=not (bos and texts[0].startswith(bos)))
+        except InputError:
+            raise
         except ValueError as error:     # some classes take no prompt without a picture, or not beside others with one
             raise InputError(f"{type(self.processor).__name__} does not take these prompts: {error}") from error
         return Inputs({name: value.to(self.device) for name, value in inputs.items()},

@@ -97,7 +97,9 @@ def test_a_bad_row_is_named_in_one_sentence(tmp_path, row, names):
 
 
 def test_missing_unknown_empty_and_repeated(tmp_path):
-    for source, words in (("nowhere.jsonl", "does not exist"), (tmp_path, "does not exist"), (rows(tmp_path), "no question")):
+    (tmp_path / "empty").mkdir()
+    for source, words in (("nowhere.jsonl", "does not exist"), (tmp_path / "empty", "neither a data file"),
+                          (rows(tmp_path), "no question"), (tmp_path, "no question")):
         with pytest.raises(InputError, match=words):
             data.load(source)
     with pytest.raises(InputError, match="twice"):

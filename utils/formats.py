@@ -1,69 +1,78 @@
-"""Files of questions, as benchmarks publish them: JSONL, JSON, TSV and parquet -> one plain row a question."""
-import ast
-import base64
+"""Files of questions, as benchmarks publish them: JSONL, JSON, CSV, TSV, parquet and folders -> one plain row a question."""
 import csv
 import json
-import re
+import os
 import sys
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 
 from utils.cli import InputError, reason
+from utils.rows import IMAGE, LAYOUT, QUESTION, SUFFIXES, image_cells, to_sample
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-# The names under which the known formats keep a thing, in the order in which they are looked for.
-ID, QUESTION, IMAGE = ("id", "qid", "pid", "index"), ("question", "problem"), ("image", "images", "decoded_image", "image_path")
-LAYOUT = ("a question (question or problem), image, image_path, images or image_1.., answer, and for multiple choice choices, "
-          "options or columns A, B, ..")
+SHOWN_FAULTS = 20           # broken rows that are named one by one
 
 
 class File(Sequence):
     """The questions of a file, made on demand, as the fields of a `data.Sample` (dict).
 
-    rows: see `Rows`. broken: how many rows were left out.
+    rows: see `Rows`. fault_of: function(fields) -> why a question cannot be used, or None. broken: how many rows were left
+    out. strict: broken rows raise one InputError, and each of the first ones is named on stderr.
     """
 
-    def __init__(self, path, rows, limit, strict, answered):
-        self.path, self.rows, self.kept, self.broken = path, rows, array("q"), 0
-        seen, first = set(), None
-        for place in range(len(rows)):
-            if limit is not None and len(self.kept) == limit:
+    def __init__(self, path, rows, limit, strict, fault_of, allow_outside=False):
+        self.path, self.rows, self.allow_outside = path, rows, allow_outside
+        self.indices, self.broken = array("q"), 0
+        seen_ids, faults, systems = set(), [], 0
+        for index in range(len(rows)):
+            if limit is not None and len(self.indices) == limit:
                 break
             try:
-                row = self._row(place)
-                where, name = row["where"], row["id"]
-                if name in seen:
-                    raise InputError(f"{where}: id {name!r} occurs twice; make ids unique")
-                if answered and row["answer"] is None:
-                    raise InputError(f"{where}: question {name!r} has no answer; give it one or remove the row")
+                fields = self._fields(index)
+                where, id = fields["where"], fields["id"]
+                if id in seen_ids:
+                    raise InputError(f"{where}: id {id!r} occurs twice; make ids unique")
+                if fault := fault_of(fields):
+                    raise InputError(f"{where}: question {id!r} {fault}")
             except InputError as error:
-                if strict:
-                    raise
                 self.broken += 1
-                first = first or error
-                if self.broken <= 20:
-                    print(f"left out: {error}", file=sys.stderr)
+                faults += [error] * (self.broken <= SHOWN_FAULTS)
                 continue
-            seen.add(name)
-            self.kept.append(place)
-        if self.broken and not self.kept:
-            raise InputError(f"{path} has no row that can be used; the first: {first}")
+            seen_ids.add(id)
+            self.indices.append(index)
+            systems += "system" in fields["meta"]
+        for error in faults if self.broken > 1 or not strict else ():
+            print(f"{'broken' if strict else 'left out'}: {error}", file=sys.stderr)
+        if self.broken and strict:
+            raise InputError(str(faults[0]) if self.broken == 1 else
+                             f"{path} has {self.broken} broken rows, each of the first {len(faults)} named above; the first: "
+                             f"{faults[0]}")
+        if self.broken and not self.indices:
+            raise InputError(f"{path} has no row that can be used; the first: {faults[0]}")
         if self.broken:
-            print(f"{path}: {self.broken} broken rows left out, {len(self.kept)} questions kept", file=sys.stderr)
+            print(f"{path}: {self.broken} broken rows left out, {len(self.indices)} questions kept", file=sys.stderr)
+        if systems:
+            print(f"{path}: the system prompts of {systems} rows are not used; the prompt asks for a boxed answer",
+                  file=sys.stderr)
 
     def __len__(self):
-        return len(self.kept)
+        return len(self.indices)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        return self._row(self.kept[index])
+        return self._fields(self.indices[index])
 
-    def _row(self, place):
-        where, row = self.rows[place]
+    def _fields(self, index):
+        where, row = self.rows[index]
         if isinstance(row, InputError):
             raise row
-        return to_sample(row, where, self.path, self.rows.cells)
+        try:
+            return to_sample(row, where, self.path, self.rows.cells, self.allow_outside)
+        except InputError:
+            raise
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise InputError(f"{where} cannot be read as a question ({reason(error)}); repair or remove it") from error
 
 
 class Rows(list):
@@ -71,7 +80,7 @@ class Rows(list):
 
     def cells(self, row, where):
         """The image cells of a row (list)."""
-        return _image_cells(row)
+        return image_cells(row)
 
 
 class TsvRows:
@@ -94,32 +103,33 @@ class TsvRows:
                 self.lines.append(line)
 
     def _records(self, offset, line):
-        """(offset, line, cells, whole) of the records from a place on; a cell may span lines, so csv decides where one ends.
-        whole: false where the file ends inside a quoted cell. Only one such walk at a time: they share the file's position."""
+        """(offset, line, cells, complete) of the records from a place on. A cell may span lines, so csv decides where a
+        record ends. complete: false where the file ends inside a quoted cell. Only one such walk at a time, because they
+        share the file's position."""
         self.file.seek(offset)
-        end, whole = [offset, line], True
+        end, complete = [offset, line], True
 
         def lines():
-            nonlocal whole
+            nonlocal complete
             for raw in iter(self.file.readline, b""):
                 end[0], end[1] = end[0] + len(raw), end[1] + 1
                 # csv takes a lone \r for the end of a record and refuses what follows; before Python 3.11, NUL as well
                 text = raw.decode("utf-8", "replace").removeprefix("\ufeff")
                 yield text.replace("\r\n", "\n").replace("\r", " ").replace("\0", "\ufffd")
-            whole = False
+            complete = False
         start = list(end)
         for cells in csv.reader(lines(), delimiter="\t"):
-            yield (*start, cells, whole)
+            yield (*start, cells, complete)
             start = list(end)
 
     def __len__(self):
         return len(self.offsets)
 
-    def __getitem__(self, place):
-        line = self.lines[place]
-        _, _, cells, whole = next(self._records(self.offsets[place], line))
+    def __getitem__(self, index):
+        line = self.lines[index]
+        _, _, cells, complete = next(self._records(self.offsets[index], line))
         where = f"{self.path}, line {line}"
-        if not whole:
+        if not complete:
             return where, InputError(f"{where}: row {cells[0][:40]!r} opens a quote that never closes, so that it holds the "
                                      "rest of the file; double the quote or remove it")
         if len(cells) != len(self.header):
@@ -129,20 +139,20 @@ class TsvRows:
 
     def cells(self, row, where):
         """As above; a cell that is the index of another row stands for all the cells of that row."""
-        found, todo, seen = [], _image_cells(row)[::-1], set()
+        pictures, todo, visited = [], image_cells(row)[::-1], set()
         while todo:
             cell = todo.pop()
             if not isinstance(cell, str) or len(cell) > 64 or cell not in self.by_index:
-                found.append(cell)
+                pictures.append(cell)
                 continue
             other = self[self.by_index[cell]][1]
-            more = _image_cells(other) if isinstance(other, dict) and cell not in seen and len(seen) < 64 else []
+            more = image_cells(other) if isinstance(other, dict) and cell not in visited and len(visited) < 64 else []
             if not more:                                # real files refer once
                 raise InputError(f"{where} has an image that is the index of row {cell!r}, which leads in a circle, over more "
                                  "than 64 rows or to no picture; repair or remove the row")
-            seen.add(cell)
+            visited.add(cell)
             todo += more[::-1]
-        return found
+        return pictures
 
 
 def _parsed(text, where):
@@ -160,14 +170,24 @@ def _read_jsonl(path):
 
 
 def _read_json(path):
-    found = _parsed(path.read_text(encoding="utf-8-sig", errors="replace"), path)
-    if isinstance(found, InputError):
-        raise found
-    if isinstance(found, dict):                 # MathVista: {"pid": row}
-        found = [{"pid": key, **row} if isinstance(row, dict) else row for key, row in found.items()]
-    if not isinstance(found, list):
-        raise InputError(f"{path} holds a {type(found).__name__}; a list of rows, or an object of rows by id, is expected")
-    return Rows([(f"{path}, row {number}", row) for number, row in enumerate(found, 1)])
+    content = _parsed(path.read_text(encoding="utf-8-sig", errors="replace"), path)
+    if isinstance(content, InputError):
+        raise content
+    if isinstance(content, dict):                 # MathVista: {"pid": row}
+        content = [{"pid": key, **row} if isinstance(row, dict) else row for key, row in content.items()]
+    if not isinstance(content, list):
+        raise InputError(f"{path} holds a {type(content).__name__}; a list of rows, or an object of rows by id, is expected")
+    return Rows([(f"{path}, row {number}", row) for number, row in enumerate(content, 1)])
+
+
+def _read_csv(path):
+    csv.field_size_limit(2**31 - 1)
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        try:
+            return Rows([(f"{path}, row {number}", {key: value for key, value in row.items() if isinstance(key, str)})
+                         for number, row in enumerate(csv.DictReader(file), 1)])
+        except csv.Error as error:
+            raise InputError(f"{path} is no sound CSV file ({error}); repair it") from error
 
 
 def _read_parquet(path):
@@ -178,144 +198,54 @@ def _read_parquet(path):
         raise InputError(f"{path} is a parquet file; install pyarrow to read it") from error
     try:
         rows = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+    except (pyarrow.ArrowException, AssertionError, AttributeError, LookupError, OverflowError, TypeError,
+            ValueError) as error:
         raise InputError(f"{path} is no sound parquet file ({reason(error)}); fetch or write it again") from error
     return Rows([(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)])
 
 
-READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".tsv": TsvRows, ".parquet": _read_parquet}
+READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": TsvRows, ".parquet": _read_parquet}
 
 
-def _listed(value):
-    """A list, or one written as text ("['a', 'b']"), parsed as a literal and never evaluated -> list, else None."""
-    if isinstance(value, str) and value.strip().startswith("["):
-        try:
-            value = ast.literal_eval(value.strip())
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            return None
-    return list(value) if isinstance(value, (list, tuple)) else None
+def data_file(folder):
+    """The data file of a folder: metadata.* first (Hugging Face's imagefolder), else the only one there is. None for an
+    imagefolder without one, whose pictures lie in a folder a class. Raises InputError."""
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS and path.is_file())
+    files = [path for path in files if path.stem == "metadata"] or files
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise InputError(f"folder {str(folder)!r} holds {len(files)} data files "
+                         f"({', '.join(path.name for path in files[:5])}); give the path of one")
+    return None
 
 
-def _absent(value):
-    """Whether a cell holds nothing: blank text, None, [], or the NaN that pandas and parquet put there. 0 and "None" are
-    something."""
-    return value is None or value == [] or value != value or isinstance(value, str) and not value.strip()
+def image_folder(folder):
+    """An imagefolder, one folder of pictures a class -> Rows that ask for the class."""
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    pictures = [(path, file) for path in classes for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES]
+    if len({path for path, _ in pictures}) < 2:
+        raise InputError(f"folder {str(folder)!r} holds neither a data file ({', '.join(READERS)}) nor a folder of pictures "
+                         "for each of several classes; give the path of a file")
+    names = sorted({path.name for path, _ in pictures})
+    choices = {"choices": names} if len(names) <= 26 else {}
+    return Rows([(str(file), {"id": str(file.relative_to(folder)), "image": str(file.relative_to(folder)), "answer": path.name,
+                              "question": "Which class does the picture show?", **choices}) for path, file in pictures])
 
 
-def _text(value):
-    """A cell as text; half a character ("\\ud800"), which JSON can hold and no tokenizer takes, becomes "?"."""
-    return str(value).encode("utf-8", "replace").decode()
-
-
-def _letter_of(answer, choices, by_text):
-    """A gold answer -> the option's letter, by letter in any dress ("B", "(B)", "\\boxed{B}") or by text; None if neither."""
-    letters = LETTERS[:len(choices)]
-    if len(answer) == 1 and answer in letters and not by_text:
-        return answer
-    inner = re.sub(r"^\\boxed\{(.*)\}$", r"\1", answer.strip("$ "), flags=re.DOTALL).strip("$ ")
-    for text in (answer, inner):
-        if text in choices:
-            return letters[choices.index(text)]
-    bare = re.sub(r"\\text|[\s{}()\[\].:]", "", inner).upper()
-    return bare if len(bare) == 1 and bare in letters else None
-
-
-def _image_cells(row):
-    """Where a row keeps its pictures: one cell, a list, a list as text, or image_1, image_2, .. -> list of cells."""
-    cells = next((row[key] for key in ("decoded_image", *IMAGE) if not _absent(row.get(key))), None)
-    if cells is None:
-        numbered = sorted((key for key in row if re.fullmatch(r"image_\d+", str(key))), key=lambda key: int(key[6:]))
-        cells = [row[key] for key in numbered]
-    listed = _listed(cells)
-    return [cell for cell in ([cells] if listed is None else listed) if not _absent(cell)]
-
-
-def _picture(cell, folder, where):
-    """An image cell -> a path, or the bytes of a picture. Raises InputError."""
-    if isinstance(cell, dict):                      # Hugging Face: {"bytes": ..., "path": ...}
-        cell = cell.get("bytes") or cell.get("path")
-    if isinstance(cell, bytes) and cell:
-        return cell
-    if not isinstance(cell, str) or _absent(cell):
-        raise InputError(f"{where} has the image {str(cell)[:40]!r}; a path, a list of paths, or picture data is expected")
-    # base64 has no dot, which every path with a suffix has, and 64 characters of it hold no picture
-    if not cell.startswith("data:") and ("." in cell or len(cell) <= 64):
-        return folder / cell
+def open_rows(source):
+    """A file or a folder -> (path whose folder the pictures are relative to, rows). Raises InputError."""
+    path, shown = Path(source), repr(str(source)[:200])
     try:
-        text = cell.partition(",")[2] if cell.startswith("data:") else cell
-        return base64.b64decode("".join(text.split()), validate=True)          # mail wraps it in lines
-    except ValueError as error:
-        raise InputError(f"{where} has an image that is not base64 ({error}); repair or remove the row") from error
-
-
-_HINT = re.compile(r"^Hint: .*?\nQuestion: ", re.DOTALL)        # VLMEvalKit and MathVista wrap the question in instructions
-_OPTIONS = re.compile(r"\n(?:Options?|Choices): *\n?(?=\(?A)", re.IGNORECASE)
-
-
-def _options_in(question):
-    """A question whose last lines list its options -> (question, option texts); else (question, None)."""
-    stem, *tail = _OPTIONS.split(question, maxsplit=1)
-    parts = re.split(r"(?:^|,\s*|\n\s*)\(?([A-H])[:.)]\s*", tail[0]) if tail else []
-    if not parts[1::2] or parts[1::2] != list(LETTERS[:len(parts) // 2]):
-        return question, None
-    return stem.strip(), [text.strip() for text in parts[2::2]]
-
-
-def to_sample(row, where, path, cells):
-    """One row of any known layout -> the fields of a `data.Sample` (dict). cells: see `Rows.cells`.
-
-    Raises InputError that names place and id.
-    """
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: a JSON object is expected, found {type(row).__name__}")
-    if not any(key in row for key in QUESTION):
-        raise InputError(f"{where} has the fields {', '.join(map(_text, row))[:200]}; {LAYOUT} are expected")
-    row = {key: value for key, value in row.items() if not _absent(value)}
-    name = next((_text(row[key]) for key in ID if key in row), where.split()[-1])
-    here = f"{where}: question {name!r}"
-    question = next((row[key] for key in QUESTION if key in row), "")
-    if not isinstance(question, str) or not question.strip():
-        raise InputError(f"{here} is empty or no text; give it one or remove the row")
-    question = _HINT.sub("", _text(question).strip())
-    if "unit" in row and "(Unit:" not in question:          # MathVista's own files keep it beside the question
-        question += f" (Unit: {_text(row['unit'])})"
-    # Options: a list, a list as text, columns A, B, .., or the question's own last lines (MMStar)
-    choices, (stem, written) = row.get("choices", row.get("options", [])), _options_in(question)
-    if choices not in ([], "[]"):
-        listed = _listed(choices)
-        if listed is None or not 2 <= len(listed) <= len(LETTERS):
-            raise InputError(f"{here} has choices {_text(choices)[:60]!r}; a list of 2 to 26 texts is expected")
-        choices = ["" if _absent(choice) else _text(choice) for choice in listed]
-    else:
-        columns = [_text(row.get(letter, "")) for letter in LETTERS]
-        used = [place for place, text in enumerate(columns) if text]
-        choices = columns[:used[-1] + 1] if len(used) > 1 else written
-    if written and written == [choice.strip() for choice in choices]:           # the prompt lists them, once
-        question = stem
-    answer = row.get("answer_option", row.get("answer"))
-    if isinstance(answer, dict):
-        raise InputError(f"{here} has an answer of named parts ({', '.join(map(_text, answer))[:60]}); text or a number is "
-                         "expected")
-    answer = None if answer is None else _text(answer).strip()
-    if row.get("question_type") == "open" and _listed(answer):         # MMMU: any of several
-        answer = [_text(item) for item in _listed(answer)]
-    if choices and answer is not None:
-        # MathVista's own files give the option's text, even where it looks like a letter
-        letter = _letter_of(answer, choices, "pid" in row and "answer_option" not in row)
-        if letter is None:
-            raise InputError(f"{here} has the answer {answer[:60]!r}; a letter from A to {LETTERS[len(choices) - 1]} or the "
-                             "text of a choice is expected")
-        answer = letter
-    images = [_picture(cell, path.parent, here) for cell in cells(row, here)]
-    meta = dict(row["meta"]) if isinstance(row.get("meta"), dict) else {}
-    known = row | row["metadata"] if isinstance(row.get("metadata"), dict) else row             # MathVista
-    meta |= {key: known[key] for key in ("answer_type", "precision", "category", "level", "subject", "split", "question_type")
-             if key in known}
-    try:
-        sound = 0 <= float(meta.get("precision") or 0) <= 15
-    except (TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise InputError(f"{here} has the precision {_text(meta['precision'])[:20]!r}; a number of decimals is expected")
-    return {"id": name, "images": images, "question": question, "answer": answer, "choices": choices,
-            "source": _text(row.get("source", path.stem)), "meta": meta, "where": where}
+        if os.path.isdir(path):             # False, not an error, where the name is too long for a file
+            file = data_file(path)
+            if file is None:
+                return path / "folder", image_folder(path)
+            path = file
+        if not os.path.isfile(path):
+            raise InputError(f"data file {shown} does not exist; give 'synthetic' or the path of a file or a folder")
+        if path.suffix.lower() not in READERS:
+            raise InputError(f"data file {shown} ends in {path.suffix!r}; one of {', '.join(READERS)} is expected")
+        return path, READERS[path.suffix.lower()](path)
+    except OSError as error:
+        raise InputError(f"data file {shown} cannot be read ({error}); repair it or its permissions") from error

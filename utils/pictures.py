@@ -1,0 +1,118 @@
+"""Picture files as a viewer shows them: upright, on a white ground, in sRGB, the first frame of an animation."""
+import io
+import os
+import stat
+import warnings
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+MAX_PIXELS = 2**26          # decoded at once, 268 MB; larger JPEGs are decoded at a half, a quarter or an eighth
+MAX_RATIO = 200             # what the models' processors take
+# These hand the file to another program or need a plugin that is not part of Pillow.
+UNSAFE_FORMATS = {"EPS", "WMF", "GRIB", "BUFR", "HDF5", "FPX", "MIC", "MPEG"}
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, TypeError, LookupError, ArithmeticError, AttributeError,
+              AssertionError, Image.DecompressionBombError)
+
+
+def open_header(source):
+    """A path or the bytes of a file -> PIL image whose pixels are not decoded yet. Raises one of UNREADABLE."""
+    if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
+        raise ValueError("it is no regular file")           # a FIFO or a device would wait for ever
+    Image.init()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")         # of odd tags, and of sizes, for which `load_picture` has its own bound
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source,
+                          formats=sorted({*Image.OPEN} - UNSAFE_FORMATS))
+
+
+def shown_size(source):
+    """(width, height) of a picture as `load_picture` returns it, from the file's header alone. Raises one of UNREADABLE."""
+    with open_header(source) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _check_shape(file)
+        turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8) and file.format != "TIFF"        # Pillow turns a TIFF itself
+        return file.size[::-1] if turned else file.size
+
+
+def load_picture(source, enough=None):
+    """A path or the bytes of a file -> RGB image, as a viewer shows it. Raises one of UNREADABLE.
+
+    enough: a number of pixels that the caller can use. A JPEG with more than twice as many is decoded at a half, a quarter
+    or an eighth of its size, which is faster and never leaves fewer than twice that number.
+    """
+    with open_header(source) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _check_shape(file)
+        scale = next((s for s in (8, 4, 2) if enough and file.width * file.height >= 2 * enough * s * s), 1)
+        while file.width * file.height > MAX_PIXELS * scale * scale and scale < 8:
+            scale *= 2
+        if scale > 1:
+            file.draft(None, (file.width // scale, file.height // scale))           # only JPEG's decoder shrinks
+        if file.width * file.height > MAX_PIXELS:
+            raise ValueError(f"{file.width} x {file.height} pixels are more than {MAX_PIXELS:,}; shrink it")
+        file.load()
+        zero_is_white = getattr(file, "tag_v2", {}).get(262) == 0                       # TIFF
+        return _on_white(ImageOps.exif_transpose(file), zero_is_white)
+
+
+def _check_shape(file):
+    if max(file.size) > MAX_RATIO * min(file.size):
+        raise ValueError(f"{file.width} x {file.height} pixels, longer than {MAX_RATIO} times its breadth")
+
+
+def _on_white(image, zero_is_white=False):
+    """Any mode -> RGB: deep greys to 8 bits, colours through the file's profile, transparency on a white ground."""
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image, zero_is_white)
+    alpha = None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    elif image.mode in ("P", "1", "YCbCr", "RGBX"):
+        image = image.convert("RGB")
+    image = _to_srgb(image)
+    return image if alpha is None else Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+
+
+def _eight_bits(image, zero_is_white):
+    """A grey picture of 16 or 32 bits or of floats -> L, or LA where one grey stands for transparent.
+
+    16 bits: the full range is black to white. 32 bits and floats have no agreed white. It is the smallest of 1 (floats),
+    255, 65,535 that no pixel exceeds; beyond those, or below 0, the darkest pixel is black and the brightest white.
+    """
+    sixteen = image.mode.startswith("I;16")
+    values = np.asarray(image).astype(np.float64)
+    finite = np.isfinite(values)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    if sixteen:
+        low, high = 0.0, 65535.0
+    elif low >= 0 and high <= 65535:
+        low, high = 0.0, next(white for white in (1.0, 255.0, 65535.0) if high <= white and (image.mode == "F" or white > 1))
+    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255 / (high - low) if high > low else 0)
+    if zero_is_white:
+        scaled = 255 - scaled
+    grey = Image.fromarray(np.rint(scaled).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey = Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
+    grey.info["icc_profile"] = image.info.get("icc_profile")
+    return grey
+
+
+def _to_srgb(image):
+    """Colours by the file's ICC profile -> RGB. A profile that cannot be used is ignored, as viewers do."""
+    profile = image.info.get("icc_profile")
+    if image.mode == "LAB":
+        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"),
+                                         outputMode="RGB")
+    flat = image.convert("RGB") if image.mode in ("RGBA", "LA") else image
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "sRGB" not in ImageCms.getProfileDescription(source):
+                return ImageCms.profileToProfile(flat, source, ImageCms.createProfile("sRGB"), outputMode="RGB",
+                                                 renderingIntent=ImageCms.getDefaultIntent(source))
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            pass
+    return flat if flat.mode == "RGB" else flat.convert("RGB")
