@@ -76,9 +76,39 @@ def command(name, function):
         raise SystemExit(130) from None
 
 
-def option(default, text, choices=None):
-    """A dataclass field that is also a command-line flag: its default, a sentence of help, what it may be."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+def option(default, text, choices=None, *, least=None, above=None, most=None, below=None):
+    """A dataclass field that is also a command-line flag: its default, a sentence of help, what it may be.
+
+    choices: the words it may be. least, most: bounds that are allowed values; above, below: bounds that are not.
+    """
+    bounds = {"least": least, "above": above, "most": most, "below": below}
+    return field(default=default, metadata={"help": text, "choices": choices, "bounds": bounds})
+
+
+def check_bounds(settings):
+    """Refuse a number outside the bounds of its `option`, and a float that is not finite. settings: a dataclass instance.
+    Raises InputError, one sentence with flag, value and bounds."""
+    for f in fields(settings):
+        value, bounds = getattr(settings, f.name), f.metadata.get("bounds", {})
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{f.name} is {value}; a finite number is expected")
+        least, above, most, below = (bounds.get(name) for name in ("least", "above", "most", "below"))
+        if not ((least is None or value >= least) and (above is None or value > above)
+                and (most is None or value <= most) and (below is None or value < below)):
+            raise InputError(f"--{f.name} is {value}; {_expected(least, above, most, below)}")
+
+
+def _expected(least, above, most, below):
+    """Bounds in words (str)."""
+    if most is None and below is None:
+        return {(0, None): "it must not be negative"}.get((least, above)) or (
+            f"it must be above {above}" if least is None else f"it must be at least {least}")
+    high = f"at most {most}" if below is None else f"below {below}"
+    if least is None and above is None:
+        return f"it must be {high}"
+    if above is None and below is None:
+        return f"a number from {least} to {most} is expected"
+    return f"a number {f'above {above}' if least is None else f'of at least {least}'} and {high} is expected"
 
 
 def add_options(parser, settings):
