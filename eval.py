@@ -28,7 +28,7 @@ from tqdm import tqdm
 import catts
 import data
 import noise
-from catts import Vote, sample_votes, share_of, spoken, tally, winner
+from catts import Vote, rollout_record, sample_votes, share_of, tally, winner
 from noise import MODES, ClipAttention, make_pair, make_pairs, parse_t
 from utils import baselines, cli, corruptions, metrics, report, results_file
 from utils.cli import InputError
@@ -77,7 +77,7 @@ class Memo:
 
 
 def collector(controller, sizes, drawn):
-    """-> a function: batch of samples -> rows for `catts.answer_file`, with all that the methods need.
+    """-> a function: batch of samples -> rows for `run_resumable`, with all that the methods need.
 
     `drawn` samples a question; the votes of every module for the first n of them, for each n of `sizes`; the greedy answer,
     the one with the plausibility cut alone (alpha = 0), and the Expert's own.
@@ -97,14 +97,14 @@ def collector(controller, sizes, drawn):
         controller.expert = expert
         rows = []
         for i, sample in enumerate(batch):
-            row = found[max(sizes)][i].record(sample, settings.window)
+            row = found[max(sizes)][i].record(sample)
             row = {key: row[key] for key in ("id", "gold", "choices", "question", "source", "meta")}
-            row |= {"samples": [spoken(r, sample, settings.window) for r in groups[i]],
-                    "greedy": spoken(greedy[i], sample), "cut_only": spoken(cut[i], sample) if cut else None}
+            row |= {"samples": [rollout_record(r, sample, settings.window) for r in groups[i]],
+                    "greedy": rollout_record(greedy[i], sample), "cut_only": rollout_record(cut[i], sample) if cut else None}
             answer = extract_answer(own[i].text, sample.choices)
             row["expert"] = {"answer": answer, "correct": accepts(answer, sample), "tokens": own[i].tokens}
             row["by_n"] = {str(n): {"ran": list(votes), "votes": votes, "parts": r.ledger.parts, "notes": r.ledger.notes,
-                                    "said": r.said, "order": r.order}
+                                    "said": r.texts, "order": r.order}
                            for n, results in found.items() for r in [results[i]] for votes in [r.by_source()]}
             rows.append(row)
         return rows
@@ -326,22 +326,24 @@ def main(argv=None):
     for name, path in zip(names, paths):
         controller = catts.build(args, settings, path)
         folder = output / re.sub(r"[^\w.-]+", "_", name)
-        frame = results_file.frame_of(args, model=path, baseline=None, target_risk=None, corruptions=None)
-        votes[name] = results_file.answer_file(collector(controller, args.sizes, drawn), samples, folder / "votes.jsonl", frame,
-                                        args.batch_size, f"{name}: votes", args.strict)
+        frame = results_file.run_fingerprint(args, ("baseline", "target_risk", "corruptions"), model=path)
+        defaults = results_file.run_fingerprint(parser.parse_args([]), ("baseline", "target_risk", "corruptions"))
+        votes[name] = results_file.run_resumable(
+            collector(controller, args.sizes, drawn), samples, folder / "votes.jsonl", frame, args.batch_size,
+            f"{name}: votes", args.strict, defaults)
         if isinstance(controller.vlm, VLM):
-            probes[name] = results_file.answer_file(
+            probes[name] = results_file.run_resumable(
                 prober(controller.vlm, controller.clip, args.regions, ts, settings.mass, args.probe_samples,
                              settings.seed, max_new_tokens=settings.max_new_tokens),
                 samples, folder / "probe.jsonl", frame | {"states": list(STATES)}, args.batch_size, f"{name}: probe",
-                args.strict)
+                args.strict, defaults)
             if args.corruptions is not None:
                 kinds = args.corruptions or corruptions.NAMES
-                corrupted[name] = results_file.answer_file(
+                corrupted[name] = results_file.run_resumable(
                     corrupter(controller.vlm, controller.clip, kinds, settings.mass, args.probe_samples, settings.seed,
                               max_new_tokens=settings.max_new_tokens),
                     samples, folder / "corruptions.jsonl", frame | {"corruptions": list(kinds)}, args.batch_size,
-                    f"{name}: corruptions", args.strict)
+                    f"{name}: corruptions", args.strict, defaults)
     if votes[names[0]] is None:             # not the first rank
         return
     ids = [s.id for s in samples]
@@ -364,8 +366,8 @@ def main(argv=None):
     about += "".join(f" {name}: c = sigmoid({scale['slope']:.3g} C {scale['intercept']:+.3g}), fixed before the training began."
                      for name, scale in scales.items() if scale)
     cli.write_atomically(output / "tables.json", cli.strict_json({"about": about, **tables}, indent=1))
-    threshold = tables["abstention"][names[-1]] | {"settings": results_file.deciding(settings),
-                                                   "sources": results_file.sources_of(args)}
+    threshold = tables["abstention"][names[-1]] | {"settings": results_file.threshold_settings(settings),
+                                                   "sources": results_file.source_fingerprint(args)}
     cli.write_atomically(output / "threshold.json", cli.strict_json(threshold, indent=1))
     clip = controller.clip or ClipAttention.from_pretrained(args.clip)
     (output / "report.html").write_text(report.build(
@@ -397,7 +399,7 @@ def main(argv=None):
         print(cli.table(tables["severity"]))
     print(f"\nwrote {output}/: report.html, tables.json, threshold.json, probe.png and the stored votes; "
           "the page and tables.json hold every interval")
-    changed = [f"--{key} {shlex.quote(str(value))}" for key, value in results_file.deciding(settings).items()
+    changed = [f"--{key} {shlex.quote(str(value))}" for key, value in results_file.threshold_settings(settings).items()
                if value != getattr(catts.Settings, key)]
     changed += [f"--{key} {shlex.quote(getattr(args, key))}" for key in ("expert", "expert_model", "clip", "check_model")
                 if getattr(args, key) != parser.get_default(key)]
@@ -458,7 +460,7 @@ def probe(vlm, samples, clip, ts=PROBE_STEPS, mode="key", mass=0.5, n=4, seed=0,
 
 
 def prober(vlm, clip, regions, ts, mass, n, seed, **sampling):
-    """-> a function: batch of samples -> rows for `catts.answer_file`: {"id", "found": {region: {t: [Answer, ...]}},
+    """-> a function: batch of samples -> rows for `run_resumable`: {"id", "found": {region: {t: [Answer, ...]}},
     "states": {of STATES: the question's hidden state, packed}}, noised at the last step on the first region."""
     def collect(batch):
         rows = {s.id: {"id": s.id, "found": {region: {} for region in ("clean", *regions)}} for s in batch}
@@ -477,7 +479,7 @@ def prober(vlm, clip, regions, ts, mass, n, seed, **sampling):
 
 
 def corrupter(vlm, clip, names, mass, n, seed, **sampling):
-    """-> a function: batch of samples -> rows for `catts.answer_file`: {"id", "found": {"clean" or "corruption, region,
+    """-> a function: batch of samples -> rows for `run_resumable`: {"id", "found": {"clean" or "corruption, region,
     severity": [Answer, ...]}}, on the key region and on the whole picture, at five severities."""
     def collect(batch):
         rows = {s.id: {"id": s.id, "found": {}} for s in batch}

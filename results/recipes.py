@@ -52,7 +52,7 @@ from utils.cli import InputError
 from utils.experts import LocalExpert
 from utils.judge import accepts
 from utils.metrics import auroc, calibration_error, confidence_metrics
-from utils.results_file import answer_file
+from utils.results_file import run_resumable
 from utils.tables import HEADLINE as COLUMNS
 from vlm import VLM
 
@@ -166,7 +166,7 @@ def votes_of(path, samples, file, sizes):
     controller = Controller(VLM.load(path), expert, noise.ClipAttention.from_pretrained(), settings)
     frame = {"model": str(path), "sizes": sizes}
     drawn = max(sizes[-1], 2 * ANSWERS)
-    return list(answer_file(eval.collector(controller, sizes, drawn), samples, file, frame, 50,
+    return list(run_resumable(eval.collector(controller, sizes, drawn), samples, file, frame, 50,
                             f"votes of {Path(path).name}").values())
 
 

@@ -273,8 +273,6 @@ def test_a_threshold_belongs_to_the_settings_it_was_fitted_under(measured):
     assert results_file.read_threshold(fitted) is not None
     with pytest.raises(InputError, match="fitted with samples 4, this run has samples 8"):
         results_file.read_threshold(dataclasses.replace(fitted, samples=8))
-    with pytest.raises(InputError, match="early_exit gate"):
-        results_file.read_threshold(dataclasses.replace(fitted, early_exit="gate"))
     with pytest.raises(InputError, match="fitted with model .*, this run has model expert"):
         catts.run([str(ROOT / "tiny" / "example.png"), "Red?", "--samples", "4", "--max_new_tokens", "40", "--expert_tokens",
                    "40", "--abstain", file, "--model", str(ROOT / "tiny" / "expert")])

@@ -43,6 +43,20 @@ def add_sources(parser):
     parser.add_argument("--cache", default="runs/cache", help="folder for servers' replies; '' = none")
 
 
+def check_sources(args):
+    """Refuse flags of `add_sources` that cannot work. Raises InputError."""
+    if args.batch_size < 1 or not 0 < args.timeout <= 1e6 or args.retries < 0:
+        raise InputError(f"--batch_size {args.batch_size} and --timeout {args.timeout:g} must be above 0 (a time-out at most "
+                         f"1e6), --retries {args.retries} not negative")
+
+
+def check_choices(choices):
+    """Refuse options of a question that letters cannot name. choices: list of str, or None. Raises InputError."""
+    if choices is not None and (not 2 <= len(choices) <= 26 or not all(choice.strip() for choice in choices)
+                                or len(set(choices)) < len(choices)):
+        raise InputError(f"--choices {' '.join(map(repr, choices))}: 2 to 26 different options are expected")
+
+
 class InputError(ValueError):
     """Bad input from the user: one sentence that says what, its value, and what to do. Commands exit with code 2."""
 
