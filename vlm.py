@@ -68,11 +68,6 @@ class Inputs(dict):
         super().__init__(tensors)
         self.one_picture_each = one_picture_each
 
-    def to_dtype(self, dtype):
-        """-> Inputs whose pixels have this dtype."""
-        return Inputs({name: value.to(dtype) if value.is_floating_point() else value for name, value in self.items()},
-                      self.one_picture_each)
-
     def rows(self, indices):
         """The inputs of these prompts (list of int), in this order, without columns that are padding only -> Inputs.
 
@@ -227,7 +222,7 @@ class VLM:
         except ValueError as error:     # some classes take no prompt without a picture, or not beside others with one
             raise InputError(f"{type(self.processor).__name__} does not take these prompts: {error}") from error
         return Inputs({name: value.to(self.device) for name, value in inputs.items()},
-                      all(len(pictures) == 1 for pictures in images)).to_dtype(self.head.weight.dtype)
+                      all(len(pictures) == 1 for pictures in images))
 
     def prompt_length(self, images, prompt):
         """Tokens of one prompt, its pictures included (int)."""
@@ -239,7 +234,8 @@ class VLM:
     def prefill(self, images, prompts, inputs=None):
         """One forward pass over the prompts -> Prefill. inputs: what `encode` made of them, else it is made here."""
         inputs = self.encode(images, prompts) if inputs is None else inputs
-        inputs = inputs.to_dtype(self.head.weight.dtype)        # FSDP may have changed it since they were encoded
+        dtype = self.head.weight.dtype                      # pixels follow the weights, whose dtype FSDP may have changed
+        inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         positions, cache = loading.position_ids(self.model, inputs), new_cache(self.text_config)
         hidden = self._forward(cache, position_ids=positions, **inputs)                             # (B, L, D)
         return Prefill(cache, hidden[:, -1], inputs["attention_mask"], positions[..., -1:])
