@@ -82,7 +82,7 @@ class NoisedPicture(Image.Image):
     else this is a picture of the source's size, whose pixels are made when they are first looked at.
     """
 
-    def __init__(self, source, t, mask, seed):
+    def __init__(self, source, t, mask=None, seed=0):
         super().__init__()
         self._mode, self._size = source.mode, source.size           # as Pillow's own pictures that load lazily
         self.source, self.t, self.mask, self.seed = source, t, mask, seed
