@@ -12,36 +12,66 @@ is determined by the picture, cell by cell (`meta["solution"]`; only the warm-up
 
 Left out on purpose: downloads. A file is opened where the user has it.
 """
+import base64
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from PIL import Image
 
 from tiny import questions
 from tiny.questions import SIZES, SPLITS, Synthetic
-from utils.cli import InputError, reason
+from utils.cli import InputError, reason, strict_json, write_atomically
 from utils.formats import File, open_rows
 from utils.judge import is_correct
-from utils.pictures import UNREADABLE, load_picture, shown_size
+from utils.pictures import UNREADABLE, groups_by_picture, load_picture, shown_size
 from utils.rows import ANSWER, LETTERS
 
 
 def open_data(args):
-    """(training questions, held-out questions). Built-in questions have a test split; a file gives up every fifth
-    question at most, drawn by the seed; each of its questions must have a picture."""
+    """(training questions, held-out questions). Built-in questions have a test split. Of a file at most a fifth is held
+    out, drawn by the seed, and no picture is in both parts. Each question must have a picture."""
     if args.data == "synthetic":
         held_out = load("synthetic", "test", args.run.eval_size, args.seed) if args.run.eval_size else []
         return load("synthetic", "train", None, args.seed), held_out
-    samples = list(load(args.data, answered=True))
+    samples = list(load(args.data, answered=True, allow_outside=getattr(args, "allow_outside", False)))
     for sample in samples:
         if not sample.images:
             raise InputError(f"question {sample.id!r} has no picture; training noises one, give it or remove the row")
-    order = list(range(len(samples)))
-    random.Random(f"hold out {args.seed}").shuffle(order)
-    size = min(args.run.eval_size, len(samples) // 5)
-    return [samples[i] for i in sorted(order[size:])], [samples[i] for i in sorted(order[:size])]
+    return hold_out(samples, min(args.run.eval_size, len(samples) // 5), args.seed)
+
+
+def hold_out(samples, size, seed):
+    """(training questions, at most `size` held-out ones). Questions that share a picture, by its content or by image_id, go
+    to the same side. InputError where that leaves nothing to hold out."""
+    groups = {}
+    for i, group in enumerate(groups_by_picture(samples)):
+        groups.setdefault(group, []).append(i)
+    groups = list(groups.values())
+    random.Random(f"hold out {seed}").shuffle(groups)
+    chosen = []
+    for group in groups:
+        if len(chosen) + len(group) <= size:
+            chosen += group
+    if size and not chosen:
+        raise InputError(f"no {size} questions can be held out: the pictures are shared by too many questions, the fewest by "
+                         f"{min(map(len, groups))}; raise --eval_size, or set it to 0")
+    chosen = {*chosen}
+    return [s for i, s in enumerate(samples) if i not in chosen], [s for i, s in enumerate(samples) if i in chosen]
+
+
+def write_held_out(samples, path):
+    """Held-out questions of a file as a .jsonl that `load` opens, with allow_outside: pictures stay where they are."""
+    lines = []
+    for s in samples:
+        images = [base64.b64encode(image).decode() if isinstance(image, bytes) else str(Path(image).absolute())
+                  for image in s.images]
+        fields = {"id": s.id, "image": images, "question": s.question, "answer": s.answer, "choices": s.choices,
+                  "source": s.source, "meta": s.meta}
+        lines.append(strict_json({key: value for key, value in fields.items() if value is not None}))
+    write_atomically(path, "".join(line + "\n" for line in lines))
 
 
 @dataclass

@@ -27,6 +27,7 @@ from utils.loading import ATTENTION, read_map
 
 STEPS = 1000
 REGION_SIDE = 448               # pixels; CLIP sees 224 or 336
+SHIFTS = 32                     # of which a random region takes the one that spares the evidence best
 MODES = ("key", "all", "random", "inverse")
 CLIP = str(TINY / "clip")
 
@@ -83,10 +84,11 @@ class NoisedPicture(Image.Image):
     else this is a picture of the source's size, whose pixels are made when they are first looked at.
     """
 
-    def __init__(self, source, t, mask, seed):
+    def __init__(self, source, t, mask=None, seed=0):
         super().__init__()
         self._mode, self._size = source.mode, source.size           # as Pillow's own pictures that load lazily
         self.source, self.t, self.mask, self.seed = source, t, mask, seed
+        self.overlap = None             # of a random region: the share of the key region that it covers all the same
 
     def mask_at(self, width, height):
         """The mask as (height, width) float array in [0, 1]."""
@@ -229,7 +231,7 @@ def region(attention, mass=0.5, mode="key", seed=0):
     """Where the noise goes -> (H, W) float array in [0, 1], feathered at its edges.
 
     attention (H, W) that sums to 1. key: the smallest region that holds `mass` (0, 1] of it. random: the same shape
-    shifted around the picture by a seeded offset. inverse: the same number of pixels, the least attended. all: ones.
+    elsewhere, as `spare` puts it. inverse: the same number of pixels, the least attended. all: ones.
     """
     if mode not in MODES:
         raise ValueError(f"region mode is {mode!r}; one of {', '.join(MODES)} is expected")
@@ -239,14 +241,27 @@ def region(attention, mass=0.5, mode="key", seed=0):
         return np.ones(attention.shape)
     order = np.argsort(-attention, axis=None, kind="stable")
     area = 1 + int(np.searchsorted(np.cumsum(attention.ravel()[order]), mass * (1 - 1e-12)))
-    chosen = np.zeros(attention.size)
-    chosen[order[-area:] if mode == "inverse" else order[:area]] = 1
+    chosen = np.zeros(attention.size, dtype=bool)
+    chosen[order[-area:] if mode == "inverse" else order[:area]] = True
     chosen = chosen.reshape(attention.shape)
     if mode == "random":
-        rng = random.Random(f"region {seed}")
-        chosen = np.roll(chosen, (rng.randrange(chosen.shape[0]), rng.randrange(chosen.shape[1])), (0, 1))
+        chosen = spare(chosen, seed)
     feather = ImageFilter.GaussianBlur(max(attention.shape) / 100)
-    return np.asarray(Image.fromarray((chosen * 255).astype(np.uint8)).filter(feather), dtype=np.float64) / 255
+    return np.asarray(Image.fromarray(chosen.astype(np.uint8) * 255).filter(feather), dtype=np.float64) / 255
+
+
+def spare(key, seed):
+    """A key region (H, W) bool -> the same shape where it covers least of it: the best of SHIFTS seeded shifts, around the
+    picture's edges. On average over all shifts the overlap is the region's share of the picture."""
+    rng = random.Random(f"region {seed}")
+    shifts = [(rng.randrange(key.shape[0]), rng.randrange(key.shape[1])) for _ in range(SHIFTS)]
+    return min((np.roll(key, shift, (0, 1)) for shift in shifts), key=lambda shifted: np.count_nonzero(shifted & key))
+
+
+def overlap(mask, attention, mass):
+    """The share of the key region that a mask (H, W) covers, in [0, 1]: what a control fails to spare (float)."""
+    key = region(attention, mass) > 0.5
+    return float(mask[key].mean())
 
 
 def parse_t(text):
@@ -284,8 +299,11 @@ def make_pairs(images, questions, clip, t, modes, mass, seeds, corruption="noise
         noised.append([])
         for image in pictures:
             image_seed = rng.getrandbits(63)
-            mask = region(next(maps), mass, mode, image_seed) if mode != "all" else None
+            attention = next(maps) if mode != "all" else None
+            mask = None if attention is None else region(attention, mass, mode, image_seed)
             twin = NoisedPicture(image, step, mask, image_seed)
+            if mode == "random":
+                twin.overlap = overlap(mask, attention, mass)
             if kind != "noise":
                 twin = corruptions.corrupt(image, kind, severity, diffuse, mask=twin.mask_at(*image.size), seed=image_seed)
             noised[-1].append(twin)

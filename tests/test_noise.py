@@ -90,6 +90,21 @@ def test_regions_key_is_smallest_controls_have_its_area():
     assert smooth[chosen].min() >= smooth[~chosen].max() * 0.8     # and nothing outside is denser, feather aside
 
 
+def test_a_control_spares_the_evidence(clip):
+    """Over 200 built-in questions a random region covers little of the key region, and says how much. Any one shift covers
+    the region's share of the picture on average, and nearly all of it now and then."""
+    covered, shares = [], []
+    for i in range(200):
+        s = data.synthetic("test", 1, i)
+        (twin,) = noise.make_pair(s.images, s.question, clip, mode="random", seed=i)
+        key = noise.region(clip.map(s.images[0], s.question), 0.5) > 0.5
+        assert twin.overlap == pytest.approx(twin.mask[key].mean())
+        covered.append(twin.overlap)
+        shares.append(key.mean())
+    assert np.mean(covered) < 0.01 and max(covered) < 0.1 and np.mean(shares) > 0.05
+    assert twin.mask.mean() == pytest.approx(noise.region(clip.map(s.images[0], s.question), 0.5).mean(), abs=0.02)
+
+
 def test_map_sums_to_one_and_lies_on_the_evidence(clip):
     """On held-out questions the guided map puts far more on the evidence than its share of the area, in every skill."""
     share, mass = {}, {}

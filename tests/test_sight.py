@@ -97,8 +97,8 @@ def test_several_pictures_in_a_prompt_are_noised_each_with_its_own_mask(vlm):
     plain, noised = (vlm.sight.levels(pixels_of(vlm.encode([pictures], prompt))) for pictures in (images, twins))
     changed = (np.abs(plain - noised) > 0.01).any(1)
     # a class that pads before it resizes blends the mask with the padding, a pixel wide
-    assert np.median(calls[0][1]) > 0.99 and calls[0][1].mean() > 0.9 and calls[1][1].max() == 0
-    assert 0.9 * len(calls[0][0]) < changed.sum() <= len(calls[0][0])
+    assert np.median(calls[0][1]) > 0.99 and calls[0][1].mean() > 0.9 and calls[1][1].max() < 0.1
+    assert 0.9 * len(calls[0][0]) < changed.sum() <= 1.2 * len(calls[0][0])
 
 
 def test_a_processor_that_leaves_pixels_gets_the_twins_own(base, clip):

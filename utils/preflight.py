@@ -1,0 +1,148 @@
+"""Checks before training: every question, on all ranks, in one run, before anything is moved or written.
+
+Sizes of pictures come from their headers, and tokens from the processor's own arithmetic where it has one. So ten thousand
+photos take seconds, and a question whose photo is larger than all others is found before its step.
+"""
+import re
+import shutil
+import sys
+
+from PIL import Image
+
+from utils.cli import InputError
+from utils.distributed import gathered
+
+SHOWN_FAULTS = 20
+MARGIN = 8              # tokens that text and template may share or not; lengths within it of the limit are counted exactly
+
+
+def agreed(check):
+    """Run check() on this rank -> its result. Where any rank's check raises InputError, all ranks raise the first rank's
+    sentence: no rank is left waiting for one that refused."""
+    result, fault = None, None
+    try:
+        result = check()
+    except InputError as error:
+        fault = str(error)
+    faults = [text for text in gathered([fault]) if text is not None]
+    if faults:
+        raise InputError(faults[0])
+    return result
+
+
+class PromptLengths:
+    """Tokens of prompts with pictures, from the pictures' sizes and the words alone.
+
+    vlm: has processor, tokenizer and prompt_length. The length is that of the words, and of the pictures of these sizes. The
+    latter is counted once on blank pictures for each list of sizes. A processor with its own arithmetic is asked instead,
+    for each number of pictures a prompt, as soon as two blank counts have shown that it is right up to a constant.
+    """
+
+    def __init__(self, vlm):
+        self.vlm = vlm
+        self.counted = {}               # ((width, height), ..) -> tokens
+        self.constants = {}             # number of pictures -> blank counts minus the arithmetic, list
+        # transformers keeps it for servers, under this name
+        self.arithmetic = getattr(vlm.processor, "_get_num_multimodal_tokens", None)
+
+    def __call__(self, sizes, prompt):
+        """sizes: list of (width, height). -> (tokens of the prompt within MARGIN, those of its pictures)."""
+        words = len(self.vlm.tokenizer(re.sub(r"<image ?\d{0,3}>", "", prompt))["input_ids"])
+        pictures = self.picture_tokens(tuple(sizes))
+        return words + pictures, pictures
+
+    def picture_tokens(self, sizes):
+        """Tokens of a prompt beside its words (int)."""
+        if sizes in self.counted:
+            return self.counted[sizes]
+        constants = self.constants.setdefault(len(sizes), [])
+        by_arithmetic = self._by_arithmetic(sizes)
+        if by_arithmetic is not None and len(constants) > 1 and len({*constants}) == 1:
+            self.counted[sizes] = by_arithmetic + constants[0]
+            return self.counted[sizes]
+        blanks = [Image.new("RGB", size, "gray") for size in sizes]
+        self.counted[sizes] = self.vlm.prompt_length(blanks, "?") - len(self.vlm.tokenizer("?")["input_ids"])
+        if by_arithmetic is not None:
+            constants.append(self.counted[sizes] - by_arithmetic)
+        return self.counted[sizes]
+
+    def _by_arithmetic(self, sizes):
+        if self.arithmetic is None or not sizes:
+            return None
+        try:
+            return sum(self.arithmetic(image_sizes=[[height, width] for width, height in sizes])["num_image_tokens"])
+        except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError):      # a class that only inherits it
+            self.arithmetic = None
+            return None
+
+
+def check_questions(lengths, samples, prompt_of, max_new_tokens, context):
+    """Every picture has a readable header, every prompt and its completion fit the context -> list of (tokens, of them
+    pictures, sample), one a question.
+
+    lengths: `PromptLengths`. A prompt that did not fit would have to be cut, image tokens included. Raises InputError; all
+    faults but the first are named on stderr.
+    """
+    counts, faults = [], []
+    for sample in samples:
+        try:
+            tokens, pictures = lengths(sample.picture_sizes(), prompt_of(sample))
+            if tokens + MARGIN + max_new_tokens > context:
+                tokens = lengths.vlm.prompt_length(sample.pictures(), prompt_of(sample))
+            if tokens + max_new_tokens > context:
+                raise InputError(f"question {sample.id!r} takes {tokens} tokens ({pictures} of its pictures) and "
+                                 f"--max_new_tokens {max_new_tokens} more, but the model's context is {context}; shorten it, "
+                                 "shrink its pictures, or remove it")
+            counts.append((tokens, pictures, sample))
+        except InputError as error:
+            faults.append(str(error))
+    if len(faults) > 1:
+        for fault in faults[:SHOWN_FAULTS]:
+            print(f"broken: {fault}", file=sys.stderr)
+        raise InputError(f"{len(faults)} questions cannot be used, each of the first {min(len(faults), SHOWN_FAULTS)} named "
+                         f"above; the first: {faults[0]}")
+    if faults:
+        raise InputError(faults[0])
+    return counts
+
+
+def disk_plan(folder, parameters, trained, itemsize, keep):
+    """Bytes that a run writes, and what is free -> (needed, free).
+
+    A checkpoint holds the model (itemsize bytes a parameter), fp32 weights and two moments of AdamW for what trains. `keep` of
+    them stay while one more is written, and the final model comes on top.
+    """
+    checkpoint = itemsize * parameters + 4 * parameters + 8 * trained
+    folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return (keep + 1) * checkpoint + itemsize * parameters, shutil.disk_usage(folder).free
+
+
+class HopelessTraining:
+    """Notices training that cannot learn. Call it with each line of metrics.jsonl.
+
+    A step teaches nothing where no rollout is right, where every completion is cut off, or where all rewards of each group
+    are equal. It is said at the first such step of a row, and `patience` in a row end the run (0: never).
+    """
+    SIGNS = {
+        "no rollout was right": (lambda row: row["original/outcome"] == 0, "look at the gold answers and the responses in "
+                                 "samples.jsonl: do they have the same form?"),
+        "every completion was cut off": (lambda row: row["original/truncated"] == 1, "raise --max_new_tokens, or look for the "
+                                         "model's stop token in its generation_config.json"),
+        "all rewards of each group were equal": (lambda row: row["original/zero_variance"] == 1, "raise --group_size or "
+                                                 "--temperature, or take questions that are neither too easy nor too hard"),
+    }
+
+    def __init__(self, patience):
+        self.patience, self.in_a_row = patience, dict.fromkeys(self.SIGNS, 0)
+
+    def __call__(self, row):
+        """row: a dict of metrics. Raises InputError after `patience` hopeless steps -> a sentence to print, or None."""
+        said = []
+        for sign, (is_hopeless, cure) in self.SIGNS.items():
+            self.in_a_row[sign] = self.in_a_row[sign] + 1 if is_hopeless(row) else 0
+            if self.patience and self.in_a_row[sign] >= self.patience:
+                raise InputError(f"{sign} in {self.in_a_row[sign]} steps in a row, up to step {row['step']}; {cure}, or go on "
+                                 "with --patience 0")
+            if self.in_a_row[sign] == 1:
+                said.append(f"{sign} in step {row['step']}; if that goes on, {cure}")
+        return "; and ".join(said) or None
