@@ -37,7 +37,7 @@ import noise
 import reward
 from data import open_data
 from reward import KINDS, confidence_reward, group_advantages, measure_scale, outcomes, set_apart, token_values
-from utils import cli, distributed, loading, memory, metrics, tables
+from utils import cli, distributed, loading, lora, memory, metrics, tables
 from utils.batches import Order, micro_batches, questions_of
 from utils.checkpoint import load_checkpoint, open_run, save_checkpoint
 from utils.cli import TINY, InputError, add_options, command, option
@@ -82,6 +82,10 @@ class Args:
     activation_checkpointing: str = option("auto", "run each block again in the backward pass instead of holding what it "
                                            "computed; auto: above 1e9 parameters", ("auto", "on", "off"))
     freeze_vision: bool = option(False, "train the language model and its head only")
+    lora_rank: int = option(0, "rank of an adapter beside the frozen model's linear layers, which learns alone; 0 = train all")
+    lora_alpha: float = option(32.0, "the adapter is scaled by lora_alpha / lora_rank")
+    lora_target: str = option("language", "which linear layers get one: language, all (vision too), or names: q_proj,v_proj")
+    merge: bool = option(False, "with --lora_rank: the final model is the merged weights, its adapter a folder beside them")
     dry_run: bool = option(False, "print parameters, tokens and memory, and stop; refuses what cannot fit")
     memory: float = option(0.0, "GiB of a device for --dry_run and --shard auto; 0 = what the GPU says")
     # Optimisation (paper 3.2; DAPO, Dr. GRPO for the alternatives)
@@ -167,7 +171,11 @@ def check(args, world):
     for name in ("lr", "temperature", "beta", "max_grad_norm", "steepness", "pairs"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} is {getattr(args, name)}; it must be above 0")
-    for name in ("alpha", "kl_beta", "pathwise", "within", "noised_policy", "eval_size", "clip_low", "clip_high",
+    if args.merge and not args.lora_rank:
+        raise InputError("--merge merges an adapter, and there is none without --lora_rank")
+    if args.lora_rank and not args.lora_alpha > 0:
+        raise InputError(f"--lora_alpha is {args.lora_alpha}; it must be above 0")
+    for name in ("alpha", "kl_beta", "lora_rank", "pathwise", "within", "noised_policy", "eval_size", "clip_low", "clip_high",
                  "micro_tokens", "memory"):
         if not getattr(args, name) >= 0:
             raise InputError(f"--{name} is {getattr(args, name)}; it must not be negative")
@@ -478,6 +486,8 @@ def train(args):
     clip = noise.ClipAttention.from_pretrained(args.clip, device, cache=args.clip_cache)
     compute = distributed.dtype_of(args, device)
     vlm = load_model(args.model, device, compute)
+    if args.lora_rank:
+        lora.add(vlm, args.lora_rank, args.lora_alpha, args.lora_target, args.model)
     spread, again = distributed.choices(args, device, world, vlm)
     # Built-in questions are made, not read, and alike in length: the first stand for all.
     wanted = (range(len(train_set)) if isinstance(train_set, list)
@@ -498,8 +508,10 @@ def train(args):
     if again:
         loading.checkpoint_activations(distributed.blocks(vlm.model), vlm.cache_name)
     policy = distributed.shard(vlm, device, compute, spread, args.offload)
-    reference = distributed.shard(load_model(args.model, device, compute), device, compute, spread, args.offload,
-                               trains=False) if args.kl_beta else None
+    reference = None
+    if args.kl_beta:
+        reference = lora.Frozen(policy) if args.lora_rank else distributed.shard(
+            load_model(args.model, device, compute), device, compute, spread, args.offload, trains=False)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimiser = distributed.adamw(parameters, args.lr)
     with policy.whole():
@@ -581,8 +593,12 @@ def finish(vlm, policy, compute, clip, held_out, before, output, scale, args, ra
         after = load_or(output / "after.json", lambda: run_probe(vlm, held_out, clip, args, rank, world, "after"), rank) \
             if held_out else None
     state = distributed.whole_state(policy, compute)
+    merged = distributed.whole_state(policy, compute, frozen=True) if args.merge else None
     if rank:
         return None
+    if args.merge:
+        loading.save(vlm, output / "adapter", state)
+        state = lora.merged_state(vlm.model, merged)
     loading.save(vlm, output, state)
     write_json(output / "confidence.json", scale | {"judged": args.judged})
     rows = None

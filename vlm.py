@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from reward import token_confidence, token_entropy, top_k_for
-from utils import loading, shared_prefix
+from utils import loading, lora, shared_prefix
 from utils.caches import has_states, new_cache
 from utils.cli import InputError, reason
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
@@ -66,11 +66,6 @@ class Inputs(dict):
     def __init__(self, tensors, one_picture_each):
         super().__init__(tensors)
         self.one_picture_each = one_picture_each
-
-    def to_dtype(self, dtype):
-        """-> Inputs whose pixels have this dtype."""
-        return Inputs({name: value.to(dtype) if value.is_floating_point() else value for name, value in self.items()},
-                      self.one_picture_each)
 
     def rows(self, indices):
         """The inputs of these prompts (list of int), in this order, without columns that are padding only -> Inputs.
@@ -161,6 +156,11 @@ class VLM:
         dtype = dtype or (torch.float32 if str(device) == "cpu" else torch.bfloat16)
         if not Path(path).is_dir() and (str(path).startswith((".", "/")) or str(path).count("/") != 1):
             raise InputError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name")
+        base = lora.base_of(path)                   # an adapter's folder names the model that it belongs to
+        if base is not None:
+            vlm = cls.load(base, device, dtype)
+            lora.merge_into(vlm.model, path)
+            return vlm
         try:
             model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
         except (ImportError, OSError, ValueError, SafetensorError) as error:
@@ -175,6 +175,7 @@ class VLM:
 
     @classmethod
     def _load_meta(cls, path):
+        path = lora.base_of(path) or path
         try:
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
@@ -224,8 +225,8 @@ class VLM:
                                     return_tensors="pt", add_special_tokens=not (bos and texts[0].startswith(bos)))
         except ValueError as error:     # some classes take no prompt without a picture, or not beside others with one
             raise InputError(f"{type(self.processor).__name__} does not take these prompts: {error}") from error
-        return Inputs({name: value.to(self.device) for name, value in inputs.items()},
-                      all(len(pictures) == 1 for pictures in images)).to_dtype(self.head.weight.dtype)
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        return Inputs(loading.cast_pixels(inputs, self.head.weight.dtype), all(len(pictures) == 1 for pictures in images))
 
     def prompt_length(self, images, prompt):
         """Tokens of one prompt, its pictures included (int)."""
@@ -237,7 +238,7 @@ class VLM:
     def prefill(self, images, prompts, inputs=None):
         """One forward pass over the prompts -> Prefill. inputs: what `encode` made of them, else it is made here."""
         inputs = self.encode(images, prompts) if inputs is None else inputs
-        inputs = inputs.to_dtype(self.head.weight.dtype)        # FSDP may have changed it since they were encoded
+        inputs = loading.cast_pixels(inputs, self.head.weight.dtype)    # FSDP may have changed it since `encode`
         positions, cache = loading.position_ids(self.model, inputs), new_cache(self.text_config)
         hidden = self._forward(cache, position_ids=positions, **inputs)                             # (B, L, D)
         return Prefill(cache, hidden[:, -1], inputs["attention_mask"], positions[..., -1:])
