@@ -39,7 +39,7 @@ from reward import (
     rollout_confidence,
     sequence_confidence,
 )
-from utils import checkpoint, cli, distributed, loading, logs, memory, report
+from utils import checkpoint, cli, distributed, loading, logs, lora, memory, report
 from utils.batches import QuestionOrder, micro_batches
 from utils.cli import TINY, InputError, RunOptions, option
 from vlm import VLM, load_model
@@ -135,6 +135,8 @@ def check(args, world):
     cli.check_bounds(args.run)
     if abs(args.seed) >= 2**63:
         raise InputError(f"--seed is {args.seed}; it must fit into 64 bits")
+    if args.run.merge and not args.run.lora_rank:
+        raise InputError("--merge merges an adapter, and there is none without --lora_rank")
     if args.group_size < 2:
         raise InputError(f"--group_size is {args.group_size}; a group needs at least 2 rollouts to compare")
     if args.batch_size % world:
@@ -372,8 +374,12 @@ def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map,
     with policy.unsharded():
         after = probe_held_out(vlm, held_out, clip, args, output / "after.json", order)
     state = distributed.full_state_dict(policy, compute)
+    merged = distributed.full_state_dict(policy, compute, frozen=True) if args.run.merge else None
     if order.rank:
         return None
+    if args.run.merge:
+        loading.save(vlm, output / "adapter", state)
+        state = lora.merged_state(vlm.model, merged)
     loading.save(vlm, output, state)
     logs.write_json(output / "confidence.json", confidence_map)
     rows = report.finish_run(output, before, after, confidence_map, args, noise.parse_t(args.noise_t)[1]) if held_out else None
@@ -404,12 +410,16 @@ def train(args):
     if args.freeze_vision:
         for p in loading.vision_parameters(vlm):
             p.requires_grad_(False)
+    if args.run.lora_rank:
+        lora.add(vlm, args.run.lora_rank, args.run.lora_alpha, args.run.lora_target, args.model)
     sharded, gradient_checkpointing = distributed.choices(args, device, world, vlm)
     if gradient_checkpointing:
         loading.checkpoint_activations(distributed.blocks(vlm.model), vlm.cache_name)
     policy = distributed.shard(vlm, device, compute, sharded, args.run.offload)
-    reference = distributed.shard(load_model(args.model, device, compute), device, compute, sharded, args.run.offload,
-                                  trains=False) if args.kl_beta else None
+    reference = None
+    if args.kl_beta:
+        reference = lora.Frozen(policy) if args.run.lora_rank else distributed.shard(
+            load_model(args.model, device, compute), device, compute, sharded, args.run.offload, trains=False)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     # Fused on a GPU: else an update makes a second copy of the weights for a moment.
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=parameters[0].device.type == "cuda")

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from reward import token_confidence, token_entropy, top_k_for
-from utils import loading, shared_prefix
+from utils import loading, lora, shared_prefix
 from utils.caches import has_states, new_cache
 from utils.cli import InputError, reason
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
@@ -157,6 +157,11 @@ class VLM:
         dtype = dtype or (torch.float32 if str(device) == "cpu" else torch.bfloat16)
         if not Path(path).is_dir() and (str(path).startswith((".", "/")) or str(path).count("/") != 1):
             raise InputError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name")
+        base = lora.base_of(path)                   # an adapter's folder names the model that it belongs to
+        if base is not None:
+            vlm = cls.load(base, device, dtype)
+            lora.merge_into(vlm.model, path)
+            return vlm
         try:
             model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
         except (ImportError, OSError, ValueError, SafetensorError) as error:
@@ -171,6 +176,7 @@ class VLM:
 
     @classmethod
     def _load_meta(cls, path):
+        path = lora.base_of(path) or path
         try:
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
@@ -234,8 +240,7 @@ class VLM:
     def prefill(self, images, prompts, inputs=None):
         """One forward pass over the prompts -> Prefill. inputs: what `encode` made of them, else it is made here."""
         inputs = self.encode(images, prompts) if inputs is None else inputs
-        dtype = self.head.weight.dtype                      # pixels follow the weights, whose dtype FSDP may have changed
-        inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        inputs = loading.cast_pixels(inputs, self.head.weight.dtype)    # FSDP may have changed it since `encode`
         positions, cache = loading.position_ids(self.model, inputs), new_cache(self.text_config)
         hidden = self._forward(cache, position_ids=positions, **inputs)                             # (B, L, D)
         return Prefill(cache, hidden[:, -1], inputs["attention_mask"], positions[..., -1:])

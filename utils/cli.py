@@ -143,6 +143,11 @@ class RunOptions:
     offload: bool = option(False, "weights, gradients and optimizer state wait in the CPU's memory")
     activation_checkpointing: str = option("auto", "run each block again in the backward pass instead of holding what it "
                                            "computed; auto: above 1e9 parameters", ("auto", "on", "off"))
+    lora_rank: int = option(0, "rank of an adapter beside the frozen model's linear layers, which learns alone; 0 = train all",
+                            least=0)
+    lora_alpha: float = option(32.0, "the adapter is scaled by lora_alpha / lora_rank", above=0)
+    lora_target: str = option("language", "which linear layers get one: language, all (vision too), or names: q_proj,v_proj")
+    merge: bool = option(False, "with --lora_rank: the final model is the merged weights, its adapter a folder beside them")
     dry_run: bool = option(False, "print parameters, tokens and memory, and stop; refuses what cannot fit")
     memory: float = option(0.0, "GiB of a device for --dry_run and --shard auto; 0 = what the GPU says", least=0)
 

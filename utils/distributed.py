@@ -34,7 +34,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from utils import cli, loading
+from utils import cli, loading, lora
 from utils.cli import InputError
 
 GIB = 2**30
@@ -196,7 +196,7 @@ def shard(vlm, device, compute, sharded, offload=False, trains=True):
     for block in blocks(vlm.model):
         fully_shard(block, **settings)
     fully_shard(policy, **settings)
-    if trains:
+    if trains and not lora.is_adapted(vlm.model):       # an adapter is fp32 already, its base stays as it is
         policy.float()
     for unit in policy.units:                   # sums, not means: the loss is divided by the global count already
         unit.set_gradient_divide_factor(1.0)
@@ -213,17 +213,22 @@ def clip_gradients(parameters, largest):
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def full_state_dict(policy, dtype):
+def full_state_dict(policy, dtype, frozen=False):
     """Every weight in full, by its name in the model, in the CPU's memory of rank 0 -> dict ({} on other ranks). All ranks
-    call it. A weight that two modules share (a head tied to the word embeddings) is there once, by its first name."""
-    found = get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    call it. A weight that two modules share (a head tied to the word embeddings) is there once, by its first name.
+    frozen: of an adapted model all weights, else its adapter alone. An adapter is fp32 in any case."""
+    adapter_only = lora.is_adapted(policy.model) and not frozen
+    found = get_model_state_dict(policy.model, options=StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter_only))
     names, first = ({name for name, _ in policy.model.named_parameters(remove_duplicate=once)} for once in (False, True))
     # popped: two copies of one weight at a time
-    return {name: found.pop(name).to(dtype) for name in list(found) if name not in names - first}
+    return {name: found.pop(name).to(torch.float32 if ".lora_" in name else dtype)
+            for name in list(found) if name not in names - first}
 
 
 def _state(policy, optimizer):
-    return {"model": get_model_state_dict(policy), "optimizer": get_optimizer_state_dict(policy, optimizer)}
+    options = StateDictOptions(ignore_frozen_params=lora.is_adapted(policy.model))
+    return {"model": get_model_state_dict(policy, options=options), "optimizer": get_optimizer_state_dict(policy, optimizer)}
 
 
 def save_state(policy, optimizer, path):
@@ -248,13 +253,17 @@ def load_state(policy, optimizer, path):
         del moments[name]
     with warnings.catch_warnings(action="ignore"):
         checkpoint.load(state, checkpoint_id=path)
-    set_model_state_dict(policy, state["model"])
+    set_model_state_dict(policy, state["model"], options=StateDictOptions(strict=not lora.is_adapted(policy.model)))
     set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=StateDictOptions(strict=False))
 
 
-def parameters(vlm, frozen_vision=False):
-    """-> (all, those that train)."""
+def parameters(vlm, frozen_vision=False, lora_rank=0, lora_target="language"):
+    """-> (all, those that train). With lora_rank: of a model that has no adapter yet, as if it had."""
     total = sum(p.numel() for p in vlm.model.parameters())
+    if lora_rank or lora.is_adapted(vlm.model):
+        adapter = sum(p.numel() for p in vlm.model.parameters() if p.requires_grad) if lora.is_adapted(vlm.model) else \
+            lora.count(vlm, lora_rank, lora_target)
+        return total if lora.is_adapted(vlm.model) else total + adapter, adapter
     return total, total - (sum(p.numel() for p in loading.vision_parameters(vlm)) if frozen_vision else 0)
 
 
@@ -265,11 +274,13 @@ def device_memory(run, device):
     return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else 0.0
 
 
-def state_bytes(total, trained, ranks, offload=False):
-    """What a rank holds between steps: weights, gradients and Adam's two moments in fp32 -> bytes by part."""
+def state_bytes(total, trained, ranks, offload=False, frozen_size=4):
+    """What a rank holds between steps: weights, gradients and Adam's two moments in fp32 -> bytes by part. frozen_size: bytes
+    of a weight that does not train, which under an adapter keeps the dtype of its file."""
     where = "CPU" if offload else "device"
-    return {(where, "weights, fp32"): 4 * total / ranks, (where, "gradients, fp32"): 4 * trained / ranks,
-            (where, "optimizer state, fp32"): 8 * trained / ranks}
+    weights = "weights, fp32" if frozen_size == 4 else "weights, the adapter's in fp32"
+    return {(where, weights): (4 * trained + frozen_size * (total - trained)) / ranks,
+            (where, "gradients, fp32"): 4 * trained / ranks, (where, "optimizer state, fp32"): 8 * trained / ranks}
 
 
 def dtype_of(run, device):
@@ -281,12 +292,13 @@ def dtype_of(run, device):
 
 def choices(args, device, world, vlm):
     """What `--shard` and `--activation_checkpointing` come to for this model -> (sharded?, activation checkpointing?)."""
-    total, trained = parameters(vlm, args.freeze_vision)
+    total, trained = parameters(vlm, args.freeze_vision, args.run.lora_rank, args.run.lora_target)
     sharded, gradient_checkpointing = args.run.shard == "fsdp", args.run.activation_checkpointing == "on"
     if args.run.activation_checkpointing == "auto":
         gradient_checkpointing = total > LARGE
     if args.run.shard == "auto" and world > 1 and (memory := device_memory(args.run, device)):
-        sharded = sum(state_bytes(total, trained, 1).values()) > COMFORTABLE * memory * GIB
+        frozen_size = vlm.model.dtype.itemsize if args.run.lora_rank else 4
+        sharded = sum(state_bytes(total, trained, 1, frozen_size=frozen_size).values()) > COMFORTABLE * memory * GIB
     return sharded, gradient_checkpointing
 
 

@@ -23,7 +23,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from utils import shared_prefix
+from utils import lora, shared_prefix
 from utils.caches import new_cache, tensors_of, with_tensors
 from utils.cli import InputError, reason
 
@@ -250,6 +250,11 @@ def special_token_pattern(tokenizer):
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
 
 
+def cast_pixels(inputs, dtype):
+    """Model inputs by name, pixels in this dtype: not every class casts them itself -> dict."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
 def position_ids(model, inputs):
     """Position ids of the prompts, by the method that the model's own `generate` uses -> (B, L), or (A, B, L) with A axes
     for multimodal rotary embeddings."""
@@ -286,10 +291,14 @@ def vision_parameters(vlm):
 # Saving
 
 def save(vlm, path, state=None):
-    """Write the model and its processor in Hugging Face form. OSError where it cannot be written.
+    """Write the model and its processor in Hugging Face form; of an adapted model the adapter alone, unless `state` holds
+    merged weights. OSError where it cannot be written.
 
     state: the weights by name, of any dtype, where the model itself holds only a shard of them."""
     try:
+        if lora.is_adapted(vlm.model) and (state is None or any(".lora_" in name for name in state)):
+            lora.save(vlm.model, path, state)
+            return save_processor(vlm, path)
         vlm.model.save_pretrained(path, state_dict=state)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))

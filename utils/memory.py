@@ -98,7 +98,7 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute, (sharded_state, again) = dtype_of(args.run, device), choices(args, device, world, vlm)
-    total, trained = parameters(vlm, args.freeze_vision)
+    total, trained = parameters(vlm, args.freeze_vision, args.run.lora_rank, args.run.lora_target)
     vision = sum(p.numel() for p in loading.vision_parameters(vlm))
     ranks, size = (world if sharded_state else 1), compute.itemsize
     sharded = sharded_state or world > 1 or args.run.offload or compute != torch.float32         # see parallel.shard
@@ -127,9 +127,9 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
         part = max(1, min(part, args.run.micro_tokens // (views * (prompt + args.group_size * args.max_new_tokens))))
     block = max(sum(p.numel() for p in b.parameters()) for b in distributed.blocks(vlm.model)) if sharded else 0
     left = total - sum(p.numel() for b in distributed.blocks(vlm.model) for p in b.parameters()) if sharded else 0
-    state = state_bytes(total, trained, ranks, args.run.offload)
+    state = state_bytes(total, trained, ranks, args.run.offload, vlm.model.dtype.itemsize if args.run.lora_rank else 4)
     state["device", "CLIP, fp32"] = 4 * clip_parameters
-    if args.kl_beta:
+    if args.kl_beta and not args.run.lora_rank:                     # the reference is the base under the adapter
         state["CPU" if args.run.offload else "device", "reference model"] = 4 * total / ranks
     a_token, a_row = cache_bytes(text, size)
     rolling = {"all weights, gathered": size * total if sharded else 0,
@@ -150,7 +150,8 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
         rows[name][where] = value / GIB
     file = vlm.model.dtype.itemsize * total                         # in the dtype that the settings name
     rows["the model's file, while each rank reads it"]["CPU"] = file / GIB
-    rows["a checkpoint's weights, first rank"]["CPU"] = 4 * total / GIB
+    saved = trained if args.run.lora_rank else total
+    rows["a checkpoint's weights, first rank"]["CPU"] = 4 * saved / GIB
     for phase, parts in (("rolling out", rolling), ("learning", learning)):
         for name, value in parts.items():
             rows[name][phase] = value / GIB
@@ -170,7 +171,7 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
     print("\nGiB a rank")
     print(cli.table({name: {c: cells.get(c, "") for c in columns} for name, cells in rows.items()}))
     memory, here = device_memory(args.run, device), int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    waiting = here * sum(value for (where, _), value in state.items() if where == "CPU") + 4 * total
+    waiting = here * sum(value for (where, _), value in state.items() if where == "CPU") + 4 * saved
     waiting = max(waiting, here * file) / GIB                       # not at once: what is kept is made share by share
     print(f"\npeak: {peak['rolling out']:.2f} GiB while rolling out, {peak['learning']:.2f} while learning"
           + (f", of {memory:g}" if memory else "; --memory N says what a device has")
