@@ -15,7 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from utils.judge import boxes, is_correct
 from utils.loading import largest
-from utils.metrics import fit_platt, probability
+from utils.metrics import fit_platt
+
+LOG_FLOOR = 0.01                # the log score clips probabilities to [.01, .99]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Confidence. Higher = more certain, everywhere in this repository. The paper's prose says the opposite of its own Eq. 3.
@@ -88,45 +90,6 @@ def rollout_confidence(groups):
 # ----------------------------------------------------------------------------------------------------------------------
 # The terms of Eq. 4. Tensors that broadcast; `correct` is R_out in {0, 1}.
 
-def perception_term(c, c_noised, alpha, beta):
-    """Eq. 4, first term: alpha * tanh(beta * (C - C')), within +-alpha; C' is the confidence on the noised image."""
-    return alpha * torch.tanh(beta * (c - c_noised))
-
-
-def normalise_range(c, lo, hi):
-    """Cnorm on an absolute scale: (c - lo) / (hi - lo) clipped to [0, 1] (gradient 0 there). ValueError if lo >= hi."""
-    if not lo < hi:
-        raise ValueError(f"normalise_range needs lo < hi, got {lo} and {hi}: measure them again on the base model.")
-    return ((c - lo) / (hi - lo)).clamp(0, 1)
-
-
-def normalise_group(c):
-    """Cnorm inside a group: min-max over the last dimension, (..., G) -> (..., G) in [0, 1]; 0.5 if all are equal."""
-    lo, hi = c.amin(-1, keepdim=True), c.amax(-1, keepdim=True)
-    spread = torch.where(hi > lo, hi - lo, 1)
-    return torch.where(hi > lo, (c - lo) / spread, 0.5)
-
-
-def calibration_linear(c_norm, correct):
-    """Eq. 4, second term: (2R - 1) * Cnorm, in [-1, 1]. Improper: linear in Cnorm, so 0 or 1 is always the best bet."""
-    return (2 * correct.to(c_norm) - 1) * c_norm
-
-
-def calibration_brier(prob, correct):
-    """Proper (RLCR, arXiv 2507.16806): 1 - (p - R)^2, in [0, 1]; its expectation peaks where p is the true rate."""
-    return 1 - (prob - correct.to(prob)) ** 2
-
-
-def calibration_log(prob, correct, floor=0.01):
-    """Proper for rates in [floor, 1 - floor]: log p if right, log(1 - p) if wrong, p clipped (no gradient outside).
-
-    Mapped affinely to [0, 1], like Brier: (score - log floor) / (log(1 - floor) - log floor); 0 = sure and wrong.
-    """
-    prob = prob.clamp(floor, 1 - floor)
-    score = torch.where(correct.bool(), prob, 1 - prob).log()
-    return (score - math.log(floor)) / (math.log(1 - floor) - math.log(floor))
-
-
 def calibration_rank(c, correct, slope):
     """Are right answers more confident than wrong ones to the same question? (Q, G) -> (Q, G) in [0, 1].
 
@@ -142,17 +105,30 @@ def calibration_rank(c, correct, slope):
 
 
 def calibration_reward(c, correct, confidence_map, args):
-    """The calibration term (Q, G) that --calibration names: it holds C (Q, G) against `correct` (Q, G)."""
+    """The calibration term: it holds each answer's C against R_out -> (Q, G), about [-1, 1] or [0, 1]; args.conf_weight times.
+
+    c, correct (Q, G). --calibration linear: (2R - 1) * Cnorm, the second term of Eq. 4, with Cnorm in [0, 1] by the group's
+    min-max or the base's percentiles (`--cnorm`). Improper: it is linear in Cnorm, so 0 or 1 is always the best bet.
+    brier, log: proper scores of c = sigmoid(slope * C + intercept) (RLCR, arXiv 2507.16806), whose expectation peaks where
+    c is the true rate. The log score clips c to [.01, .99], without gradient outside, and is mapped affinely to [0, 1].
+    rank: `calibration_rank`. none: 0.
+    """
     if args.calibration == "none":
         return torch.zeros_like(c)
+    right = correct.to(c)
     if args.calibration == "linear":
-        c_norm = (normalise_group(c) if args.cnorm == "group"
-                  else normalise_range(c, confidence_map["lo"], confidence_map["hi"]))
-        return args.conf_weight * calibration_linear(c_norm, correct)
+        lo, hi = (c.amin(-1, keepdim=True), c.amax(-1, keepdim=True)) if args.cnorm == "group" else \
+            (torch.full_like(c, confidence_map[end]) for end in ("lo", "hi"))
+        c_norm = torch.where(hi > lo, ((c - lo) / torch.where(hi > lo, hi - lo, 1)).clamp(0, 1), 0.5)     # a tied group: 0.5
+        return args.conf_weight * (2 * right - 1) * c_norm
     if args.calibration == "rank":
         return args.conf_weight * calibration_rank(c, correct, confidence_map["slope"])
-    proper_score = calibration_brier if args.calibration == "brier" else calibration_log
-    return args.conf_weight * proper_score(probability(c, confidence_map["slope"], confidence_map["intercept"]), correct)
+    prob = torch.sigmoid(confidence_map["slope"] * c + confidence_map["intercept"])
+    if args.calibration == "brier":
+        return args.conf_weight * (1 - (prob - right) ** 2)
+    prob = prob.clamp(LOG_FLOOR, 1 - LOG_FLOOR)
+    score = torch.where(correct.bool(), prob, 1 - prob).log()                                               # (Q, G)
+    return args.conf_weight * (score - math.log(LOG_FLOOR)) / (math.log(1 - LOG_FLOOR) - math.log(LOG_FLOOR))
 
 
 def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
@@ -164,7 +140,7 @@ def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
     """
     perception = torch.zeros_like(c)
     if args.alpha and c_noised is not None:
-        term = perception_term(c, c_noised, args.alpha, args.beta)
+        term = args.alpha * torch.tanh(args.beta * (c - c_noised))                              # within +-alpha
         perception = args.conf_weight * term.masked_fill(is_control[:, None].to(c.device), 0)
     return perception, calibration_reward(c, correct, confidence_map, args)
 

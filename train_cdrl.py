@@ -248,12 +248,6 @@ def kl_k3(logprobs, ref_logprobs):
     return difference.exp() - difference - 1
 
 
-def count_loss_tokens(batches):
-    """Tokens of the rollouts with a gradient of their own, over all ranks, at least 1: the loss is divided by it."""
-    tokens = sum(len(r.tokens) for batch in batches for group in batch.rollouts for r in group)
-    return max(1.0, distributed.summed([tokens])[0])
-
-
 def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_tokens, args):
     """The loss of one micro-batch -> scalar with gradient, and sums for the log (dict).
 
@@ -453,7 +447,9 @@ def train(args):
             # ---- VI. loss and update. The noised words are scored only where a gradient reaches them.
             scores_noised = args.noised_learns or args.pathwise > 0 and args.alpha > 0
             passes = micro_batches(vlm, original, noised if scores_noised else None, args.run)
-            num_loss_tokens = count_loss_tokens([original, noised] if args.noised_learns else [original])
+            views = [original, noised] if args.noised_learns else [original]
+            tokens = sum(len(r.tokens) for view in views for group in view.rollouts for r in group)
+            num_loss_tokens = max(1.0, distributed.summed([tokens])[0])
             updates = []
             for _ in range(args.mu):
                 updates.append(accumulate_gradients(policy, reference, passes, confidence_map, num_loss_tokens, args))

@@ -2,7 +2,7 @@
 import random
 from dataclasses import replace
 
-from utils.distributed import largest_over_ranks
+from utils.distributed import gathered
 
 
 class QuestionOrder:
@@ -61,6 +61,6 @@ def micro_batches(vlm, original, noised, run):
             passes.append([q])
         else:
             passes[-1] = candidate
-    missing = largest_over_ranks(len(passes)) - len(passes)
+    missing = max(gathered([len(passes)])) - len(passes)
     weighted = [(sorted(indices), 1.0) for indices in passes] + [(sorted(passes[-1]), 0.0)] * missing
     return [(original.select(indices), noised and noised.select(indices), weight) for indices, weight in weighted]

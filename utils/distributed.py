@@ -76,18 +76,9 @@ def _backend(device):
 
 def summed(values):
     """Sum a list of numbers over ranks -> list of floats."""
-    return _reduced(values, dist.ReduceOp.SUM)
-
-
-def largest_over_ranks(value):
-    """The largest of the ranks' integers (int)."""
-    return int(_reduced([value], dist.ReduceOp.MAX)[0])
-
-
-def _reduced(values, operation):
     tensor = torch.tensor(values, dtype=torch.float64)          # on the CPU, where gloo reduces on any machine
     if dist.is_initialized():
-        dist.all_reduce(tensor, operation)
+        dist.all_reduce(tensor)
     return tensor.tolist()
 
 
@@ -145,6 +136,7 @@ class Policy(nn.Module):
     def __init__(self, vlm):
         super().__init__()
         self.model, self._vlm = vlm.model, [vlm]            # in a list: a VLM is no module
+        self.units = []                                     # its FSDP2 units; none when it is not sharded
 
     def forward(self, *args, **kwargs):
         return self._vlm[0].score(*args, **kwargs) if args else None
@@ -152,11 +144,6 @@ class Policy(nn.Module):
     def score(self, *args, **kwargs):
         """`VLM.score`, with gradient."""
         return self(*args, **kwargs)
-
-    @property
-    def units(self):
-        """Its FSDP2 units (list; empty when it is not sharded)."""
-        return [module for module in self.modules() if isinstance(module, FSDPModule)]
 
     @contextmanager
     def unsharded(self):
@@ -196,6 +183,7 @@ def shard(vlm, device, compute, sharded, offload=False, trains=True):
     for block in blocks(vlm.model):
         fully_shard(block, **settings)
     fully_shard(policy, **settings)
+    policy.units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     if trains and not lora.is_adapted(vlm.model):       # an adapter is fp32 already, its base stays as it is
         policy.float()
     for unit in policy.units:                   # sums, not means: the loss is divided by the global count already
