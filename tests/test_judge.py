@@ -454,6 +454,8 @@ x<=3 | x<3 ;; x > 5 | x \ge 5 ;; x \neq 6 | 6 ;; x \neq 6 | x = 6 ;; x < 1 | x >
 2x + y \le 6 | 2x + y < 6 ;; x > y | y > x ;; x \neq 6 | x \neq 5 ;; x > 3 | x = 3 ;; -x > 1 | x > -1
 2x < 6 | x < 6 ;; red > blue | blue > red""",
     "algebra": r"""
+\frac{ab}{c} | \frac{a}{bc} ;; \frac{1}{23} | \frac{12}{3} ;; \sqrt{2}x | \sqrt{2x} ;; e^{x}y | e^{xy}
+\sin{x}y | \sin{xy} ;; \log_{2}3x | \log_{23}x ;; \binom{1}{23} | \binom{12}{3} ;; x_{1}2 | x_{12}
 x^2+4x+4 | x^2+4x-4 ;; x/2 | 2/x ;; x/2 | y/2 ;; x + 2n + 1 | x + 1 ;; AB | BA ;; A-B-C | A-C-B
 \sqrt{x^2} | x ;; \sin b \cos a | \sin a \cos b ;; 2x | x^2 ;; x2 | 2x ;; NO2 | 2NO
 (a+5)(b+2) | (+5)(b+2) ;; 1/2x | \frac{x}{2} ;; x | x' ;; \frac{a}{b} | \frac{b}{a} ;; a - b | b - a
