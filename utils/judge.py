@@ -115,7 +115,8 @@ def extract_answer(text, choices=None):
     choices, text = _texts(choices), _response(text)
     boxed, end = _last_boxes(text)
     if boxed:
-        return _revision(text[end:], choices, True) or choices and _letter(_option(boxed, choices)) or boxed
+        answer = _letter(_option(boxed, choices)) if choices else boxed
+        return (answer and _revision(text[end:], choices, boxed=True)) or answer or boxed
     answer, end = _marked(text, choices)
     if answer:
         return _revision(text[end:], choices) or answer
