@@ -454,6 +454,8 @@ x<=3 | x<3 ;; x > 5 | x \ge 5 ;; x \neq 6 | 6 ;; x \neq 6 | x = 6 ;; x < 1 | x >
 2x + y \le 6 | 2x + y < 6 ;; x > y | y > x ;; x \neq 6 | x \neq 5 ;; x > 3 | x = 3 ;; -x > 1 | x > -1
 2x < 6 | x < 6 ;; red > blue | blue > red""",
     "algebra": r"""
+\frac{ab}{c} | \frac{a}{bc} ;; \frac{1}{23} | \frac{12}{3} ;; \sqrt{2}x | \sqrt{2x} ;; e^{x}y | e^{xy}
+\sin{x}y | \sin{xy} ;; \log_{2}3x | \log_{23}x ;; \binom{1}{23} | \binom{12}{3} ;; x_{1}2 | x_{12}
 x^2+4x+4 | x^2+4x-4 ;; x/2 | 2/x ;; x/2 | y/2 ;; x + 2n + 1 | x + 1 ;; AB | BA ;; A-B-C | A-C-B
 \sqrt{x^2} | x ;; \sin b \cos a | \sin a \cos b ;; 2x | x^2 ;; x2 | 2x ;; NO2 | 2NO
 (a+5)(b+2) | (+5)(b+2) ;; 1/2x | \frac{x}{2} ;; x | x' ;; \frac{a}{b} | \frac{b}{a} ;; a - b | b - a
@@ -501,6 +503,7 @@ def test_every_kind_has_eight_of_each():
 COLOURS, POWERS = ["red", "blue", "green", "yellow"], [str(2**i) for i in range(10)]
 NAN, FLOAT_NAN = ["red", "blue", "nan", "nan"], ["red", "blue", float("nan"), float("nan")]
 ONE, ONE_AND_NAN = ["red"], ["red", "nan", "nan", "nan"]
+ANIMALS, TWELVE, ONLY = ["a cat", "a dog", "a bird", "none of these"], ["12", "nan"], ["only"]
 RESPONSES = [  # text, options, gold, right?
     ("Answer: B\nOn reflection the third bar is higher:\n**C**", COLOURS, "C", True),
     ("The answer is A. But the left bar is taller, so **D**.", COLOURS, "D", True),
@@ -588,6 +591,41 @@ RESPONSES = [  # text, options, gold, right?
     ("So $a=2$ and $b=3$.", None, "a=2, b=3", True), ("The roots are $x=2$ or $x=3$.", None, "2, 3", True),
     ("The value of $x$ is 5.", None, "5", True), ("Let $x$ be it. Then $x$ is $5$ cm", None, "5", True),
     ("So $n=5$ gives $n^2 = 25$.", None, "5", False), ("The interval is $(2, 3]$.", None, "(2,3)", False),
+    ("I would go with B — the others are too small.", ANIMALS, "B", True),
+    ("Answer: I suspect it is B", POWERS, "B", True), ("I am certain: J", POWERS, "J", True),
+    ("Answer: C\n\nHmm, but the tail is long. So it is:\n**A**", ANIMALS, "A", True),
+    ("Answer: C\n\n**Answer: A**", ANIMALS, "A", True), ("The answer is (B).\n\n**B**", ANIMALS, "B", True),
+    ("Answer: A\n**Why not B**", ANIMALS, "A", True), ("Answer: A\n**not B**", ANIMALS, "A", True),
+    ("\\boxed{A}\nFinal answer: (C)", ANIMALS, "C", True),
+    ("\\boxed{A}\nOption C is tempting but wrong.", ANIMALS, "A", True),
+    ("\\boxed{24}\n\nThe final answer is 25.", None, "25", True),
+    ("\\boxed{24}\n\nThe answer is 24 because 2 x 12.", None, "24", True),
+    ("Answer: A\nB and C are too small.", ANIMALS, "A", True),
+    ("Answer: A. However, D would be wrong.", ANIMALS, "A", True),
+    ("The answer is A.\nWait, is it B? No.", ANIMALS, "A", True),
+    ("The answer is 48, in total.", None, "49", False), ("The answer is 3, 4 and 5.", None, "3,4,5", True),
+    ("The answer is 3, 4 and 5.", None, "3", False), ("The answer is (3, 4).", None, "(3,4)", True),
+    (r"Answer $\frac{3}{4}$", None, "0.75", True), (r"My answer \(x\) was wrong; it is 5", None, "5", True),
+    (r"x = \boxed{2} or x = \boxed{5}", None, "5 or 2", True),
+    (r"\boxed{2} and \boxed{5}", None, "5, 2", False), (r"\boxed{\{2, 5\}}", None, "5, 2", True),
+    (r"The range is $-1 \le y < 4$.", None, "[-1, 4)", True),
+    (r"Hence $x \in (-\infty, 2)$.", None, "x < 2", True),
+    (r"Thus the set is $\{1, 5\}$.", None, "{5, 1}", True),
+    (r"The expression simplifies to $\frac{x}{4}$.", None, "x/4", True),
+    (r"The area is $\frac{x^2}{4}$", None, "x^2/2", False), ("We get y = 3x + 2.", None, "y = 2 + 3x", True),
+    ("We get y = 3x + 2.", None, "3x+2", True), ("So the line is y - 3x = 2.", None, "y = 3x + 2", True),
+    ("So the line is y - 3x = 2.", None, "2", False), ("Answer: cat", ANIMALS, "A", True),
+    ("It is nan.", TWELVE, "B", False), ("12", TWELVE, "A", True), ("A", ONLY, "A", True),
+    ("The answer is only", ONLY, "A", True), ("maybe", ONLY, "A", False),
+    ("A: a cat, B: a dog, C: a bird, D: none of these. I see a dog.", ANIMALS, "B", True),
+    ("A) a cat B) a dog C) a bird D) none of these", ANIMALS, "A", False),
+    ("The answer is 5.<|endoftext|><|endoftext|>", None, "5", True),
+    ("<s>[INST] q [/INST] The answer is 5.</s>", None, "5", True),
+    (r"\boxed{B}<|im_end|>", ANIMALS, "B", True), ("5<|end|>\n7", None, "5", True),
+    (r"The mass is $9.1 \times 10^{-31}$ kg.", None, "9.1e-31", True),
+    (r"The mass is $9.1 \times 10^{-31}$ kg.", None, "9.1e-30", False),
+    ("It is about 0.", None, "1e-20", False), ("The total is 7 500.", None, "7500", True),
+    ("The total is 41 pct.", None, "41%", True), (r"It is \mbox{blue}.", None, "blue", True),
 ]
 
 

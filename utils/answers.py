@@ -94,7 +94,8 @@ def _unnamed(a, b):
     (name, value), (other, other_value) = _named_value(a), _named_value(b)
     if name and other:
         return (value, other_value) if _same_letters(name, other) else (name, other)
-    return (a, b) if EQUALS.search(a) and EQUALS.search(b) else (value, other_value)
+    equations = EQUALS.search(a) and EQUALS.search(b) and not has_names(a) and not has_names(b)
+    return (a, b) if equations else (value, other_value)
 
 
 def _named_value(text):
@@ -240,9 +241,12 @@ def bare_letter(text):
 
 
 def _canonical(text):
-    """What is compared of a verbal answer: no article, braces, double or outer quotes, end marks, brackets around one."""
+    """What is compared of words: no article, double or outer quotes, end marks, brackets around one. The braces
+    of a formula stay, for \\frac{1}{23} is not \\frac{12}{3}."""
     text = re.sub(r"^(?:the|an?)\s(?=\w\w)", "", plain(text), flags=re.IGNORECASE)
-    text = re.sub(r"[{}\\\"_]|(?<=[a-z]{2})!", "", text).strip(" .,;:?*")
+    text = re.sub(r"(?<=[_^a-zA-Z}])\s?\{(\w)\}(?!\w)", r"\1", text)
+    braces = "" if re.search(r"[\\^_][^{}]*\{[^{}]", re.sub(r"\\(?=[{}])", "", text)) else "{}_"
+    text = re.sub(rf"[{braces}\\\"]|(?<=[a-z]{{2}})!", "", text).strip(" .,;:?*")
     return re.sub(r"^(?:'(.*)'|[(\[]([^()\[\],;]*)[)\]])$", r"\1\2", text).strip()
 
 

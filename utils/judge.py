@@ -4,19 +4,19 @@ r"""The judge: what a response answers, and whether that is right. Rules, no mod
     extract_answer("The answer is (B), since (A) is red.", ["red", "blue"])        # "B"
     equivalent("1/2", r"\frac{1}{2}")                         # True
 
-| kind of response | its answer                                                                     | read by          |
-|------------------|--------------------------------------------------------------------------------|------------------|
-| a box            | \boxed{4}, no: \boxed{6} -> 6; \boxed{4} and \boxed{6} -> 4 and 6              | _last_boxes      |
-| a marker         | The answer is 48, in total. -> 48; "answer": "B" -> B; Answer \( 17 \) -> 17   | _marked          |
-| a revision       | \boxed{4} ... The final answer is 6. -> 6; Answer: A ... so **D** -> D         | _revision        |
-| an option        | B. green; (A) is too dark, hence (B); I would take D - it is tall; its text    | _closing_option  |
-| a last sentence  | So 5 + 4 = 9. -> 9; We find that $x \neq 6$. -> x \neq 6; It is red. -> red    | _ending          |
-| one number       | She took 7 cubes out of the box. -> 7                                          | _only_number     |
-| none             | not B; A or B; because (A) ...; all the options again; Is it 7?                |                  |
+| kind of response | its answer                                                                   | read by         |
+|------------------|------------------------------------------------------------------------------|-----------------|
+| a box            | \boxed{4}, no: \boxed{6} -> 6; \boxed{4} and \boxed{6} -> 4 and 6            | _last_boxes     |
+| a marker         | The answer is 48, in total. -> 48; "answer": "B" -> B; Answer \( 17 \) -> 17 | _marked         |
+| a revision       | \boxed{4} ... The final answer is 6. -> 6; Answer: A ... so **D** -> D       | _revision       |
+| an option        | B. green; (A) is too dark, hence (B); I would take D - it is tall; its text  | _closing_option |
+| a last sentence  | So 5 + 4 = 9. -> 9; We find that $x \neq 6$. -> x \neq 6; It is red. -> red  | _ending         |
+| one number       | She took 7 cubes out of the box. -> 7                                        | _only_number    |
+| none             | not B; A or B; because (A) ...; all the options again; Is it 7?              |                 |
 
-Which answers are the same: see the table in answers.py. With options, B = (B) = b. = the option's text or value, and two
-letters differ. A response of any length is read in linear time, and no text raises. Left out on purpose: a model as the
-judge. `math-verify` changes no verdict unless `use_math_verify` switches it on.
+Which answers are the same: see the table in answers.py. With options, B = (B) = b. = the option's text or value,
+and two letters differ. A response of any length is read in linear time, and no text raises. Left out on purpose: a
+model as the judge. The package math-verify changes no verdict unless `use_math_verify` switches it on.
 """
 import re
 from functools import lru_cache
@@ -38,7 +38,7 @@ from utils.answers import (
 
 MAX_RESPONSE = 50_000  # characters of a response that are read: its first fifth, and its end
 MAX_ANSWER = 1000      # characters of an answer; longer ones are compared as they stand
-MATH_VERIFY = None     # or the version of the package that `use_math_verify` switched on: store it with the verdicts
+MATH_VERIFY = None     # or the package's version, if `use_math_verify` switched it on: store it with the verdicts
 
 # ---- Patterns of a response: what ends it, where an answer is stated, what denies one
 
@@ -46,19 +46,22 @@ _CHAT_TOKEN = re.compile(  # "36.<|im_end|>"
     r"<[|｜](?:im_start|im_end|endoftext|end_of_text|eot_id|eom_id|start_header_id|end_header_id|begin_of_text|end"
     r"|user|assistant|system|(?:begin|end)▁of▁sentence)[|｜]>|</?s>|<(?:start_of_turn|end_of_turn|eos|bos)>")
 _FAREWELL = re.compile(  # "36. I hope it is correct."
-    r"(?:\b(?:I hope (?:it|this|that|so)|hope (?:this|it)|(?:please )?let me know|feel free)\b[^.!?\n]*[.!?\s]*)+$",
+    r"(?:\b(?:I hope (?:it|this|that|so)|hope (?:this|it)|(?:please )?let me know|feel free)\b"
+    r"[^.!?\n]*[.!?\s]*)+$",
     re.IGNORECASE)
 _MARKER = re.compile(  # "answer is", "correct option:", '"answer":', "答案是", "选B", "Answer \( 17 \)"
     r"(?<!/)\b(?:answer|(?:correct|right|best|final) (?:option|choice))(?: (?:option|choice))?"
     r"(?: to [^.:\n]{1,60}?)?(?: \([A-Z]\))?"
-    r"(?:[\s*]{0,4}(?:\bis\b|\bare\b|\b(?:must|should|would) be\b|[:：=>])|(?P<json>[\"'])\s?:)(?:[:：\s*$]|\\[\[(]){0,9}"
+    r"(?:[\s*]{0,4}(?:\bis\b|\bare\b|\b(?:must|should|would) be\b|[:：=>])|(?P<json>[\"'])\s?:)"
+    r"(?:[:：\s*$]|\\[\[(]){0,9}"
     r"|(?:^|\n)[^\w\n]{0,6}(?:final )?answer[\s*]{0,4}(?=\\[\[(]|\$)(?:[\s$]|\\[\[(]){1,9}"
     r"|(?:答案(?:应?(?:[为选]|是(?!否))|(?=[:：]))"
     r"|(?<!\w)(?:所以|因此|故|我|应)?选(?=\s?[(（]?[A-Z](?!\w)))[:：\s*$]{0,9}", re.IGNORECASE)
 _WOULD_BE = re.compile(r"\bwould be\W{0,9}$", re.IGNORECASE)
 _JSON_VALUE = re.compile(r"\"((?:[^\"\\]|\\.)*)\"|'([^']*)'|(\[[^\]]*\]|[^,}\n]*)", re.DOTALL)
-_BOXES_JOINED = re.compile(  # what stands between "\\boxed{4} and \\boxed{6}", "\\boxed{3}, and the area is \\boxed{9}"
-    r"(?:,|;|&|and\b|(?P<either>,?\s?or\b))\s?(?:and\b|or\b)?\s?(?:(?:\w+ ){0,3}\w+ ?(?:=|\bis\b|\bare\b))?", re.IGNORECASE)
+_BOXES_JOINED = re.compile(  # between two boxes: "and", ", or", "and the area is", ", y ="
+    r"(?:,|;|&|and\b|(?P<either>,?\s?or\b))\s?(?:and\b|or\b)?\s?(?:(?:\w+ ){0,3}\w+ ?(?:=|\bis\b|\bare\b))?",
+    re.IGNORECASE)
 _CLOSING_BOLD = re.compile(r"(?P<line>[^\n]*)\*\*\W?(?P<bold>[^*\n]{1,80})\*\*[\s.]*$")  # "so\n**D**"
 _SECOND_THOUGHT = re.compile(r"\b(?:no,|wait\b|actually\b|correction\b|on second thoughts?\b)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？\n]|</")
@@ -74,19 +77,21 @@ _ASIDE = re.compile(
 _NEGATED = re.compile(r"\b(?:not|neither|nor|never|cannot)\b|n['’]t\b", re.IGNORECASE)
 _REJECTED = re.compile(
     _NEGATED.pattern + r"|\b(?:wrong|incorrect|false|eliminated?|excluded?|ruled? out)\b|[不错]", re.IGNORECASE)
-_DOUBTED = re.compile(_REJECTED.pattern + r"|\b(?:if|would|could|might|may|suppose|assum\w+|either|or|than|least|most"
-                      r"|each|every|per)\b", re.IGNORECASE)
+_DOUBTED = re.compile(
+    _REJECTED.pattern + r"|\b(?:if|would|could|might|may|suppose|assum\w+|either|or|than|least|most|each|every|per)\b",
+    re.IGNORECASE)
 
 # ---- Patterns of a last sentence: the value that it arrives at
 
 _VALUE_STARTS = re.compile(r"\s(?:is|are|be|was|were|equals)\s(?!the (?:\w+ )?answer$)|(?<![<>!])[=≈](?!=)|:\s")
-_TRAILING_NUMBER = re.compile(r"-?[$€£]?\d[\d,.]*(?:\s?[/:]\s?\d+)?\s?[%°]?(?:\s[^\W\d]+){0,4}$")  # "7 red circles"
+_TRAILING_NUMBER = re.compile(  # "7 red circles"
+    r"-?[$€£]?\d[\d,.]*(?:\s?[/:]\s?\d+)?\s?[%°]?(?:\s[^\W\d]+){0,4}$")
 _SUBJECT_NUMBER = re.compile(  # "42 is the sum"
     r"\W{0,9}(?:(?:so|thus|hence|therefore),?\s)?[*$]{0,3}(-?[$€£]?\d[\d,.]*(?:/\d+)?\s?[%°]?)[*$]{0,3}"
     r"\s(?:is|are)\sthe\s", re.IGNORECASE)
 _COUNTED = re.compile(  # a verb before the one number: "took 7 cubes out of ...", but not "of 7", "figure 7"
-    r"\b(?:is|are|was|were|has|have|had|took|takes?|taken|removed?|removes|used?|uses|counted|count|needed|needs?|sees?"
-    r"|saw|found|gets?|got|makes?|made|gives?|leaves?|left|contains?|shows?|bought|sold|ate)"
+    r"\b(?:is|are|was|were|has|have|had|took|takes?|taken|removed?|removes|used?|uses|counted|count|needed|needs?"
+    r"|sees?|saw|found|gets?|got|makes?|made|gives?|leaves?|left|contains?|shows?|bought|sold|ate)"
     r"\s(?:exactly\s|only\s|a total of\s)?[*$]{0,3}(-?\d[\d,.]*\s?[%°]?)[*$]{0,3}(?=\s[a-z])", re.IGNORECASE)
 _STATED = re.compile(  # what comes before a value that a sentence arrives at
     r"(?:\b(?:is|are|was|were|be|equals?|gives?|yields?|makes?|leaves?|gets?|have)|[=≈])[\s*$]*$", re.IGNORECASE)
@@ -110,7 +115,8 @@ def extract_answer(text, choices=None):
     choices, text = _texts(choices), _response(text)
     boxed, end = _last_boxes(text)
     if boxed:
-        return _revision(text[end:], choices, True) or choices and _letter(_option(boxed, choices)) or boxed
+        answer = _letter(_option(boxed, choices)) if choices else boxed
+        return (answer and _revision(text[end:], choices, boxed=True)) or answer or boxed
     answer, end = _marked(text, choices)
     if answer:
         return _revision(text[end:], choices) or answer
@@ -133,16 +139,16 @@ def _texts(choices):
 
 
 def _response(text):
-    """The assistant's first turn, without "I hope it is correct"; of a very long one, its beginning and its end."""
-    turns = (turn for turn in _CHAT_TOKEN.split(text) if turn.strip() not in ("", "assistant", "user", "model"))
-    text = next(turns, "").rstrip()
+    """The first turn, without "I hope it is correct" at its end. Of a very long one, its beginning and its end."""
+    roles = ("", "assistant", "user", "model")
+    text = next((turn for turn in _CHAT_TOKEN.split(text) if turn.strip() not in roles), "").rstrip()
     if len(text) > MAX_RESPONSE:
         text = text[:MAX_RESPONSE // 5] + "\n" + text[-MAX_RESPONSE * 4 // 5:]
     return text[:-300] + _FAREWELL.sub("", text[-300:])
 
 
 def boxes(text):
-    r"""(start, slice of the content) of each balanced `\boxed{...}`, an outer box after its inner ones; one pass."""
+    r"""(start, slice of the content) of each balanced `\boxed{...}`. An outer box follows its inner ones; one pass."""
     contents, opened = [], []
     for token in re.compile(r"\\boxed\s*\{|\\[{}]|[{}]").finditer(text, (text + "\\boxed").find("\\boxed")):
         if token[0] == "}" and opened:
@@ -155,14 +161,15 @@ def boxes(text):
 
 
 def _last_boxes(text):
-    r"""The last box's content, or a list of those that one sentence joins: "4 and 6"; and where it ends in the text."""
+    r"""The last box's content, or a list of those that one sentence joins ("4 and 6"); and its end in the text."""
     text = text if boxes(text) else text.replace(r"\fbox", r"\boxed")
     filled = [(start, content) for start, content in boxes(text) if text[content].strip()]
     if not filled:
         return None, 0
     contents, end = [text[filled[-1][1]].strip()], filled[-1][1].stop
     for (start, _), (_, before) in zip(filled[:0:-1][:9], filled[-2::-1]):
-        joint = _BOXES_JOINED.fullmatch(plain(text[before.stop + 1:start][:80])) if start > before.stop else None
+        between = text[before.stop + 1:start]  # empty for an outer box
+        joint = _BOXES_JOINED.fullmatch(plain(between[:80]))
         if not joint:
             break
         contents = [text[before].strip(), "or" if joint["either"] else "and"] + contents
@@ -180,7 +187,7 @@ def _marked(text, choices):
             answer = (_parts(clause) or [clause])[0].strip(" *")
             if len(answer.split()) > 4:
                 answer = _ending(answer) or _only_number(answer) or answer
-            if marker is not markers[-1] and not quantity(answer):  # "the answer is as follows: ... would be 7"
+            if marker is not markers[-1] and not quantity(answer):  # "the answer is found so: ... would be 7"
                 continue
         if answer:
             return answer, marker.end() + len(clause)
@@ -188,7 +195,7 @@ def _marked(text, choices):
 
 
 def _settled(text, markers):
-    """The last "answer is" before a closing "if we ..., the answer would be" that concludes nothing: one or none."""
+    """The last "answer is" before a closing "if we ..., the answer would be". That concludes nothing: one or none."""
     if not markers or not _WOULD_BE.search(markers[-1][0]):
         return []
     end = markers[-1].end()
@@ -208,7 +215,7 @@ def _conditional(sentence):
 
 
 def _revision(rest, choices, boxed=False):
-    r"""What the text behind an answer puts in its place: "**D**" at its end, "No, it is C", a value after a box."""
+    r"""What the text behind an answer puts in its place: a closing "**D**", "No, it is C", a value after a box."""
     closing = _CLOSING_BOLD.search(rest[-MAX_ANSWER:])
     if closing and not _REJECTED.search(closing["line"]):
         option = _labelled(closing["bold"], choices) if choices else None
@@ -219,8 +226,8 @@ def _revision(rest, choices, boxed=False):
     marker = next(reversed(list(_MARKER.finditer(rest))), None) if boxed else None
     if marker and not _WOULD_BE.search(marker[0]) and not _conditional(_before(rest, marker)):
         answer, _ = _marked(rest, choices)
-        if answer and (answer in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if choices else quantity(answer) and len(answer) < 40
-                       and not re.match(r"about|approx|around|roughly|≈|\\approx", answer, re.IGNORECASE)):
+        rough = re.match(r"about|approx|around|roughly|≈|\\approx", answer or "", re.IGNORECASE)
+        if answer and (len(answer) == 1 if choices else quantity(answer) and len(answer) < 40 and not rough):
             return answer
     thought = _SECOND_THOUGHT.search(rest[-MAX_ANSWER:]) if choices else None
     return _letter(_closing_option(rest[-MAX_ANSWER:][thought.start():], choices)) if thought else None
@@ -239,14 +246,15 @@ def _asks(text):
 
 
 def _parts(sentence):
-    """The parts of a sentence that may state its answer: no reasons, and nothing that the answer is set against."""
+    """The clauses of a sentence that may state its answer: no reasons, nothing that the answer is set against."""
     return [part for part in _PART_END.split(sentence) if part.strip() and not _ASIDE.match(part)]
 
 
 def _ending(sentence):
-    """The formula, the number, or the at most four words, that a sentence leads up to; None if none, or if denied."""
+    """The formula, the number, or the at most four words, that a sentence leads up to. None if it denies them."""
     part = (_parts(sentence) or [""])[-1]
-    part = re.sub(r"(?:,?\sI (?:believe|think|guess|suppose)|[\s$]+is (?:the|our|my) (?:answer|solution))\W*$", "", part)
+    part = re.sub(r",?\sI (?:believe|think|guess|suppose)\W*$", "", part)
+    part = re.sub(r"[\s$]+is (?:the|our|my) (?:answer|solution)\W*$", "", part)
     if statement := _statement(part):
         return statement
     *others, value = _VALUE_STARTS.split(part)
@@ -257,14 +265,15 @@ def _ending(sentence):
     if _NEGATED.search(value):
         return None
     number = _TRAILING_NUMBER.search(value)
-    wordy = len(value.split()) > 4 or (number and re.match(r"\D*[\s*$]$", value[:number.start()]))  # "I count 7 circles"
+    counted = number and re.match(r"\D*[\s*$]$", value[:number.start()])  # "I count 7 circles"
+    wordy = len(value.split()) > 4 or counted
     if value and (quantity(value) or not wordy):
         return value
     return number[0] if number else None
 
 
 def _statement(part):
-    r"""The formula without words that a sentence ends in: "x \neq 3", "5 = 2a + b", a span in $. Not "x = 5", which is 5."""
+    r"""The formula that a sentence ends in: "x \neq 3", "5 = 2a + b", a span in $. Not "x = 5", which is 5."""
     part = re.sub(r"(=[^$]*)\$\s*(,?\s*(?:and|or)|,)\s*\$(?=[^$]*=)", r"\1 \2 ", part)  # $a=2$ and $b=3$
     spans = re.split(r"\$+|\\[()\[\]]", part.strip(" *`,."))
     in_span = len(spans) % 2 == 0 or (len(spans) > 1 and not spans[-1])
@@ -278,11 +287,12 @@ def _statement(part):
     if len(sides) == 1:
         return formula if in_span or re.search(r"[<>≤≥≠∈±∪]", text) else None
     named = any(map(is_name, sides)) and formula != part.strip(" *$`,.") and not re.search("[±∈]", text)
-    return formula if has_names(text) or (len(sides) == 2 and not named and re.search("[a-zA-Z]", text)) else None
+    free = len(sides) == 2 and not named and re.search("[a-zA-Z]", text)
+    return formula if has_names(text) or free else None
 
 
 def _only_number(sentence):
-    """The number of a sentence that holds no other and neither denies it nor doubts it: "She took 7 cubes out of the box"."""
+    """The only number of a sentence that neither denies nor doubts it: "She took 7 cubes out of the box"."""
     sentence = said_once(sentence)
     numbers = re.findall(r"\d+(?:[.,:]\d+)*", sentence) + NUMBER_WORD.findall(sentence)
     if len(numbers) != 1 or _DOUBTED.search(sentence):
@@ -294,14 +304,13 @@ def _only_number(sentence):
 def equivalent(a, b, choices=None):
     """Whether two answers are the same. Symmetric; never raises, never evaluates code; None equals nothing.
 
-    With `choices`, a letter in any dress and an option's text both name the option; an upper-case letter comes first, and
-    two letters are the same only where the two options are one text. Text: spaces, articles, LaTeX dress and, in words of
-    three letters or more, case are ignored; true = yes, false = no. Lists: in order, but (0, 1) is not [0, 1].
+    With `choices`, a letter in any dress and an option's text both name the option. An upper-case letter comes first,
+    and two letters are the same only where the two options are one text.
+    Text: spaces, articles, LaTeX dress and, in words of three letters or more, case are ignored; true = yes.
     Numbers: relative tolerance 1e-6, integers exactly. A decimal with two places and two significant digits, or more,
     also equals what rounds to it (0.333 and 1/3). A unit counts only if both sides have one. A percentage against a
-    bare number is read as written or as a ratio (50% equals 50 and 0.5); two percentages are compared as written.
-    "1.5 million", too, equals 1.5 and 1500000; "one third" is 1/3, but "third" and "three quarters" (coins?) are not so.
-    Formulas: exact values at a few rational points. See the table of kinds above.
+    bare number is read as written or as a ratio (50% equals 50 and 0.5). "1.5 million" equals 1.5 and 1500000.
+    "One third" is 1/3, but "third" and "three quarters" (coins?) are no numbers. More: the table in answers.py.
     """
     if a is None or b is None:
         return False
@@ -316,9 +325,9 @@ def equivalent(a, b, choices=None):
 
 
 def is_correct(text, sample):
-    """The judge: does the response `text` answer `sample` (a data.Sample: .id, .answer, .choices, .meta) correctly?
+    """The judge: does the response `text` answer `sample` correctly (a data.Sample: .id, .answer, .choices, .meta)?
 
-    sample.answer: with choices the option's letter, else a value; a list or tuple means any of it. Unanswered = False.
+    sample.answer: with choices the option's letter, else a value; a list or tuple means any of it. No answer: False.
     As in MathVista's judge, meta["answer_type"] == "float" rounds both sides to meta["precision"] decimals.
     Raises ValueError if the sample has no gold answer.
     """
@@ -365,15 +374,16 @@ def _labelled(text, choices):
     """Index of the option that a text is by its letter, alone or before the option's own text; else None."""
     match = LABEL.fullmatch(plain(text).strip(" *#$"))
     option = ord(match[1].upper()) - ord("A") if match else len(choices)
-    return option if option < len(choices) and (not match[3] or same_text(match[3], choices[option])) else None
+    named = option < len(choices) and (not match[3] or same_text(match[3], choices[option]))
+    return option if named else None
 
 
 def _is_option(text, choices):
-    """Index of the option that a text is, by its very text, its letter or its value; None if it is none or several."""
+    """Index of the option that a text is, by its very text, its letter or its value. None if none or several."""
     text = text.strip()
     if not text or len(text) > MAX_ANSWER:
         return None
-    if text in choices and not re.fullmatch("[A-Z]", text):  # an option's very text, even where that text is "(b)"
+    if text in choices and not re.fullmatch("[A-Z]", text):  # even where that text is "(b)"
         return choices.index(text)
     labelled = _labelled(text, choices)
     if labelled is not None:
@@ -386,7 +396,7 @@ def _is_option(text, choices):
 
 
 def _option(answer, choices):
-    """Index of the option that a short answer is, or else that its first words or any later ones name; or None."""
+    """Index of the option that a short answer is, or that its first words or else later ones name; or None."""
     option = _is_option(answer, choices)
     if option is not None or len(answer) > MAX_ANSWER:
         return option
@@ -397,8 +407,9 @@ def _option(answer, choices):
 
 
 def _closing_option(text, choices):
-    """Index of the option that a response without a box and an "answer is" decides for; None if none or several."""
-    echo = r"\W{1,6}".join(rf"\b{_letter(i)}\W{{1,4}}{re.escape(choice)}" for i, choice in enumerate(choices) if choice)
+    """Index of the option that a response with no box and no marker decides for; None if none or several."""
+    echo = r"\W{1,6}".join(
+        rf"\b{_letter(i)}\W{{1,4}}{re.escape(choice)}" for i, choice in enumerate(choices) if choice)
     text = re.sub(echo, "\n", text).strip() if len(choices) > 1 else text.strip()
     sentences = [line for line in _SENTENCE_END.split(text[-MAX_ANSWER:]) if re.search(r"\w", line)]
     opening = _labelled(_SENTENCE_END.split(text[:MAX_ANSWER], maxsplit=1)[0], choices)
@@ -413,7 +424,7 @@ def _closing_option(text, choices):
 
 
 def _arrived_at(sentences, choices):
-    """Index of the one option whose value a last sentence arrives at: "36 minus 12 gives 24", "... is \\frac{1}{3}"."""
+    """Index of the one option whose value a last sentence arrives at: "36 minus 12 gives 24"."""
     part = "".join(sentences) and (_parts(sentences[0]) or [""])[-1]
     value = _ending(part)
     if not value or not quantity(value) or _DOUBTED.search(part) or not _STATED.search(part[:part.rfind(value)]):
@@ -422,7 +433,7 @@ def _arrived_at(sentences, choices):
 
 
 def _claims(sentence, choices):
-    """The parts of a sentence that deny nothing, each option's text in them replaced by a mark and the option's letter."""
+    """The clauses of a sentence that deny nothing, with a mark and the letter for each option's text in them."""
     sentence = plain(re.sub(r"\s?—\s?|\s(?:–|--+)\s", " ; ", sentence))
     quotes = {plain(choice).strip(" ."): i for i, choice in enumerate(choices)}
     fold = re.IGNORECASE if len({quote.lower() for quote in quotes}) == len(quotes) else 0
@@ -430,13 +441,14 @@ def _claims(sentence, choices):
         if len(quote) > 1 or quote.isdigit():
             pattern = rf"(?<![\w./-]){re.escape(quote)}(?!\w|[.,/^]\d)"
             sentence = re.sub(pattern, _QUOTED + _letter(quotes[quote]), sentence, flags=fold)
-    sentence = re.sub(r"\s;\s[a-z][^A-Z;]*$", "", sentence)  # "D - it is the tallest": an aside that names nothing
-    ends = [(part, re.split(r"\s(?:is|are|was|were)\s", part)[-1]) for part in _parts(sentence)]  # "What is not blue is (B)"
+    sentence = re.sub(r"\s;\s[a-z][^A-Z;]*$", "", sentence)  # "D - it is the tallest": an aside
+    # "What is not blue is (B)": the end counts
+    ends = [(part, re.split(r"\s(?:is|are|was|were)\s", part)[-1]) for part in _parts(sentence)]
     return [end if _REJECTED.search(part) else part for part, end in ends if not _REJECTED.search(end)]
 
 
 def _named(sentences, choices):
-    """Index of the option that the last part of sentences to name one names; a letter comes before a text. Else None."""
+    """Index of the option that the last clause to name one names, a letter before a text; else None."""
     parts = [part for sentence in sentences for part in _claims(sentence, choices)][::-1]
     letter = f"[A-{_letter(len(choices) - 1)}]"
     listed = rf"(?<!{_QUOTED})\b{letter}\b\W{{0,3}}(?:[,/&]|\b(?:and|to|(or))\b)\W{{0,3}}{letter}\b"
@@ -461,13 +473,15 @@ def _named(sentences, choices):
 @lru_cache(2**14)      # a vote table compares the same few answers again and again
 def _same(a, b):
     """`equivalent` without options, on at most MAX_ANSWER characters."""
-    return same_answer(a, b) or (MATH_VERIFY is not None and not (quantity(a) and quantity(b)) and _math_verify(a, b))
+    if same_answer(a, b) or MATH_VERIFY is None or (quantity(a) and quantity(b)):
+        return same_answer(a, b)
+    return _math_verify(a, b)
 
 
 def use_math_verify(on=True):
     """Let the package `math-verify` accept what these rules refuse (log_2 8 = 3), or, as by default, not.
 
-    Returns the new MATH_VERIFY: the package's version, or None. Raises ImportError, in one sentence, if it is missing.
+    Returns the new MATH_VERIFY: the package's version, or None. Raises ImportError, one sentence, if it is missing.
     """
     global MATH_VERIFY
     MATH_VERIFY = None
@@ -479,7 +493,8 @@ def use_math_verify(on=True):
             import math_verify  # noqa: F401
             MATH_VERIFY = version("math-verify")
         except ImportError:  # PackageNotFoundError is one
-            raise ImportError("math-verify is not installed; pip install math-verify, or judge without it.") from None
+            message = "math-verify is not installed; pip install math-verify, or judge without it."
+            raise ImportError(message) from None
     return MATH_VERIFY
 
 
@@ -487,7 +502,8 @@ def _math_verify(a, b):
     """The verdict of `math-verify`; False if it fails, or where it is known to accept too much."""
     letters = [re.sub(r"\\[a-zA-Z]+|sin|cos|tan|log|exp", " ", answer) for answer in (a, b)]
     variables = [set(re.findall("[a-zA-Z]", text)) for text in letters]
-    prose = any(re.search(r"[a-zA-Z]{3}|['’′]|(?<!\w)\d+\s+\d|\bor\b", text) or SEQUENCE.fullmatch(text) for text in letters)
+    words = re.compile(r"[a-zA-Z]{3}|['’′]|(?<!\w)\d+\s+\d|\bor\b")
+    prose = any(words.search(text) or SEQUENCE.fullmatch(text) for text in letters)
     # Towers of powers and factorials end in big-integer code that no timeout can interrupt.
     huge = any(re.search(r"\^[^+\-*/]*\^|\^\W*\d{3}|!", answer) for answer in (a, b))
     if variables[0] != variables[1] or prose or huge or max(len(a), len(b)) > 200:
@@ -497,5 +513,5 @@ def _math_verify(a, b):
     try:
         first, second = (parse(f"${answer}$", parsing_timeout=1) for answer in (a, b))
         return any(verify(*pair, timeout_seconds=1) for pair in ((first, second), (second, first)))
-    except (Exception, TimeoutException):  # noqa: BLE001 - whatever a foreign parser raises, equality was not shown
+    except (Exception, TimeoutException):  # noqa: BLE001 - a foreign parser failed: equality was not shown
         return False
