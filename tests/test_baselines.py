@@ -142,8 +142,8 @@ def test_the_headline_row_is_made_of_its_figures():
 
 def test_readouts_that_know_the_noise_rank_over_both_views():
     """States that show which picture is noised, where every answer is wrong: of use to a readout that was fitted there."""
-    rng, clean = np.random.default_rng(0), answers(100)
-    noised = answers(100) | {"correct": np.zeros(400)}
+    rng, clean = np.random.default_rng(0), answers(250)
+    noised = answers(250) | {"correct": np.zeros(1000)}
     names = dict.fromkeys(clean["id"])
     easy = {i: clean["correct"][clean["id"] == i].mean() + 0.2 * rng.standard_normal() for i in names}
     states = {view: {i: np.array([easy[i], float(view == "noised") + 0.1 * rng.standard_normal()]) for i in names}
