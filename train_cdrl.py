@@ -39,6 +39,7 @@ from data import open_data
 from reward import KINDS, confidence_reward, group_advantages, measure_scale, outcomes, set_apart, token_values
 from utils import cli, distributed, memory, metrics, tables
 from utils.batches import Order, micro_batches, questions_of
+from utils.clip_files import count_parameters
 from utils.checkpoint import load_checkpoint, open_run, save_checkpoint
 from utils.cli import TINY, InputError, add_options, command, option
 from utils.distributed import gathered, summed
@@ -458,7 +459,7 @@ def train(args):
         noised = twins_of(args.pairs, args.batch_size) if needs_noised(args) else 0
         if rank:
             return None
-        return memory.dry_run(args, VLM.load(args.model, meta=True), noise.ClipAttention.count(args.clip),
+        return memory.dry_run(args, VLM.load(args.model, meta=True), count_parameters(args.clip),
                               open_data(args)[0], data.prompt, noised, world)
     rank, world, device = distributed.start_ranks()
     check(args, world)
