@@ -8,23 +8,23 @@ show the effect is about evidence and not about noise: `random` (the same shape,
 attended). `ClipAttention.from_pretrained(cache=FOLDER)` keeps its maps on disk for further epochs and runs.
 """
 import argparse
-import hashlib
 import os
 import random
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from utils import corruptions
 from utils.cli import TINY, InputError, reason
-from utils.loading import ATTENTION, read_map
+from utils.clip_files import MapCache, open_clip
+from utils.loading import ATTENTION
+from utils.pictures import UNREADABLE, load_picture
 
+KINDS = ("auto", "attention", "contribution")
+LATE_LAYERS = 4                 # that write nearly all of the embedding directly (Gandelsman et al., Figure 2)
 STEPS = 1000
 REGION_SIDE = 448               # pixels; CLIP sees 224 or 336
 SHIFTS = 32                     # of which a random region takes the one that spares the evidence best
@@ -115,101 +115,84 @@ class NoisedPicture(Image.Image):
 
 
 class ClipAttention:
-    """Attention from CLIP's class token to the patches, optionally times each patch's similarity to a question."""
+    """Where CLIP finds the evidence of a question in a picture: `map`, `maps`.
 
-    def __init__(self, model, image_processor, tokenizer, layers=1, cache=None):
-        self.model, self.image_processor, self.tokenizer, self.layers = model.eval(), image_processor, tokenizer, layers
+    kind "attention" (the paper): attention from the class token to the patches in the last layer, times each patch's
+    similarity to the question. Large public CLIPs pool that attention in a few artefact patches (arXiv 2309.16588), and
+    their patches are similar to the background's words (2304.05653). Kind "contribution" (Gandelsman et al., 2310.05916)
+    asks instead how much each patch adds to the image embedding, along the question's, through the last attention layers.
+    """
+
+    def __init__(self, model, image_processor, tokenizer, kind="attention", cache=None):
+        self.model, self.image_processor, self.tokenizer, self.kind = model, image_processor, tokenizer, kind
         self._text = lru_cache(4096)(self._text)        # questions come again: in other epochs, and about other pictures
-        sight = model.config.vision_config              # all attention weights of a batch are held, (heads, 1 + P, 1 + P)
-        tokens = 1 + (sight.image_size // sight.patch_size)**2
-        self.batch = max(1, ATTENTION // (sight.num_hidden_layers * sight.num_attention_heads * tokens**2))
-        self.cache = Path(cache) if cache else None
-        if cache:
-            try:
-                self.cache.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"the folder of CLIP's maps, {str(cache)!r}, cannot be made ({error})") from error
-            weights = hashlib.sha256()              # maps of another model in the same folder are not taken for its own
-            for value in model.state_dict().values():
-                weights.update(value.cpu().numpy().tobytes())
-            self.identity = f"{weights.hexdigest()} {layers}"
+        vision = model.config.vision_config             # all attention weights of a batch are held, (heads, 1 + P, 1 + P)
+        tokens = 1 + (vision.image_size // vision.patch_size)**2
+        self.batch = max(1, ATTENTION // (vision.num_hidden_layers * vision.num_attention_heads * tokens**2))
+        self.cache = MapCache(cache, model, kind) if cache else None
 
     @classmethod
-    def from_pretrained(cls, path=CLIP, device=None, layers=1, cache=None):
-        """A CLIPModel directory or hub id (`openai/clip-vit-large-patch14-336`). layers: how many of the last are
-        averaged. cache: a folder in which each map is kept. Raises InputError when it cannot be opened."""
-        with cls._opening(path) as config:
-            # sdpa does not return attention weights; eager does.
-            model = CLIPModel.from_pretrained(path, config=config, attn_implementation="eager", dtype=torch.float32)
-            images, tokenizer = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), images, tokenizer, layers, cache)
-
-    @staticmethod
-    @contextmanager
-    def _opening(path):
-        """Yields the settings of the CLIPModel at path; what cannot be opened meanwhile is an InputError."""
-        try:
-            if (config := AutoConfig.from_pretrained(path)).model_type != "clip":
-                raise ValueError(f"it is a {config.model_type} model")
-            yield config
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"CLIP model {str(path)!r} cannot be loaded: {reason(error)}") from error
-
-    @classmethod
-    def count(cls, path=CLIP):
-        """How many parameters it has (int); no weight is read. InputError as `from_pretrained`."""
-        with cls._opening(path) as config, torch.device("meta"):
-            return sum(p.numel() for p in CLIPModel(config).parameters())
+    def from_pretrained(cls, path=CLIP, device=None, kind="auto", cache=None):
+        """A CLIPModel directory or hub id (`openai/clip-vit-large-patch14-336`). kind: see above; auto is attention for the
+        built-in CLIP, which was trained to point at the evidence, and contribution for any other. cache: a folder in which
+        each map is kept. Raises InputError when it cannot be opened."""
+        if kind not in KINDS:
+            raise InputError(f"--clip_map is {kind!r}; one of {', '.join(KINDS)} is expected")
+        if kind == "auto":
+            kind = "attention" if os.path.realpath(path) == os.path.realpath(CLIP) else "contribution"
+        return cls(*open_clip(path, device), kind, cache)
 
     def map(self, image, question=None):
         """`maps` of one picture."""
         return next(self.maps([(image, question)]))
 
-    def maps(self, asked):
-        """Where the evidence of pictures lies. asked: list of (PIL image, question or None) -> iterator over (H, W) float64
-        arrays that sum to 1.
-
-        Attention of the class token, heads and the last `layers` averaged; with a question, times each patch's cosine
-        similarity to the question's text embedding, scaled to [0, 1] over the picture.
-        """
-        files = [self._file(*pair) if self.cache else None for pair in asked]
-        grids = [read_map(file) if file else None for file in files]
+    def maps(self, pairs):
+        """pairs: list of (PIL image, question or None) -> iterator over (H, W) float64 arrays that sum to 1."""
+        grids = [self.cache.read(*pair) if self.cache else None for pair in pairs]
         missing = [i for i, grid in enumerate(grids) if grid is None]
         for start in range(0, len(missing), self.batch):
-            part = missing[start:start + self.batch]
-            for i, grid in zip(part, self._grids([asked[i] for i in part])):
+            batch = missing[start:start + self.batch]
+            for i, grid in zip(batch, self._grids([pairs[i] for i in batch])):
                 grids[i] = grid
-                if files[i]:
-                    own = files[i].with_suffix(f".{os.getpid()}.tmp")
-                    with open(own, "wb") as stream:
-                        np.save(stream, grid)
-                    os.replace(own, files[i])       # ranks that write the same map do not see each other's half
-        return (_spread(grid, image.width, image.height) for grid, (image, _) in zip(grids, asked))
-
-    def _file(self, image, question):
-        """Where a map is kept: one .npy, named by all that it follows from."""
-        said = f"{self.identity} {image.size} {question}".encode()
-        return self.cache / f"{hashlib.sha256(said + image.convert('RGB').tobytes()).hexdigest()}.npy"
+                if self.cache:
+                    self.cache.write(*pairs[i], grid)
+        return (_spread(grid, image.width, image.height) for grid, (image, _) in zip(grids, pairs))
 
     @torch.inference_mode()
-    def _grids(self, asked):
+    def _grids(self, pairs):
         """What each patch weighs: B pairs of picture and question -> (B, h, w) float32 array."""
         vision = self.model.vision_model
         side = self.model.config.vision_config.image_size
         # The whole picture is squeezed into CLIP's square: its usual centre crop would hide the margins.
-        pixels = self.image_processor(images=[image.convert("RGB") for image, _ in asked], do_center_crop=False,
+        pixels = self.image_processor(images=[image.convert("RGB") for image, _ in pairs], do_center_crop=False,
                                       size={"height": side, "width": side}, return_tensors="pt")["pixel_values"]
-        output = vision(pixels.to(self.model.device), output_attentions=True)
-        attention = torch.stack(output.attentions[-self.layers:])             # (layers, B, heads, 1 + P, 1 + P)
-        weights = attention[:, :, :, 0, 1:].mean((0, 2))                      # (B, P)
-        guided = [b for b, (_, question) in enumerate(asked) if question]
+        output = vision(pixels.to(self.model.device), output_attentions=True, output_hidden_states=True)
+        weigh = self._by_attention if self.kind == "attention" else self._by_contribution
+        weights = weigh(output, [question for _, question in pairs])                                           # (B, P)
+        return weights.view(len(pairs), side // vision.config.patch_size, -1).cpu().numpy()
+
+    def _by_attention(self, output, questions):
+        """Class-token attention, heads averaged, times the similarity scaled to [0, 1] over the picture -> (B, P)."""
+        weights = output.attentions[-1][:, :, 0, 1:].mean(1)                                                   # (B, P)
+        guided = [b for b, question in enumerate(questions) if question]
         if guided:
-            patches = self.model.visual_projection(vision.post_layernorm(output.last_hidden_state[guided, 1:]))   # (., P, E)
-            texts = torch.stack([self._text(asked[b][1]) for b in guided])                                        # (., 1, E)
-            similarity = torch.cosine_similarity(patches, texts, dim=-1)                                          # (., P)
+            last = self.model.vision_model.post_layernorm(output.last_hidden_state[guided, 1:])
+            patches = self.model.visual_projection(last)                                                       # (., P, E)
+            texts = torch.stack([self._text(questions[b]) for b in guided])                                    # (., 1, E)
+            similarity = torch.cosine_similarity(patches, texts, dim=-1)                                       # (., P)
             low, high = similarity.amin(-1, keepdim=True), similarity.amax(-1, keepdim=True)
             weights[guided] *= (similarity - low) / (high - low).clamp(min=1e-9)
-        return weights.view(len(asked), side // vision.config.patch_size, -1).cpu().numpy()
+        return weights
+
+    def _by_contribution(self, output, questions):
+        """What patches add along the question, or along the picture's own embedding without one -> (B, P). What is below the
+        picture's median patch is its background, and weighs nothing."""
+        late = range(-min(LATE_LAYERS, len(output.attentions)), 0)
+        added = sum(contributions(self.model, output, layer)[:, 1:] for layer in late)                         # (B, P, E)
+        own = self.model.visual_projection(self.model.vision_model.post_layernorm(output.last_hidden_state[:, :1]))
+        along = torch.stack([self._text(question) if question else own[b] for b, question in enumerate(questions)])
+        weights = (added * along / along.norm(dim=-1, keepdim=True)).sum(-1)
+        return (weights - weights.median(-1, keepdim=True).values).clamp(min=0)
 
     @torch.inference_mode()
     def _text(self, question):
@@ -217,6 +200,28 @@ class ClipAttention:
         tokens = self.tokenizer(question, truncation=True, return_tensors="pt",
                                 max_length=self.model.config.text_config.max_position_embeddings)
         return self.model.text_projection(self.model.text_model(**tokens.to(self.model.device)).pooler_output)
+
+
+def contributions(clip, output, layer):
+    """What each token adds to CLIP's image embedding through one attention layer (Gandelsman et al., Eq. 5-6).
+
+    clip: a CLIPModel; output: of its vision_model, with attentions and hidden states; layer: a negative index. ->
+    (B, 1 + P, E). They sum over tokens to the layer's attention output (without its bias) as the embedding sees it: the last
+    layer norm, with its divisor as it is, is linear in the terms of the class token's residual sum.
+    """
+    vision = clip.vision_model
+    block = vision.encoder.layers[layer]
+    values = block.self_attn.v_proj(block.layer_norm1(output.hidden_states[layer - 1]))                         # (B, N, D)
+    attention = output.attentions[layer][:, :, 0]                                                              # (B, heads, N)
+    values = values.unflatten(-1, (attention.shape[1], -1)) * attention.transpose(1, 2)[..., None]
+    terms = values.flatten(-2) @ block.self_attn.out_proj.weight.T                                             # (B, N, D)
+    return clip.visual_projection(as_normed(terms, output.last_hidden_state[:, :1], vision.post_layernorm))
+
+
+def as_normed(terms, total, norm):
+    """Terms of a sum as a layer norm of the sum sees them, its bias apart: (..., D), (..., D), LayerNorm -> (..., D)."""
+    divisor = (total.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    return (terms - terms.mean(-1, keepdim=True)) / divisor * norm.weight
 
 
 def _spread(grid, width, height):
@@ -350,6 +355,7 @@ def main(argv=None):
     parser.add_argument("image", help="a picture")
     parser.add_argument("question", help="the question that guides the attention")
     parser.add_argument("--clip", default=CLIP, help="CLIPModel directory or hub id")
+    parser.add_argument("--clip_map", default="auto", choices=KINDS, help="the map it makes (see ClipAttention)")
     parser.add_argument("--mass", type=float, default=0.5, help="share of the attention that the key region holds")
     parser.add_argument("--t", type=int, nargs="+", default=[300, 500, 700, 999], help="noise steps to show, 0 to 1000")
     parser.add_argument("--seed", type=int, default=0)
@@ -364,11 +370,12 @@ def main(argv=None):
     if not Path(args.image).is_file():
         raise InputError(f"image {args.image!r} does not exist")
     try:
-        image = Image.open(args.image).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"image {args.image!r} cannot be read ({error})") from error
+        image = load_picture(args.image)
+    except UNREADABLE as error:
+        raise InputError(f"image {args.image!r} cannot be read ({reason(error)})") from error
+    clip = ClipAttention.from_pretrained(args.clip, kind=args.clip_map)
     try:
-        contact_sheet(image, args.question, ClipAttention.from_pretrained(args.clip), args.mass, args.t, args.output, args.seed)
+        contact_sheet(image, args.question, clip, args.mass, args.t, args.output, args.seed)
     except (OSError, ValueError) as error:
         raise error if isinstance(error, InputError) else InputError(
             f"--output {args.output!r} cannot be written ({error}); give the path of a .png file") from error

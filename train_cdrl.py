@@ -39,7 +39,7 @@ from reward import (
     rollout_confidence,
     sequence_confidence,
 )
-from utils import checkpoint, cli, distributed, loading, logs, lora, memory, report
+from utils import checkpoint, cli, clip_files, distributed, loading, logs, lora, memory, report
 from utils.batches import QuestionOrder, micro_batches
 from utils.cli import TINY, InputError, RunOptions, option
 from vlm import VLM, load_model
@@ -84,8 +84,8 @@ class Args:
                              ("noise", "mixed"))
     # Reward (paper Eq. 4)
     conf_weight: float = option(1.0, "weight of the confidence reward, both terms, beside outcome and format", least=0)
-    alpha: float = option(0.5, "weight of the perception term tanh(beta (C - C')); 0 = no term", least=0)
-    beta: float = option(1.0, "slope of the tanh, per nat", above=0)
+    alpha: float = option(0.25, "weight of the perception term tanh(beta (C - C')); 0 = no term", least=0)
+    beta: float = option(0.5, "slope of the tanh, per nat", above=0)
     cnorm: str = option("group", "scale of C in the linear term: min-max of the group, or the base's 5th-95th percentile",
                         ("group", "range"))
     calibration: str = option("linear", "calibration term: the paper's linear one, a proper score of c = sigmoid(aC + b), "
@@ -112,7 +112,7 @@ class Args:
 RECIPES = {
     "paper": {},
     "grpo": dict(alpha=0.0, calibration="none", lr=3e-4),
-    "ours": dict(alpha=0.12, beta=0.5, calibration="log", adv_norm="none", lr=3e-4, controls=0.3, pathwise=3.5),
+    "ours": dict(adv_norm="loo", calibration="brier", pathwise=3.5, controls=0.3, lr=3e-4),
 }
 
 
@@ -386,7 +386,7 @@ def train(args):
     rank, world = distributed.place()
     check(args, world)
     if args.run.dry_run:
-        return None if rank else memory.dry_run(args, VLM.load(args.model, meta=True), noise.ClipAttention.count(args.clip),
+        return None if rank else memory.dry_run(args, VLM.load(args.model, meta=True), clip_files.count_parameters(args.clip),
                                                 data.open_data(args)[0], data.prompt, world)
     device = distributed.start_ranks()[2]
     torch.manual_seed(args.seed)

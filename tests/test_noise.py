@@ -1,7 +1,10 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPConfig, CLIPModel
 
 import data
 import noise
@@ -166,7 +169,7 @@ def test_maps_on_disk_are_the_maps(clip, tmp_path, monkeypatch):
     for file in files:
         file.write_bytes(file.read_bytes()[:50])
     np.testing.assert_array_equal(again.map(*asked[0]), wanted[0])
-    noise.ClipAttention.from_pretrained(layers=2, cache=tmp_path).map(*asked[0])
+    noise.ClipAttention.from_pretrained(kind="contribution", cache=tmp_path).map(*asked[0])
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -199,3 +202,56 @@ def test_mixed_corruptions_are_drawn_by_question_and_seed(clip):
     noised = noise.make_pairs(images, asked, clip, (999, 999), ["key"] * 24, 0.5, range(24))
     same = sum(a == b for a, b in zip(made[0], noised))         # one of five kinds is the noise of the default
     assert 0 < same < 15 and all(a != b for a, b in zip(made[0], images))
+
+
+# ---- The map for a CLIP that was not trained to point
+
+@pytest.fixture(scope="module")
+def random_clip():
+    """A CLIP with a random vision tower, loud enough for every layer to matter."""
+    torch.manual_seed(0)
+    config = CLIPConfig(vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4,
+                                           image_size=32, patch_size=8),
+                        text_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2),
+                        projection_dim=16, attn_implementation="eager")
+    model = CLIPModel(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def test_contributions_of_all_layers_sum_to_the_image_embedding(random_clip):
+    """Attention of every layer, token by token, with its bias; the MLPs; what entered the first layer; the last norm's bias."""
+    vision, pixels, mlps = random_clip.vision_model, torch.randn(3, 3, 32, 32), []
+    for block in vision.encoder.layers:
+        block.mlp.register_forward_hook(lambda _, __, out: mlps.append(out[:, :1]))
+    with torch.no_grad():
+        output = vision(pixels, output_attentions=True, output_hidden_states=True)
+        attention = sum(noise.contributions(random_clip, output, layer).sum(1) for layer in range(-5, 0))
+        biases = sum(block.self_attn.out_proj.bias for block in vision.encoder.layers)
+        rest = output.hidden_states[0][:, :1] + sum(mlps) + biases
+        rest = noise.as_normed(rest, output.last_hidden_state[:, :1], vision.post_layernorm) + vision.post_layernorm.bias
+        embedding = random_clip.visual_projection(output.pooler_output)
+        torch.testing.assert_close(attention + random_clip.visual_projection(rest)[:, 0], embedding, atol=1e-4, rtol=1e-4)
+        for layer in range(-5, 0):                  # and layer by layer
+            block, heard = vision.encoder.layers[layer], []
+            hook = block.self_attn.register_forward_hook(lambda _, __, out, heard=heard: heard.append(out[0][:, :1]))
+            vision(pixels)
+            hook.remove()
+            term = noise.as_normed(heard[0] - block.self_attn.out_proj.bias, output.last_hidden_state[:, :1],
+                                   vision.post_layernorm)
+            torch.testing.assert_close(noise.contributions(random_clip, output, layer).sum(1),
+                                       random_clip.visual_projection(term)[:, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_the_kind_of_map_follows_the_clip(clip, tmp_path):
+    assert clip.kind == "attention"
+    shutil.copytree(noise.CLIP, tmp_path / "clip")
+    other = noise.ClipAttention.from_pretrained(tmp_path / "clip")
+    assert other.kind == "contribution"
+    assert noise.ClipAttention.from_pretrained(tmp_path / "clip", kind="attention").kind == "attention"
+    s = data.synthetic("test", 0, 2)
+    guided, unguided = other.map(s.images[0], s.question), other.map(s.images[0])
+    assert abs(guided.sum() - 1) < 1e-9 and guided.min() >= 0 and np.abs(guided - unguided).sum() > 0.1
+    with pytest.raises(InputError, match="--clip_map is 'gradcam'"):
+        noise.ClipAttention.from_pretrained(kind="gradcam")

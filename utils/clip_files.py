@@ -1,0 +1,73 @@
+"""CLIP models opened and counted, and their maps kept on disk."""
+import hashlib
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+
+from utils.cli import InputError, reason
+
+
+def open_clip(path, device=None):
+    """A CLIPModel directory or hub id -> (model, image processor, tokenizer). Raises InputError."""
+    with _opening(path) as config:
+        # sdpa does not return attention weights; eager does.
+        model = CLIPModel.from_pretrained(path, config=config, attn_implementation="eager", dtype=torch.float32)
+        images, tokenizer = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), images, tokenizer
+
+
+def count_parameters(path):
+    """How many parameters a CLIP has (int); no weight is read. Raises InputError."""
+    with _opening(path) as config, torch.device("meta"):
+        return sum(p.numel() for p in CLIPModel(config).parameters())
+
+
+@contextmanager
+def _opening(path):
+    """Yields the settings of the CLIPModel at path; what cannot be opened meanwhile is an InputError."""
+    try:
+        if (config := AutoConfig.from_pretrained(path)).model_type != "clip":
+            raise ValueError(f"it is a {config.model_type} model")
+        yield config
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"CLIP model {str(path)!r} cannot be loaded: {reason(error)}") from error
+
+
+class MapCache:
+    """Maps kept in a folder, one .npy each, named by all that it follows from: weights, kind of map, picture, question."""
+
+    def __init__(self, folder, model, kind):
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"the folder of CLIP's maps, {str(folder)!r}, cannot be made ({error})") from error
+        weights = hashlib.sha256()
+        for value in model.state_dict().values():
+            weights.update(value.cpu().numpy().tobytes())
+        self.identity = f"{weights.hexdigest()} {kind}"
+
+    def file(self, image, question):
+        """The path of a map."""
+        key = f"{self.identity} {image.size} {question}".encode()
+        return self.folder / f"{hashlib.sha256(key + image.convert('RGB').tobytes()).hexdigest()}.npy"
+
+    def read(self, image, question):
+        """A kept map (h, w), or None where there is none or it was damaged."""
+        try:
+            grid = np.load(self.file(image, question))
+        except (OSError, ValueError, EOFError):
+            return None
+        return grid if grid.ndim == 2 and grid.dtype == np.float32 and np.isfinite(grid).all() else None
+
+    def write(self, image, question, grid):
+        file = self.file(image, question)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as stream:
+            np.save(stream, grid)
+        os.replace(temporary, file)         # ranks that write the same map do not see each other's half
