@@ -105,7 +105,7 @@ def calibration_rank(c, correct, slope):
 
 
 def calibration_reward(c, correct, confidence_map, args):
-    """The calibration term: it holds each answer's C against R_out -> (Q, G), about [-1, 1] or [0, 1]; args.conf_weight times.
+    """The calibration term: it holds each answer's C against R_out -> (Q, G), in [-1, 1] or [0, 1].
 
     c, correct (Q, G). --calibration linear: (2R - 1) * Cnorm, the second term of Eq. 4, with Cnorm in [0, 1] by the group's
     min-max or the base's percentiles (`--cnorm`). Improper: it is linear in Cnorm, so 0 or 1 is always the best bet.
@@ -120,19 +120,19 @@ def calibration_reward(c, correct, confidence_map, args):
         lo, hi = (c.amin(-1, keepdim=True), c.amax(-1, keepdim=True)) if args.cnorm == "group" else \
             (torch.full_like(c, confidence_map[end]) for end in ("lo", "hi"))
         c_norm = torch.where(hi > lo, ((c - lo) / torch.where(hi > lo, hi - lo, 1)).clamp(0, 1), 0.5)     # a tied group: 0.5
-        return args.conf_weight * (2 * right - 1) * c_norm
+        return (2 * right - 1) * c_norm
     if args.calibration == "rank":
-        return args.conf_weight * calibration_rank(c, correct, confidence_map["slope"])
+        return calibration_rank(c, correct, confidence_map["slope"])
     prob = torch.sigmoid(confidence_map["slope"] * c + confidence_map["intercept"])
     if args.calibration == "brier":
-        return args.conf_weight * (1 - (prob - right) ** 2)
+        return 1 - (prob - right) ** 2
     prob = prob.clamp(LOG_FLOOR, 1 - LOG_FLOOR)
     score = torch.where(correct.bool(), prob, 1 - prob).log()                                               # (Q, G)
-    return args.conf_weight * (score - math.log(LOG_FLOOR)) / (math.log(1 - LOG_FLOOR) - math.log(LOG_FLOOR))
+    return (score - math.log(LOG_FLOOR)) / (math.log(1 - LOG_FLOOR) - math.log(LOG_FLOOR))
 
 
 def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
-    """R_conf = alpha * tanh(beta * (C - C')) + (2R - 1) * Cnorm (Eq. 4), times --conf_weight -> its two terms (Q, G).
+    """R_conf = alpha * tanh(beta * (C - C')) + (2R - 1) * Cnorm (Eq. 4) -> its two terms (Q, G).
 
     c (Q, G): C of the answers on original pictures, `correct` their R_out. c_noised (Q, G): C' of their pairs, None where
     no picture was noised. is_control (Q,) bool: pairs whose noise spares the evidence earn no perception term.
@@ -141,7 +141,7 @@ def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
     perception = torch.zeros_like(c)
     if args.alpha and c_noised is not None:
         term = args.alpha * torch.tanh(args.beta * (c - c_noised))                              # within +-alpha
-        perception = args.conf_weight * term.masked_fill(is_control[:, None].to(c.device), 0)
+        perception = term.masked_fill(is_control[:, None].to(c.device), 0)
     return perception, calibration_reward(c, correct, confidence_map, args)
 
 

@@ -83,7 +83,6 @@ class Args:
     corruption: str = option("noise", "what the noised pictures have: DDPM noise, or one of five corruptions drawn for each",
                              ("noise", "mixed"))
     # Reward (paper Eq. 4)
-    conf_weight: float = option(1.0, "weight of the confidence reward, both terms, beside outcome and format", least=0)
     alpha: float = option(0.25, "weight of the perception term tanh(beta (C - C')); 0 = no term", least=0)
     beta: float = option(0.5, "slope of the tanh, per nat", above=0)
     cnorm: str = option("group", "scale of C in the linear term: min-max of the group, or the base's 5th-95th percentile",
@@ -259,7 +258,7 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
     Exact (tests/test_exact.py, by enumeration): with --adv_norm loo, --pathwise 1, --mu 1 and --kl_beta 0 the expected
     gradient, before the division by the tokens, is the gradient of that objective. With --noised_policy 1 both views'
     answers are drawn from the policy. With 0, or where one view learns, the noised answers are data: their probability is
-    held, C' on them is not. --conf_weight, --alpha, --beta, --calibration and --controls choose the reward, and
+    held, C' on them is not. --alpha, --beta, --calibration and --controls choose the reward, and
     any value is exact. --cnorm group and --calibration rank are not: a reward then holds the C of the other answers.
     Not exact: --adv_norm none scales the policy gradient by (G - 1) / G. std divides each group by its own std; the pathwise
     term is then divided by the batch's mean std, because a tied group's own is 0. Other weights, and clipping, leave it too.

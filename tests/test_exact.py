@@ -102,11 +102,11 @@ def true_gradient(toy, args, longest):
                      "brier": 1 - (probability - right) ** 2,
                      "log": 1 + (probability if right else 1 - probability).clamp(0.01, 0.99).div(0.99).log() / math.log(99),
                      }[args.calibration]
-            values.append((c, args.conf_weight * score + right + format_of(words, longest)))
+            values.append((c, score + right + format_of(words, longest)))
             logprob.append(logprobs.sum())
         if not (args.learn_noised and args.noised_policy):
             logprob[1] = logprob[1].detach()
-        perception = args.conf_weight * args.alpha * torch.tanh(args.beta * (values[0][0] - values[1][0]))
+        perception = args.alpha * torch.tanh(args.beta * (values[0][0] - values[1][0]))
         total = total + sum(logprob).exp() * (perception + values[0][1] + (values[1][1] if args.learn_noised else 0))
     return torch.autograd.grad(total, theta)[0]
 
@@ -118,7 +118,7 @@ def both(longest, **settings):
 
 
 @pytest.mark.parametrize("calibration", ["linear", "brier", "log"])
-@pytest.mark.parametrize("weights", [{"alpha": 0.0}, {"alpha": 0.5}, {"alpha": 0.25, "conf_weight": 3.5}])
+@pytest.mark.parametrize("weights", [{"alpha": 0.0}, {"alpha": 0.5}])
 @pytest.mark.parametrize("group, longest", [(3, 1), (2, 2)])
 @pytest.mark.parametrize("noised", [{"learn_noised": True}, {"learn_noised": True, "noised_policy": 0.0},
                                     {"learn_noised": False}])
