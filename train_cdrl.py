@@ -88,7 +88,7 @@ class Args:
     cnorm: str = option("group", "scale of C in the linear term: min-max of the group, or the base's 5th-95th percentile",
                         ("group", "range"))
     calibration: str = option("linear", "calibration term: the paper's linear one, a proper score of c = sigmoid(aC + b), "
-                              "the order of right and wrong answers, none", ("linear", "brier", "log", "rank", "none"))
+                              "or none", ("linear", "brier", "log", "none"))
     scale_questions: int = option(256, "questions of the first steps. The base's answers to them give the scale of C and the "
                                   "map from C to c", least=1)
     pathwise: float = option(0.0, "weight of the reward's own gradient, through C and C'; 1 = exact with --adv_norm loo, 0 = "
@@ -259,7 +259,7 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
     gradient, before the division by the tokens, is the gradient of that objective. With --noised_policy 1 both views'
     answers are drawn from the policy. With 0, or where one view learns, the noised answers are data: their probability is
     held, C' on them is not. --alpha, --beta, --calibration and --controls choose the reward, and
-    any value is exact. --cnorm group and --calibration rank are not: a reward then holds the C of the other answers.
+    any value is exact. --cnorm group is not: a reward then holds the C of the other answers.
     Not exact: --adv_norm none scales the policy gradient by (G - 1) / G. std divides each group by its own std; the pathwise
     term is then divided by the batch's mean std, because a tied group's own is 0. Other weights, and clipping, leave it too.
     """

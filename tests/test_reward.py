@@ -292,12 +292,3 @@ def test_outcome_reward_is_the_judge():
     sample = SimpleNamespace(id="q", answer="7", choices=None, meta={})
     assert reward.outcome_reward(r"so \boxed{7}", sample) == 1.0
     assert reward.outcome_reward(r"so \boxed{17}", sample) == 0.0
-
-
-def test_the_rank_term_is_the_order_of_pairs():
-    c, right = torch.tensor([[3.0, 1.0, 2.0], [1.0, 2.0, 4.0]], requires_grad=True), torch.tensor([[1.0, 0, 0], [1.0, 1, 1]])
-    found = reward.calibration_rank(c, right, 0.7)
-    s = [1 / (1 + math.exp(-0.7 * d)) for d in (2.0, 1.0)]
-    torch.testing.assert_close(found, torch.tensor([[sum(s) / 2, s[0], s[1]], [0.5, 0.5, 0.5]]))
-    found.sum().backward()
-    assert c.grad[0, 0] > 0 > c.grad[0, 1:].max() and (c.grad[1] == 0).all()
