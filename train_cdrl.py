@@ -80,8 +80,6 @@ class Args:
     mass: float = option(0.5, "share of CLIP's attention that the key region holds", above=0, most=1)
     controls: float = option(0.0, "share of the pairs whose noise goes on a random region of the same area. They earn no "
                              "perception term: C should fall with the evidence, not with noise", least=0, most=1)
-    corruption: str = option("noise", "what the noised pictures have: DDPM noise, or one of five corruptions drawn for each",
-                             ("noise", "mixed"))
     # Reward (paper Eq. 4)
     alpha: float = option(0.25, "weight of the perception term tanh(beta (C - C')); 0 = no term", least=0)
     beta: float = option(0.5, "slope of the tanh, per nat", above=0)
@@ -185,7 +183,7 @@ def make_image_pairs(images, samples, clip, step, args):
     is_control = [random.Random(f"control {args.seed} {step} {s.id}").random() < args.controls for s in samples]
     regions = ["random" if control else args.region for control in is_control]
     noised_images = noise.make_pairs(images, [s.question for s in samples], clip, noise.parse_t(args.noise_t), regions,
-                                     args.mass, [f"{args.seed} {step} {s.id}" for s in samples], corruption=args.corruption)
+                                     args.mass, [f"{args.seed} {step} {s.id}" for s in samples])
     return noised_images, torch.tensor(is_control)
 
 
