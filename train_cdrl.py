@@ -39,7 +39,7 @@ from reward import (
     rollout_confidence,
     sequence_confidence,
 )
-from utils import checkpoint, cli, clip_files, distributed, loading, logs, lora, memory, report
+from utils import checkpoint, cli, clip_files, distributed, explain, loading, logs, lora, memory, report
 from utils.batches import QuestionOrder, micro_batches
 from utils.cli import TINY, InputError, RunOptions, option
 from vlm import VLM, load_model
@@ -392,6 +392,10 @@ def train(args):
     clip = noise.ClipAttention.from_pretrained(args.clip, device, cache=args.run.clip_cache)
     compute = distributed.dtype_of(args.run, device)
     vlm = load_model(args.model, device, compute)
+    if args.run.explain:
+        stages = (fit_map_on_base, make_image_pairs, roll_out, add_rewards, cdrl_loss)
+        policy = distributed.shard(vlm, device, compute, sharded=False)
+        return explain.print_step(args, vlm, policy, clip, order, held_out, stages)
     # Built-in questions are alike in length: the first ones stand for all.
     checked = (range(len(train_set)) if isinstance(train_set, list)
                else sorted({i for s in range(min(args.steps, 16)) for i in order.indices(s)}))
