@@ -32,13 +32,15 @@ def find_question(question_id, questions, held_out):
 
 
 def choose_question(args, clip, order, make_image_pairs, roll_out, vlm):
-    """The first question of step 0 with right and wrong answers, if possible with noise on the evidence."""
+    """The first question of step 0 that shows most (Sample): right and wrong answers; on the noised picture, whose
+    noise is on the evidence, wrong ones only."""
     samples = order.samples(0)[:CANDIDATES]
     images = [sample.pictures() for sample in samples]
     pairs = make_image_pairs(images, samples, clip, 0, args)
-    original, _ = roll_out(vlm, samples, images, *pairs, 0, args)
+    original, noised = roll_out(vlm, samples, images, *pairs, 0, args)
     mixed = original.correct.amax(-1) > original.correct.amin(-1)                               # (Q,)
-    return samples[int((2 * mixed.int() - original.is_control.int()).argmax())]
+    blinded = torch.zeros_like(mixed) if noised is None else noised.correct.amax(-1) == 0
+    return samples[int((4 * mixed.int() + 2 * blinded.int() - original.is_control.int()).argmax())]
 
 
 def write_pair(path, images, noised_images):
@@ -119,7 +121,8 @@ def heading(args, sample, original, noised, picture):
 def rollout_lines(original, noised, confidence_map):
     """The answers on each view, with C and c (lines)."""
     lines = ["", "II. Rollouts y on i and y' on i'",
-             "III. C = mean over tokens of -1/k sum log p of the k most probable (Eq. 3)", f"      {'C':>7}  {'c':>5}  right  tokens  text"]
+             "III. C = mean over tokens of -1/k sum log p of the k most probable (Eq. 3)",
+             f"      {'C':>7}  {'c':>5}  right  tokens  text"]
     for view, mark in ((original, " "), (noised, "'")):
         for j, rollout in enumerate(view.rollouts[0] if view else ()):
             c, text = view.confidence[0, j], printable(rollout.text)
@@ -192,7 +195,8 @@ def loss_lines(original, noised, sums, num_loss_tokens, args):
 
 def push_lines(before, after, original, args, norm):
     """What one update does to the words and to their confidence (lines)."""
-    lines = ["", f"VII. Gradient of norm {norm:.2f}. One update of AdamW on this question, lr {args.lr / WARMUP:g}:",
+    lr = args.lr / WARMUP
+    lines = ["", f"VII. Gradient of norm {norm:.2f}. One update of AdamW on this question, lr {lr:g}:",
              "              log p of the words           C"]
     for view, (rows, rows_after) in enumerate(zip(before, after)):
         for j, (p, p_after, c, c_after) in enumerate(zip(rows[0], rows_after[0], rows[1], rows_after[1])):
