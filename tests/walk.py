@@ -5,7 +5,7 @@
     python tests/walk.py --update-readme    # write these figures and the page of --explain into README.md
 
 The walk starts at the loop of train_cdrl.py that steps the optimizer. Each function of the project that is
-called before the step counts once, and so do those that it calls. Four boxes stay closed: sampling with scoring,
+called before the step counts once, and so do those that it calls. Four boxes stay closed: sampling and scores,
 CLIP's maps, the judge, the disk. A method is followed where its name belongs to one class: a lower bound.
 """
 import ast
@@ -22,9 +22,10 @@ CLOSED = {"sample", "score", "contrast", "maps", "map", "pictures", "is_correct"
 # The command of --explain in the README, and below it what it prints.
 PAGE = re.compile(r"(\npython train_cdrl\.py --explain[^\n]*\n```\n```\n)(.*?)(```\n)", re.S)
 # Tensors, lists, files and dicts have methods of these names.
-BUILT_IN = {"append", "add", "update", "items", "keys", "values", "get", "load", "save", "split", "step", "to",
-            "mean", "sum", "detach", "view", "exp", "close", "reshape", "float", "double", "backward", "cpu",
-            "clamp", "std", "numel", "tolist", "count", "index", "pop", "sort", "copy", "draw", "write", "read"}
+BUILT_IN = {"append", "add", "update", "items", "keys", "values", "get", "load", "save", "split", "step",
+            "to", "mean", "sum", "detach", "view", "exp", "close", "reshape", "float", "double", "backward",
+            "cpu", "clamp", "std", "numel", "tolist", "count", "index", "pop", "sort", "copy", "draw",
+            "write", "read"}
 
 
 class Project:

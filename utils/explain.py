@@ -11,7 +11,6 @@ from PIL import Image
 
 from utils.cli import InputError, printable, shown
 
-CANDIDATES = 8                  # questions of step 0 from which one with right and wrong answers is chosen
 FIRST = "first"                 # what --explain means without an ID
 TEXT = 60                       # characters of a rollout that a line has room for
 WARMUP = 5                      # the learning rate of the first step is this part of --lr
@@ -32,9 +31,9 @@ def find_question(question_id, questions, held_out):
 
 
 def choose_question(args, clip, order, make_image_pairs, roll_out, vlm):
-    """The first question of step 0 that shows most (Sample): right and wrong answers; on the noised picture, whose
-    noise is on the evidence, wrong ones only."""
-    samples = order.samples(0)[:CANDIDATES]
+    """The first question of step 0 that shows most (Sample): right and wrong answers, and wrong ones only on the
+    picture whose evidence is noised."""
+    samples = order.samples(0)
     images = [sample.pictures() for sample in samples]
     pairs = make_image_pairs(images, samples, clip, 0, args)
     original, noised = roll_out(vlm, samples, images, *pairs, 0, args)
