@@ -5,7 +5,7 @@
     python tests/walk.py --update-readme    # write these figures and the page of --explain into README.md
 
 The walk starts at the loop of train_cdrl.py that steps the optimizer. Each function of the project that is
-called before the step counts once, and so do those that it calls. Four boxes stay closed: sampling and scores,
+called before the step counts once, and so do those that it calls. Four boxes stay closed: sampling, scoring,
 CLIP's maps, the judge, the disk. A method is followed where its name belongs to one class: a lower bound.
 """
 import ast
@@ -20,7 +20,7 @@ READING_ORDER = ("train_cdrl.py", "reward.py", "noise.py", "vlm.py", "data.py", 
 CLOSED = {"sample", "score", "contrast", "maps", "map", "pictures", "is_correct", "accepts", "prompt_length",
           "encode", "boxes", "extract_answer", "InputError", "forward", "write_step"}
 # The command of --explain in the README, and below it what it prints.
-PAGE = re.compile(r"(\npython train_cdrl\.py --explain[^\n]*\n```\n```\n)(.*?)(```\n)", re.S)
+PAGE = re.compile(r"(\n\$ (python train_cdrl\.py --explain[^\n]*)\n)(.*?)(```\n)", re.S)
 # Tensors, lists, files and dicts have methods of these names.
 BUILT_IN = {"append", "add", "update", "items", "keys", "values", "get", "load", "save", "split", "step",
             "to", "mean", "sum", "detach", "view", "exp", "close", "reshape", "float", "double", "backward",
@@ -115,7 +115,7 @@ def line_counts():
 
 def explain_page(text):
     """The page that the README's command of --explain prints."""
-    command = re.search(r"^(python train_cdrl\.py --explain[^\n]*)\n", text, re.M)[1].split("#")[0].split()
+    command = PAGE.search(text)[2].split()
     run = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
     return run.stdout
 
@@ -126,7 +126,7 @@ def updated(text, project):
         text = re.sub(rf"(\| `{re.escape(name)}` \| )\d+( \|)", rf"\g<1>{lines}\2", text)
     text = re.sub(r"one training step: \d+ functions in \d+ files, \d+ lines", walk_sentence(project), text)
     page = explain_page(text)
-    return re.sub(PAGE, lambda match: match[1] + page + match[3], text)
+    return re.sub(PAGE, lambda match: match[1] + page + match[4], text)
 
 
 def main():

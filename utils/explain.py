@@ -31,8 +31,8 @@ def find_question(question_id, questions, held_out):
 
 
 def choose_question(args, clip, order, make_image_pairs, roll_out, vlm):
-    """The first question of step 0 that shows most (Sample): right and wrong answers, and wrong ones only on the
-    picture whose evidence is noised."""
+    """The first question of step 0 that shows most (Sample): right and wrong answers, but only wrong ones once the
+    evidence is noised."""
     samples = order.samples(0)
     images = [sample.pictures() for sample in samples]
     pairs = make_image_pairs(images, samples, clip, 0, args)
@@ -109,17 +109,19 @@ def heading(args, sample, original, noised, picture):
              f"{sample.id}: {printable(sample.question)}   answer: {sample.answer}"]
     lines += ["options: " + printable(" | ".join(sample.choices))] if sample.choices else []
     if noised is None:
-        return [*lines, "", f"I. Pictures, in {picture}. No term of this recipe needs a noised one."]
+        return [*lines, f"I. Pictures, in {picture}. No term of this recipe needs a noised one."]
     twin = noised.images[0][0]
+    if not hasattr(twin, "t"):                      # a fork's twin
+        return [*lines, f"I. Image pair, in {picture}"]
     area = 1.0 if twin.mask is None else float(twin.mask.mean())
     place = "a random region" if original.is_control[0] else f"region '{args.region}'"
-    return [*lines, "", f"I. Image pair, in {picture}: i, and i' with noise of step t = {twin.t} on {place} "
-                        f"({area:.0%} of the picture)"]
+    noise = f"noise of step t = {twin.t} on {place}, {area:.0%} of the picture"
+    return [*lines, f"I. Image pair, in {picture}: i, and i' with {noise}"]
 
 
 def rollout_lines(original, noised, confidence_map):
     """The answers on each view, with C and c (lines)."""
-    lines = ["", "II. Rollouts y on i and y' on i'",
+    lines = ["II. Rollouts y on i and y' on i'",
              "III. C = mean over tokens of -1/k sum log p of the k most probable (Eq. 3)",
              f"      {'C':>7}  {'c':>5}  right  tokens  text"]
     for view, mark in ((original, " "), (noised, "'")):
@@ -134,7 +136,7 @@ def rollout_lines(original, noised, confidence_map):
 
 def reward_lines(original, noised, confidence_map, args):
     """Each reward as the formula with its numbers (lines)."""
-    lines = ["", "IV. Reward = alpha tanh(beta (C - C')) + calibration + right + format (Eq. 4, 3.2.2)"]
+    lines = ["IV. Reward = alpha tanh(beta (C - C')) + calibration + right + format (Eq. 4, 3.2.2)"]
     if confidence_map:
         lines.append(f"  c = sigmoid({confidence_map['slope']:.3f} C {confidence_map['intercept']:+.3f})")
     if original.is_control[0]:
@@ -162,7 +164,7 @@ def advantage_lines(original, args):
     rewards = sum(original.rewards.values())[0]                                                    # (G,)
     baseline = {"loo": "the mean of the others", "std": "the group's mean, divided by its std"}.get(
         args.adv_norm, "the group's mean")
-    lines = ["", f"V. Advantage of y: the reward minus {baseline}"]
+    lines = [f"V. Advantage of y: the reward minus {baseline}"]
     for j, reward in enumerate(rewards):
         others = (rewards.sum() - reward) / (len(rewards) - 1)
         formula = f"{reward:.3f} - {others if args.adv_norm == 'loo' else rewards.mean():.3f}"
@@ -174,11 +176,11 @@ def advantage_lines(original, args):
 
 def loss_lines(original, noised, sums, num_loss_tokens, args):
     """The loss and its two halves (lines)."""
-    policy_half = float(sums["loss"]) - float(sums["pathwise"])
+    policy_half = round(float(sums["loss"]) - float(sums["pathwise"]), 4) + 0.0        # -0.0 becomes 0.0
     answers = zip(original.advantages[0], original.rollouts[0])
     products = " ".join(f"{advantage:+.3f}*{len(rollout.tokens)}" for advantage, rollout in answers)
     also = "   and y' alike" if noised is not None and noised.policy_weight else ""
-    lines = ["", f"VI. Loss, over {num_loss_tokens} tokens. Every ratio is 1 on the first update of a batch",
+    lines = [f"VI. Loss, over {num_loss_tokens} tokens. Every ratio is 1 on the first update of a batch",
              f"  policy half    -({products}) / {num_loss_tokens} = {policy_half:.4f}{also}"]
     if args.pathwise:
         totals = [original.rewards["perception"].sum() + original.rewards["calibration"].sum()]
@@ -195,7 +197,7 @@ def loss_lines(original, noised, sums, num_loss_tokens, args):
 def push_lines(before, after, original, args, norm):
     """What one update does to the words and to their confidence (lines)."""
     lr = args.lr / WARMUP
-    lines = ["", f"VII. Gradient of norm {norm:.2f}. One update of AdamW on this question, lr {lr:g}:",
+    lines = [f"VII. Gradient of norm {norm:.2f}. One update of AdamW on this question, lr {lr:g}:",
              "              log p of the words           C"]
     for view, (rows, rows_after) in enumerate(zip(before, after)):
         for j, (p, p_after, c, c_after) in enumerate(zip(rows[0], rows_after[0], rows[1], rows_after[1])):
