@@ -35,8 +35,8 @@ def forks(folder):
                                  env={**ENVIRONMENT, "GIT_CEILING_DIRECTORIES": str(folder)})
         flags = re.findall(r"`(--[^`]*)`", LISTED.get(name, ""))
         command = [sys.executable, "train_cdrl.py", *TWO_STEPS, *" ".join(flags).split()]
-        process = applied if applied.returncode else subprocess.run(command, cwd=copy, capture_output=True, text=True,
-                                                                    env=ENVIRONMENT)
+        process = applied if applied.returncode else subprocess.run(
+            command, cwd=copy, capture_output=True, text=True, env=ENVIRONMENT)
         log = copy / "run" / "samples.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
         trained[name] = process, [json.loads(line) for line in lines]
@@ -69,10 +69,11 @@ def test_a_fork_does_what_it_says(forks):
     # wins: of two rewards one wins, or neither does. Its first rollouts are those of no fork.
     assert {line["advantage"] for line in logs["wins"]} <= {-1, 0, 1}
     # lowest_window: of the same answers, at most their mean, and lower somewhere.
+    lowest = first["lowest_window"]
     for key, mean in first["wins"].items():
-        lowest = first["lowest_window"][key]
-        assert lowest["text"] == mean["text"] and lowest["confidence"] <= mean["confidence"] + 1e-5
-    drops = [line["confidence"] - first["lowest_window"][key]["confidence"] for key, line in first["wins"].items()]
+        assert lowest[key]["text"] == mean["text"]
+        assert lowest[key]["confidence"] <= mean["confidence"] + 1e-5
+    drops = [line["confidence"] - lowest[key]["confidence"] for key, line in first["wins"].items()]
     assert max(drops) > 0.1
     # blur: other answers on the noised view alone.
     changed = {key[1] for key, line in first["wins"].items() if first["blur"][key]["text"] != line["text"]}

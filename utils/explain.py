@@ -31,7 +31,7 @@ def find_question(question_id, questions, held_out):
 
 
 def choose_question(args, clip, order, make_image_pairs, roll_out, vlm):
-    """The first question of step 0 that shows most (Sample): right and wrong answers, but only wrong ones once the
+    """The first question of step 0 that shows most (Sample): right and wrong answers, no right one where the
     evidence is noised."""
     samples = order.samples(0)
     images = [sample.pictures() for sample in samples]
@@ -97,7 +97,9 @@ def calibration_formula(view, j, confidence_map, args):
     if args.calibration == "linear":
         group = view.confidence.min(), view.confidence.max()
         lo, hi = group if args.cnorm == "group" else (confidence_map["lo"], confidence_map["hi"])
-        return f"({2 * right - 1:+.0f}) ({c:.3f} - {lo:.3f}) / ({hi:.3f} - {lo:.3f})"
+        ratio = f"({c:.3f} - {lo:.3f}) / ({hi:.3f} - {lo:.3f})"
+        c_norm = "0.5" if hi <= lo else ratio if lo <= c <= hi else f"clip({ratio})"
+        return f"({2 * right - 1:+.0f}) {c_norm}"
     if args.calibration == "brier":
         return f"1 - ({probability(c, confidence_map):.3f} - {right:.0f})^2"
     return f"{args.calibration} score {view.rewards['calibration'][0, j]:.3f}"
