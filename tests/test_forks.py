@@ -9,7 +9,7 @@ import pytest
 from conftest import ENVIRONMENT, ROOT, ahead
 
 FORKS = {path.stem: path for path in sorted((ROOT / "forks").glob("*.patch"))}
-SMALL = ("lowest_window", "blur", "wins", "hacked")
+SMALL = ("lowest_window", "blur", "wins", "hacked", "mixed_corruptions")
 TWO_STEPS = ("--steps 2 --batch_size 4 --group_size 2 --eval_size 0 --scale_questions 4 --max_new_tokens 12 "
              "--output run").split()
 # {name: "lines changed | flags"}
