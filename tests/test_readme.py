@@ -56,6 +56,14 @@ def test_line_counts_and_walk_are_todays(project):
     assert walk.walk_sentence(project) in README
 
 
+def test_the_recipe_is_todays():
+    flags = walk.recipe_flags()
+    listed = re.findall(r"^\| `--(\w+) (\S+)` \|", README, re.M)
+    assert dict(listed) == {name: value for name, value in flags.items() if name not in ("alpha", "beta")}
+    assert f"alpha {flags['alpha']} and beta {flags['beta']} are ours" in README
+    assert len(listed) <= 5
+
+
 @pytest.mark.parametrize("paper, functions", map_rows())
 def test_each_function_of_the_map_exists_and_names_its_equation(project, paper, functions):
     for name in functions:

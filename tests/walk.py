@@ -2,7 +2,7 @@
 
     python tests/walk.py                    # the walk of a step, and the lines of the root files
     python tests/walk.py --list             # and every function on the way
-    python tests/walk.py --update-readme    # write these figures and the page of --explain into README.md
+    python tests/walk.py --update-readme    # write these, the recipe and the page of --explain into README.md
 
 The walk starts at the loop of train_cdrl.py that steps the optimizer. Each function of the project that is
 called before the step counts once, and so do those that it calls. Four boxes stay closed: sampling, scoring,
@@ -120,8 +120,21 @@ def explain_page(text):
     return run.stdout
 
 
+def recipe_flags():
+    """{flag: value} of what `ours` changes, and of alpha and beta."""
+    sys.path.insert(0, str(ROOT))
+    from train_cdrl import RECIPES, Args
+    values = {**RECIPES["ours"], "alpha": Args.alpha, "beta": Args.beta}
+    return {name: f"{value:g}" if isinstance(value, float) else value for name, value in values.items()}
+
+
 def updated(text, project):
     """README.md with today's figures (str)."""
+    flags = recipe_flags()
+    for name, value in flags.items():
+        text = re.sub(rf"`--{name} [^`]*`", f"`--{name} {value}`", text)
+    ours = f"alpha {flags['alpha']} and beta {flags['beta']} are ours"
+    text = re.sub(r"alpha \S+ and beta \S+ are ours", ours, text)
     for name, lines in line_counts().items():
         text = re.sub(rf"(\| `{re.escape(name)}` \| )\d+( \|)", rf"\g<1>{lines}\2", text)
     text = re.sub(r"one training step: \d+ functions in \d+ files, \d+ lines", walk_sentence(project), text)
