@@ -97,18 +97,21 @@ class NoisedPicture(Image.Image):
         mask = Image.fromarray(np.rint(self.mask * 255).astype(np.uint8))
         return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
 
+    def mask_at(self, width, height):
+        """The mask as (height, width) float array in [0, 1], None for everywhere."""
+        if self.mask is None or self.mask.shape == (height, width):
+            return self.mask
+        return np.asarray(self.mask_picture((width, height)), dtype=np.float64) / 255
+
     def load(self):
         if self._im is None:
-            mask = self.mask
-            if mask is not None and mask.shape != (self.height, self.width):
-                mask = np.asarray(self.mask_picture(self.size), dtype=np.float64) / 255
-            self.im = diffuse(self.source, self.t, mask=mask, seed=self.seed).im
+            self.im = diffuse(self.source, self.t, mask=self.mask_at(*self.size), seed=self.seed).im
         return super().load()
 
     def noised_values(self, x, mask):
         """x (n, 3) float32 in [-1, 1], the values that a vision tower gets; mask (n, 1) in [0, 1] -> noised, as x."""
         eps = np.random.default_rng(self.seed).standard_normal(x.shape, dtype=np.float32)
-        return x if self.t == 0 else add_noise(x, eps, self.t, mask)
+        return add_noise(x, eps, self.t, mask)
 
     def __reduce__(self):                   # to another process without its pixels
         return NoisedPicture, (self.source, self.t, self.mask, self.seed)

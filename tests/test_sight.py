@@ -124,6 +124,12 @@ def test_no_evidence_returns_when_a_processor_shrinks(base):
     assert seen(shrunk) > 3 * seen(noised)
 
 
+def test_step_zero_is_the_picture_itself(base):
+    image = photo(1792, 1792)
+    a, b = (base.encode([[picture]], ["?"])["pixel_values"] for picture in (image, noise.NoisedPicture(image, 0, None, 3)))
+    assert torch.equal(a, b)
+
+
 def test_a_twin_travels_to_another_process_without_its_pixels():
     import pickle
     twin = noise.NoisedPicture(photo(80, 60), 500, np.ones((60, 80)), 7)

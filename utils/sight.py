@@ -32,7 +32,7 @@ class Sight:
 
     def __call__(self, texts, images, **settings):
         """Texts and as many lists of pictures -> the model's inputs (dict of tensors)."""
-        twins = [image for pictures in images for image in pictures if hasattr(image, "noised_values")]
+        twins = [image for pictures in images for image in pictures if hasattr(image, "noised_values") and image.t > 0]
         twins = [twin for twin in twins if not self.unchanged.get(twin.size)]
         places = []                                     # of each batch: pixel values' name, and `_places`
         for batch in (twins[first:first + MAX_TWINS] for first in range(0, len(twins), MAX_TWINS)):
