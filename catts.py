@@ -1,17 +1,19 @@
 """CA-TTS: calibrated confidence steers test-time compute (paper 3.3, Eq. 5-10).
 
-    python catts.py photo.png "How many red circles are there?"               # the built-in base and expert
-    python catts.py --data questions.jsonl --output results.jsonl             # many; resumes; torchrun splits them
+    python catts.py photo.png "How many red circles are there?"          # the built-in base and Expert
+    python catts.py --data questions.jsonl --output results.jsonl        # resumes; torchrun splits them
     python catts.py photo.png "..." --model Qwen/Qwen2.5-VL-7B-Instruct \
-        --expert https://host/v1 --expert_model NAME                          # key: EXPERT_API_KEY
+        --expert https://host/v1 --expert_model NAME                     # key: EXPERT_API_KEY
 
-One vote table over answers, which are merged by equivalence. N samples vote, weighted by confidence. Then three modules
-add their votes: Self-Consistency asks the Expert as Voter (Eq. 6-7), Self-Reflection the Expert as Critic, and the base
-answers again (Eq. 8), Visual Self-Check decodes against the noised picture (Eq. 9). The Expert as Planner orders them. The
-Critic and the Voter see what the *samples* said, so that modules commute: the order changes the cost, never the votes.
+N samples vote, each with its confidence as weight (Eq. 5). Equal answers are merged. Three modules add votes:
 
-The paper's confidence is mean C; where it is silent about a failing Expert we decide: a role that fails casts no vote, and
-the ledger says so. Left out on purpose: streaming, and an Expert that sees the samples' reasoning.
+- Self-Consistency: the Expert as Voter gives each candidate a probability (Eq. 6-7).
+- Self-Reflection: the Expert as Critic comments on the favourite, and the base answers again (Eq. 8).
+- Visual Self-Check: the base decodes against the noised picture (Eq. 9).
+
+The Expert as Planner orders the modules. Critic and Voter see the samples' answers only, so the order
+changes the cost, never the votes. The paper does not say what happens when the Expert fails. Here the role
+casts no vote, and the ledger says so. Left out on purpose: streaming, an Expert that sees the reasoning.
 """
 import argparse
 import math
@@ -19,7 +21,7 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,83 +31,61 @@ import data
 import noise
 from data import MODULES, Sample
 from reward import sequence_confidence
-from utils import cli, distributed
-from utils.cli import InputError, add_options, add_sources, command, names_in, option
-from utils.experts import (
-    LocalExpert,
-    Server,
-    ServerExpert,
-    ServerVLM,
-    consult,
-    parse_critique,
-    parse_order,
-    parse_probabilities,
-)
+from utils import cli, distributed, experts, results_file
+from utils.cli import InputError, names_in, option
+from utils.experts import LocalExpert, Server, ServerExpert, ServerVLM, consult
 from utils.judge import accepts, equivalent, extract_answer
-from utils.results_file import Ledger, answer_file, average, describe, frame_of, read_threshold, sources_of, timed
-from utils.rows import LETTERS
+from utils.results_file import SOURCE, SOURCES, Result, read_threshold, timed
 from vlm import VLM, Rollout
 
 TIE = 1e-9                      # totals closer than this are equal; the samples' order then decides
+# Self-Check asks no Expert, the Voter is one call, Self-Reflection a call and another answer.
+CHEAPEST_FIRST = "self_check,self_consistency,self_reflection"
+READINGS = ("mean", "tail", "bottom", "min")
 
 
 @dataclass
 class Settings:
     """How a question is answered. Defaults: the paper's, where it gives them."""
-    samples: int = option(8, "answers drawn, N")
-    temperature: float = option(1.0, "of the samples")
-    top_k: int = option(40, "tokens the samples are drawn from; 0 = all")
-    max_new_tokens: int = option(64, "longest answer of the base model")
-    reading: str = option("mean", "of a sample's confidence (DeepConf)", ("mean", "tail", "bottom", "min"))
-    window: int = option(32, "tokens of a window: tail, bottom and min")
-    weight: str = option("confidence", "of a sample's vote: C, C ** power, softmax(C / softness), its probability "
-                         "exp(mean log-prob), or 1", ("confidence", "power", "softmax", "probability", "equal"))
-    power: float = option(2.0, "exponent of --weight power")
-    softness: float = option(1.0, "temperature of --weight softmax, nats")
-    top_share: float = option(1.0, "share of the samples, the most confident, that vote (DeepConf's filter)")
+    samples: int = option(8, "answers drawn, N", least=1)
+    temperature: float = option(1.0, "of the samples", above=0)
+    top_k: int = option(40, "tokens the samples are drawn from; 0 = all", least=0)
+    max_new_tokens: int = option(64, "longest answer of the base model", least=1)
+    reading: str = option("mean", "of a sample's confidence (DeepConf)", READINGS)
+    window: int = option(32, "tokens of a window: tail, bottom and min", least=1)
+    weight: str = option("confidence", "of a sample's vote: C, its probability exp(mean log-prob), or 1",
+                         ("confidence", "probability", "equal"))
+    top_share: float = option(1.0, "share of the samples, the most confident, that vote (DeepConf's filter)",
+                              above=0, most=1)
     modules: str = option(",".join(MODULES), "which modules run, separated by commas; '' = samples only")
-    tau1: float = option(0.5, "weight of the Voter")
-    tau2: float = option(0.5, "weight of Self-Reflection")
-    tau3: float = option(0.5, "weight of Visual Self-Check")
-    order: str = option("auto", "of the modules: planner (asks the Expert), a list separated by commas, or auto: planner, but "
-                        "cheapest first under --early_exit exact, where the order changes nothing but the cost")
-    early_exit: str = option("off", "exact: stop when nothing left can change the answer; gate: when the samples' "
-                             "winner holds --gate of their votes", ("off", "exact", "gate"))
-    gate: float = option(0.9, "share of the samples' votes that --early_exit gate asks for")
-    check_alpha: float = option(0.5, "contrast of Visual Self-Check")
-    check_beta: float = option(0.1, "its plausibility cut")
+    tau1: float = option(0.5, "weight of the Voter", least=0)
+    tau2: float = option(0.5, "weight of Self-Reflection", least=0)
+    tau3: float = option(0.5, "weight of Visual Self-Check", least=0)
+    order: str = option("auto", "of the modules: planner (asks the Expert), or names with commas. auto = "
+                        "planner, but cheapest first under --early_exit exact, where only the cost changes")
+    early_exit: str = option("off", "exact: stop when nothing left can change the answer", ("off", "exact"))
+    check_alpha: float = option(0.5, "contrast of Visual Self-Check", least=0)
+    check_beta: float = option(0.1, "its plausibility cut", least=0, most=1)
     noise_t: str = option("999", "diffusion step of its noised picture")
     region: str = option("key", "where that noise goes", noise.MODES)
-    mass: float = option(0.5, "share of CLIP's attention that the key region holds")
-    expert_tokens: int = option(256, "longest reply of the Expert")
-    abstain: str = option("", "answer \"I don't know\" below this confidence: a number, or a file written by eval.py")
+    mass: float = option(0.5, "share of CLIP's attention that the key region holds", above=0, most=1)
+    expert_tokens: int = option(256, "longest reply of the Expert", least=1)
+    abstain: str = option("", "answer \"I don't know\" below this confidence: a number, or a file of eval.py")
     seed: int = option(0, "decides samples and noise")
 
     def check(self):
-        """Refuse what cannot work, in a sentence; returns the modules that run, in the table's order."""
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"--{name} is {value}; a finite number is expected")
-        for name, low in (("samples", 1), ("max_new_tokens", 1), ("window", 1), ("expert_tokens", 1), ("top_k", 0),
-                          ("tau1", 0), ("tau2", 0), ("tau3", 0), ("check_alpha", 0)):
-            if not getattr(self, name) >= low:
-                raise InputError(f"--{name} is {getattr(self, name)}; it must be at least {low}")
-        for name in ("temperature", "softness", "power"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"--{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("top_share", "mass", "gate"):
-            if not 0 < getattr(self, name) <= 1:
-                raise InputError(f"--{name} is {getattr(self, name)}; a number above 0 and at most 1 is expected")
-        if not 0 <= self.check_beta <= 1:
-            raise InputError(f"--check_beta is {self.check_beta}; a number from 0 to 1 is expected")
+        """Refuse what cannot work, in a sentence -> the modules that run, in the order of MODULES."""
+        cli.check_bounds(self)
         noise.parse_t(self.noise_t)
-        for name in ("modules",) if self.order in ("auto", "planner") else ("modules", "order"):
-            named = names_in(getattr(self, name))
-            if len(set(named)) != len(named) or not set(named) <= set(MODULES):
-                raise InputError(f"--{name} is {getattr(self, name)!r}; some of {', '.join(MODULES)} are expected, each once")
-        chosen = names_in(self.modules)
-        if self.order not in ("auto", "planner") and not set(chosen) <= set(names_in(self.order)):
-            raise InputError(f"--order is {self.order!r}; it must name every module that runs: {self.modules}")
+        chosen, order = names_in(self.modules), names_in(self.order)
+        if self.order in ("auto", "planner"):
+            order = MODULES
+        for flag, names in (("modules", chosen), ("order", order)):
+            if len(set(names)) != len(names) or not set(names) <= set(MODULES):
+                raise InputError(f"--{flag} is {getattr(self, flag)!r}; some of {', '.join(MODULES)} are "
+                                 "expected, each once")
+        if not set(chosen) <= set(order):
+            raise InputError(f"--order is {self.order!r}; it must name all of --modules {self.modules}")
         return [module for module in MODULES if module in chosen]
 
     def taus(self):
@@ -113,11 +93,7 @@ class Settings:
         return {"samples": 1.0, "voter": self.tau1, "self_reflection": self.tau2, "self_check": self.tau3}
 
 
-# Votes are counted in this order, whatever order they were cast in.
-SOURCES = ("samples", "voter", "self_reflection", "self_check")
-# The module behind each source; the samples need none.
-SOURCE = {"self_consistency": "voter", "self_reflection": "self_reflection", "self_check": "self_check"}
-
+# ---- The vote table
 
 @dataclass
 class Vote:
@@ -128,166 +104,145 @@ class Vote:
 
 
 @dataclass
-class Row:
-    """One answer of the table: its share of each source's vote, and the total, weighted by tau."""
+class Candidate:
+    """One answer of the vote table. shares: of each source's vote; total: their sum, weighted by tau."""
     answer: str
     shares: dict
     total: float = 0.0
 
 
 def sample_weights(confidences, probabilities, settings):
-    """N confidences (any reals) and probabilities -> N weights >= 0 that sum to 1 (Eq. 5); 0 = dropped by the filter."""
+    """N confidences (any reals) and probabilities -> N weights that sum to 1 (Eq. 5); 0 = filtered out."""
     c = torch.tensor(confidences, dtype=torch.float64)
-    positive = c.clamp(min=0)
-    weights = {"confidence": lambda: positive, "power": lambda: (positive / positive.max().clamp(min=1e-9)) ** settings.power,
-               "softmax": lambda: (c / settings.softness).softmax(0),
-               "probability": lambda: torch.tensor(probabilities, dtype=torch.float64),
-               "equal": lambda: torch.ones_like(c)}[settings.weight]()
-    kept = math.ceil(settings.top_share * len(c) - 1e-9)
-    weights[c.argsort(descending=True, stable=True)[kept:]] = 0
+    if settings.weight == "confidence":
+        weights = c.clamp(min=0)
+    elif settings.weight == "probability":
+        weights = torch.tensor(probabilities, dtype=torch.float64)
+    else:
+        weights = torch.ones_like(c)
+    num_kept = math.ceil(settings.top_share * len(c) - 1e-9)
+    weights[c.argsort(descending=True, stable=True)[num_kept:]] = 0
     total = weights.sum()
     return (weights / total if total > 0 else torch.full_like(weights, 1 / len(c))).tolist()
 
 
 def sample_votes(answers, confidences, probabilities, settings):
     """The samples' votes, normalised over those that gave an answer (Eq. 5) -> list of Vote."""
-    votes = [Vote("samples", *pair) for pair in zip(answers, sample_weights(confidences, probabilities, settings))]
-    votes = [vote for vote in votes if vote.answer is not None and vote.share > 0]
-    total = sum(vote.share for vote in votes)
-    return [Vote(vote.source, vote.answer, vote.share / total) for vote in votes]
+    weights = sample_weights(confidences, probabilities, settings)
+    votes = [(answer, weight) for answer, weight in zip(answers, weights) if answer is not None and weight]
+    total = sum(weight for _, weight in votes)
+    return [Vote("samples", answer, weight / total) for answer, weight in votes]
 
 
 def tally(votes, taus, choices=None):
-    """Votes -> Rows; answers equal as values share a row, the first that takes them. The samples' favourite first, then as
-    they came.
+    """Votes -> list of Candidate (Eq. 5-9), the samples' favourite first, then as they came.
 
-    taus: {source: weight}. The sums run over SOURCES, so that no order of casting changes a bit of them.
+    Answers that are equal as values share a candidate, the first that takes them. taus: {source: weight}. The
+    sums run over SOURCES, so that no order of casting changes a bit of them.
     """
-    rows = []
+    candidates = []
     for source in SOURCES:
         for vote in votes:
             if vote.source == source:
-                row = next((r for r in rows if equivalent(r.answer, vote.answer, choices)), None)
-                if row is None:
-                    rows.append(row := Row(vote.answer, {}))
-                row.shares[source] = row.shares.get(source, 0.0) + vote.share
-    for row in rows:
-        row.total = sum(taus[source] * row.shares.get(source, 0.0) for source in SOURCES)
-    return sorted(rows, key=lambda row: -row.shares.get("samples", 0.0))
+                match = next((c for c in candidates if equivalent(c.answer, vote.answer, choices)), None)
+                if match is None:
+                    candidates.append(match := Candidate(vote.answer, {}))
+                match.shares[source] = match.shares.get(source, 0.0) + vote.share
+    for candidate in candidates:
+        candidate.total = sum(taus[source] * candidate.shares.get(source, 0.0) for source in SOURCES)
+    return sorted(candidates, key=lambda candidate: -candidate.shares.get("samples", 0.0))
 
 
-def winner(rows):
-    """The row with the highest total, the first of those that tie; None for an empty table."""
-    best = max((row.total for row in rows), default=None)
-    return next((row for row in rows if row.total >= best - TIE), None)
+def winner(candidates):
+    """The Candidate with the highest total (Eq. 10), the first of those that tie; None without candidates."""
+    best = max((candidate.total for candidate in candidates), default=None)
+    return next((candidate for candidate in candidates if candidate.total >= best - TIE), None)
 
 
-def share_of(row, rows):
-    """V[answer] / sum V (Eq. 10) of a winner, in [0, 1]; 0 without one, or when nobody's vote weighs anything."""
-    total = sum(r.total for r in rows)
-    return row.total / total if row is not None and total > 0 else 0.0
+def share_of(candidate, candidates):
+    """V[answer] / sum V (Eq. 10) of a winner, in [0, 1]; 0 without one, or when no vote weighs anything."""
+    total = sum(c.total for c in candidates)
+    return candidate.total / total if candidate is not None and total > 0 else 0.0
 
 
-def decided(rows, remaining, taus, threshold=None):
-    """Whether no outcome of the remaining modules can change the winner: what makes `exact` lossless.
+def can_stop_early(candidates, remaining, taus, threshold=None):
+    """Whether no outcome of the remaining modules can change the winner (bool). This makes `exact` lossless.
 
-    A rival gains at most the tau of each module that remains, and from the Voter only where there is a choice: it divides
-    its vote among the samples' answers. A rival may also be an answer that nobody has given yet. With a threshold, nor
-    may the final confidence cross it.
+    A rival gains at most the tau of each remaining module. The Voter divides its vote among the samples'
+    answers, so it matters only where there are several. A rival may also be an answer that nobody has given
+    yet. With a threshold, the final confidence may not cross it either.
     """
-    leader = winner(rows)
+    leader = winner(candidates)
     if leader is None or "samples" not in leader.shares:
         return False
-    candidates = sum("samples" in row.shares for row in rows)
+    num_sampled = sum("samples" in candidate.shares for candidate in candidates)
     single = sum(taus[SOURCE[module]] for module in remaining if module != "self_consistency")
-    voter = taus["voter"] if "self_consistency" in remaining and candidates > 1 else 0.0
-    place = rows.index(leader)
-    for i, rival in enumerate([*rows, Row("", {})]):
+    voter = taus["voter"] if "self_consistency" in remaining and num_sampled > 1 else 0.0
+    position = candidates.index(leader)
+    for i, rival in enumerate([*candidates, Candidate("", {})]):
         if rival is leader:
             continue
         gain = single + (voter if "samples" in rival.shares else 0.0)
         # A later rival loses a tie.
-        if leader.total - rival.total < gain + (2 * TIE if i < place else -TIE / 2):
+        if leader.total - rival.total < gain + (2 * TIE if i < position else -TIE / 2):
             return False
     if threshold is None:
         return True
-    total, rest = sum(row.total for row in rows), sum(taus[SOURCE[module]] for module in remaining)
+    total, rest = sum(c.total for c in candidates), sum(taus[SOURCE[module]] for module in remaining)
     return leader.total / (total + rest) >= threshold or (leader.total + rest) / (total + rest) < threshold
 
 
-@dataclass
-class Result:
-    """answer: None when nobody gave one; confidence: V[answer] / sum V (Eq. 10), in [0, 1]; abstained: it lies below the
-    threshold; correct: by the judge, None without a gold answer; order: of the modules; skipped: {module: why};
-    said: {role: text}; rollouts: the samples."""
-    id: str
-    answer: str | None = None
-    confidence: float = 0.0
-    abstained: bool = False
-    correct: bool | None = None
-    votes: list = field(default_factory=list)
-    order: list = field(default_factory=list)
-    skipped: dict = field(default_factory=dict)
-    said: dict = field(default_factory=dict)
-    ledger: Ledger = field(default_factory=Ledger)
-    rollouts: list = field(default_factory=list)
+# ---- One question
 
-    def by_source(self):
-        """{source: [[answer, share], ...]} of the samples and of every module that ran, an empty list where it abstained."""
-        ran = ["samples", *(SOURCE[module] for module in self.order if module not in self.skipped)]
-        return {source: [[v.answer, v.share] for v in self.votes if v.source == source] for source in ran}
-
-    def record(self, sample, window):
-        """The line of results.jsonl: all of it, the question's frame, the samples with their confidence in every reading."""
-        row = {name: value for name, value in vars(self).items() if name not in ("rollouts", "ledger", "votes")}
-        row |= {"votes": self.by_source(), "ledger": asdict(self.ledger), "gold": sample.answer, "choices": sample.choices,
-                "question": sample.question, "source": sample.source}
-        row["meta"] = {key: value for key, value in sample.meta.items() if isinstance(value, (str, int, float))}
-        row["samples"] = [spoken(r, sample, window) for r in self.rollouts]
-        return row
-
-
-def spoken(rollout, sample, window=32):
-    """One Rollout as stored: its text, answer and verdict (None without gold), and its confidence in every reading."""
+def rollout_record(rollout, sample, window=32):
+    """One Rollout as stored (dict): text, answer, verdict (None without gold), confidence in each reading."""
     answer = extract_answer(rollout.text, sample.choices)
-    return {"text": rollout.text, "answer": answer, "tokens": len(rollout.tokens), "finished": rollout.finished,
+    return {"text": rollout.text, "answer": answer, "tokens": len(rollout.tokens),
+            "finished": rollout.finished,
             "correct": None if sample.answer is None else accepts(answer, sample),
             "logprob": rollout.logprobs.mean().item(),
-            "confidence": {reading: confidence_of(rollout, reading, window) for reading in ("mean", "tail", "bottom", "min")}}
+            "confidence": {reading: confidence_of(rollout, reading, window) for reading in READINGS}}
+
+
+def record(result, sample, window=32):
+    """The line of results.jsonl (dict): the result, the question, and the samples."""
+    return result.record(sample) | {"samples": [rollout_record(r, sample, window) for r in result.rollouts]}
+
+
+def confidence_of(rollout, reading, window):
+    """One reading of a Rollout's confidence (float), Eq. 3."""
+    confidences = rollout.confidences[None]
+    return sequence_confidence(confidences, torch.ones_like(confidences), reading, window).item()
 
 
 @dataclass
-class Turn:
+class QuestionState:
     """A question under way."""
     sample: Sample
     pictures: list
     result: Result
-    stopped: str = ""           # why nothing more is asked
-
-
-def confidence_of(rollout, reading, window):
-    """One reading of a Rollout's confidence (float)."""
-    return sequence_confidence(rollout.confidences[None], torch.ones(1, len(rollout.confidences)), reading, window).item()
+    stopped: str = ""           # why no more modules run
 
 
 class Controller:
     """CA-TTS for one base model and one Expert.
 
-    vlm: a VLM, or a ServerVLM. expert: None = the base plays the roles itself; else something with `ask`. checker: the
-    VLM of Visual Self-Check, default vlm; without one (vlm is a server) that module is skipped. clip: finds its region.
+    vlm: a VLM, or a ServerVLM. expert: something with `ask`; None = the base plays the roles itself. checker:
+    the VLM of Visual Self-Check, default vlm. A ServerVLM without a checker skips that module. clip: finds
+    the region of its noise.
     """
 
     def __init__(self, vlm, expert=None, clip=None, settings=None, checker=None):
-        self.vlm, self.settings = vlm, settings or Settings()
-        self.modules = self.settings.check()
-        itself = ServerExpert(vlm.server, self.settings.expert_tokens) if isinstance(vlm, ServerVLM) else LocalExpert(
-            vlm, self.settings.expert_tokens)
-        self.expert = expert or itself
-        self.checker = checker or (None if isinstance(vlm, ServerVLM) else vlm)
-        self.clip, self.threshold = clip, read_threshold(self.settings)
-        if "self_check" in self.modules and self.checker is not None and self.settings.region != "all" and clip is None:
+        self.vlm, self.settings, self.clip = vlm, settings or Settings(), clip
+        self.modules, self.taus = self.settings.check(), self.settings.taus()
+        self.threshold = read_threshold(self.settings)
+        is_server = isinstance(vlm, ServerVLM)
+        base_as_expert = (ServerExpert(vlm.server, self.settings.expert_tokens) if is_server
+                          else LocalExpert(vlm, self.settings.expert_tokens))
+        self.expert = expert or base_as_expert
+        self.checker = checker or (None if is_server else vlm)
+        if clip is None and "self_check" in self.modules and self.checker and self.settings.region != "all":
             self.clip = noise.ClipAttention.from_pretrained()
-        self.taus = self.settings.taus()
 
     def answer(self, sample):
         """One data.Sample -> Result."""
@@ -296,201 +251,175 @@ class Controller:
     def answer_all(self, samples, rollouts=None):
         """A batch of samples -> list of Result. A result does not depend on the rest of its batch.
 
-        rollouts: what was drawn for each sample earlier, N Rollouts each; then nothing is drawn.
+        rollouts: N Rollouts for each sample, where they were drawn before; then nothing is drawn.
         """
-        turns = [Turn(sample, sample.pictures(), Result(sample.id)) for sample in samples]
+        states = [QuestionState(sample, sample.pictures(), Result(sample.id)) for sample in samples]
         if rollouts is None:
-            self._draw(turns)
-        for turn, given in zip(turns, rollouts or []):
-            turn.result.rollouts = list(given)
-            turn.result.votes = self._sample_votes(turn)
-            self._charge(turn, "samples", turn.result.rollouts)
-        pending = self._pending(turns, self.modules)
+            self._draw(states, self.settings.samples)
+        for state, given in zip(states, rollouts or []):
+            self._add_samples(state, given)
+        pending = self._pending(states, self.modules)
         self._plan(pending)
-        for place in range(len(self.modules)):
+        for step in range(len(self.modules)):
             for module in self.modules:
-                batch = [turn for turn in pending if turn.result.order[place] == module]
-                if batch:
-                    with timed(batch):
-                        getattr(self, f"_{module}")(batch)
-            pending = self._pending(pending, None, place + 1)
-        for turn in turns:
-            self._conclude(turn)
-        return [turn.result for turn in turns]
+                self._run(module, [state for state in pending if state.result.order[step] == module])
+            pending = self._pending(pending, None, step + 1)
+        for state in states:
+            self._conclude(state)
+        return [state.result for state in states]
 
-    def _rows(self, turn, only_samples=False):
-        votes = [v for v in turn.result.votes if v.source == "samples" or not only_samples]
-        return tally(votes, self.taus, turn.sample.choices)
+    def _candidates(self, state, only_samples=False):
+        votes = [v for v in state.result.votes if v.source == "samples" or not only_samples]
+        return tally(votes, self.taus, state.sample.choices)
 
-    def _pending(self, turns, modules, place=0):
-        """The turns that go on; the others note why. modules: what remains, default: the rest of each turn's order."""
-        going = []
-        for turn in turns:
-            rest, rows = modules if modules is not None else turn.result.order[place:], self._rows(turn)
-            share = rows[0].shares.get("samples", 0.0) if rows else 0.0
-            if not turn.stopped and self.settings.early_exit == "exact" and decided(
-                    rows, rest, self.taus, self.threshold):
-                turn.stopped = "nothing left could change the answer"
-            elif self.settings.early_exit == "gate" and share >= self.settings.gate - TIE:
-                turn.stopped = f"the samples' winner holds {share:.2f} of their votes"
-            if turn.stopped:
-                turn.result.skipped |= {module: turn.stopped for module in rest}
-            elif rest:
-                going.append(turn)
-        return going
+    def _pending(self, states, modules, step=0):
+        """The questions that go on; others note why. modules: what remains; None = the rest of an order."""
+        pending = []
+        for state in states:
+            remaining = modules if modules is not None else state.result.order[step:]
+            if self.settings.early_exit == "exact" and can_stop_early(
+                    self._candidates(state), remaining, self.taus, self.threshold):
+                state.stopped = "nothing left could change the answer"
+                state.result.skipped |= {module: state.stopped for module in remaining}
+            elif remaining:
+                pending.append(state)
+        return pending
 
-    def _charge(self, turn, source, rollouts, views=1):
-        """Base-model work on one question: a prefill a view, then a forward pass a view for every further token."""
-        turn.result.ledger.add(source, tokens=sum(len(r.tokens) for r in rollouts),
-                               forward_passes=views * max(len(r.tokens) for r in rollouts),
-                               image_encodings=views * len(turn.pictures))
+    def _charge(self, state, source, rollouts, views=1):
+        """Base-model work on one question: a prefill a view, then a forward pass a view for each token."""
+        lengths = [len(r.tokens) for r in rollouts]
+        state.result.ledger.add(source, tokens=sum(lengths), forward_passes=views * max(lengths),
+                                image_encodings=views * len(state.pictures))
 
-    def _seed(self, turn):
-        return f"{self.settings.seed} {turn.sample.id}"
+    def _seed(self, state):
+        return f"{self.settings.seed} {state.sample.id}"
 
     # ---- The samples (Eq. 5)
 
-    def _draw(self, turns):
-        """Draw N samples a question, in one go, or under `exact` in rounds that stop once the rest cannot matter."""
-        pending = list(turns)
-        while pending:
-            rounds = {}                 # questions that draw the same number, after the same number, are drawn together
-            for turn in pending:
-                rounds.setdefault((self._round(turn), len(turn.result.rollouts)), []).append(turn)
-            for (size, first), part in rounds.items():
-                with timed(part):
-                    groups = self.vlm.sample([t.pictures for t in part], [data.prompt(t.sample) for t in part], size,
-                                             max_new_tokens=self.settings.max_new_tokens, first=first,
-                                             temperature=self.settings.temperature, top_k=self.settings.top_k,
-                                             seed=[self._seed(t) for t in part])
-                for turn, group in zip(part, groups):
-                    turn.result.rollouts += group
-                    turn.result.votes = self._sample_votes(turn)
-                    self._charge(turn, "samples", group)
-            pending = [turn for turn in pending if self._round(turn)]
-        for turn in turns:
-            if len(turn.result.rollouts) < self.settings.samples:
-                turn.stopped = f"{len(turn.result.rollouts)} samples settled it"
+    def _draw(self, states, n):
+        """Draw n samples a question."""
+        settings = self.settings
+        with timed(states):
+            groups = self.vlm.sample(
+                [s.pictures for s in states], [data.prompt(s.sample) for s in states], n,
+                max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+                top_k=settings.top_k, seed=[self._seed(s) for s in states])
+        for state, group in zip(states, groups):
+            self._add_samples(state, group)
 
-    def _sample_votes(self, turn):
-        rollouts, settings = turn.result.rollouts, self.settings
-        return sample_votes([extract_answer(r.text, turn.sample.choices) for r in rollouts],
-                            [confidence_of(r, settings.reading, settings.window) for r in rollouts],
-                            [r.logprobs.mean().exp().item() for r in rollouts], settings)
-
-    def _round(self, turn):
-        """How many samples to draw next; 0 = enough.
-
-        `exact` may stop early only where a sample's weight has an upper bound, 1, whatever it will say: weights
-        `probability` and `equal`, no filter, no threshold. Then the least number is drawn that could settle it at best.
-        A server draws all at once: what it says under one seed depends on how many are asked for.
-        """
-        settings, drawn = self.settings, len(turn.result.rollouts)
-        left = settings.samples - drawn
-        if (settings.early_exit != "exact" or settings.weight not in ("probability", "equal") or settings.top_share < 1
-                or self.threshold is not None or isinstance(self.vlm, ServerVLM)):
-            return left
-        gain = sum(self.taus[SOURCE[module]] for module in self.modules)
-        mass = sum(1.0 if settings.weight == "equal" else r.logprobs.mean().exp().item() for r in turn.result.rollouts
-                   if extract_answer(r.text, turn.sample.choices) is not None)
-        shares = [row.shares["samples"] * mass for row in self._rows(turn)] + [0.0, 0.0]
-        for extra in range(left):
-            worst = left - extra            # the rest, all for one rival, each with the largest weight
-            if (shares[0] + extra - shares[1] - worst) / (mass + extra + worst) > gain + TIE:
-                return extra
-        return left
+    def _add_samples(self, state, rollouts):
+        result, settings = state.result, self.settings
+        result.rollouts += rollouts
+        result.votes = sample_votes(
+            [extract_answer(r.text, state.sample.choices) for r in result.rollouts],
+            [confidence_of(r, settings.reading, settings.window) for r in result.rollouts],
+            [r.logprobs.mean().exp().item() for r in result.rollouts], settings)
+        self._charge(state, "samples", rollouts)
 
     # ---- The modules
 
-    def _plan(self, turns):
+    def _plan(self, states):
         """Expert as Planner: the order of the modules."""
         order = self.settings.order
         if order == "auto" and self.settings.early_exit == "exact":
-            order = "self_check,self_consistency,self_reflection"       # no Expert; one call; a call and another answer
-        plans = [names_in(order)] * len(turns)
+            order = CHEAPEST_FIRST
+        plans = [names_in(order)] * len(states)
         if order in ("auto", "planner"):
-            plans = [None] * len(turns)
-            if len(self.modules) > 1 and turns:
-                with timed(turns):
-                    plans = consult(self.expert, "planner", turns, lambda t: data.planner_prompt(t.sample),
-                                    lambda _, text: parse_order(text, MODULES))
-        for turn, plan in zip(turns, plans):
-            turn.result.order = [module for module in plan or MODULES if module in self.modules]
+            plans = [None] * len(states)
+            if len(self.modules) > 1 and states:
+                with timed(states):
+                    plans = consult(self.expert, "planner", states, lambda s: data.planner_prompt(s.sample),
+                                    lambda _, text: experts.parse_order(text, MODULES))
+        for state, plan in zip(states, plans):
+            state.result.order = [module for module in plan or MODULES if module in self.modules]
 
-    def _self_consistency(self, turns):
+    def _run(self, module, states):
+        if states:
+            with timed(states):
+                getattr(self, f"_{module}")(states)
+
+    def _self_consistency(self, states):
         """Expert as Voter (Eq. 6, 7): V[k] += tau1 c_k over the samples' answers."""
-        candidates = {id(turn): [row.answer for row in self._rows(turn, True)] for turn in turns}
-        asked = self._with_answers(turns, "voter")
-        shares = consult(self.expert, "voter", asked, lambda t: data.voter_prompt(t.sample, candidates[id(t)]),
-                         lambda t, text: parse_probabilities(text, len(candidates[id(t)])))
-        for turn, found in zip(asked, shares):
-            turn.result.votes += [Vote("voter", *pair) for pair in zip(candidates[id(turn)], found or [])]
+        states = self._with_answers(states, "voter")
+        candidates = {id(s): [c.answer for c in self._candidates(s, True)] for s in states}
+        shares = consult(self.expert, "voter", states,
+                         lambda s: data.voter_prompt(s.sample, candidates[id(s)]),
+                         lambda s, text: experts.parse_probabilities(text, len(candidates[id(s)])))
+        for state, given in zip(states, shares):
+            state.result.votes += [Vote("voter", *pair) for pair in zip(candidates[id(state)], given or [])]
 
-    def _self_reflection(self, turns):
+    def _self_reflection(self, states):
         """Expert as Critic; the base model answers again with the critique (Eq. 8): V[A_reflect] += tau2."""
-        asked = self._with_answers(turns, "critic")
-        current = {id(turn): self._rows(turn, True)[0].answer for turn in asked}
-        critiques = consult(self.expert, "critic", asked, lambda t: data.critic_prompt(t.sample, current[id(t)]),
-                            lambda _, text: parse_critique(text))
-        heard = [(turn, critique) for turn, critique in zip(asked, critiques) if critique is not None]
-        if heard:
-            groups = self.vlm.sample([t.pictures for t, _ in heard],
-                                     [data.reflect_prompt(t.sample, current[id(t)], critique) for t, critique in heard],
-                                     greedy=True, max_new_tokens=self.settings.max_new_tokens)
-            for (turn, _), (rollout,) in zip(heard, groups):
-                self._vote(turn, "self_reflection", rollout)
+        states = self._with_answers(states, "critic")
+        current = {id(s): self._candidates(s, True)[0].answer for s in states}
+        critiques = consult(self.expert, "critic", states,
+                            lambda s: data.critic_prompt(s.sample, current[id(s)]),
+                            lambda _, text: experts.parse_critique(text))
+        pairs = [(state, critique) for state, critique in zip(states, critiques) if critique is not None]
+        if pairs:
+            prompts = [data.reflect_prompt(s.sample, current[id(s)], critique) for s, critique in pairs]
+            groups = self.vlm.sample([s.pictures for s, _ in pairs], prompts, greedy=True,
+                                     max_new_tokens=self.settings.max_new_tokens)
+            for (state, _), (rollout,) in zip(pairs, groups):
+                self._vote(state, "self_reflection", rollout)
 
-    def _self_check(self, turns):
+    def _self_check(self, states):
         """Visual Self-Check (Eq. 9): contrast the picture with its noised twin: V[A_check] += tau3."""
         settings = self.settings
         if self.checker is None:
-            for turn in turns:
-                turn.result.skipped["self_check"] = "the base model is a server; --check_model names a local one"
+            for state in states:
+                why = "the base model is a server; --check_model names a local one"
+                state.result.skipped["self_check"] = why
             return
-        images = [t.pictures for t in turns]
-        noised = noise.make_pairs(images, [t.sample.question for t in turns], self.clip, noise.parse_t(settings.noise_t),
-                                  [settings.region] * len(turns), settings.mass, [self._seed(t) for t in turns])
-        rollouts = self.checker.contrast(images, noised, [data.prompt(t.sample) for t in turns], alpha=settings.check_alpha,
-                                         beta=settings.check_beta, max_new_tokens=settings.max_new_tokens)
-        for turn, rollout in zip(turns, rollouts):
-            self._vote(turn, "self_check", rollout, views=2)
+        images = [s.pictures for s in states]
+        noised = noise.make_pairs(
+            images, [s.sample.question for s in states], self.clip, noise.parse_t(settings.noise_t),
+            [settings.region] * len(states), settings.mass, [self._seed(s) for s in states])
+        rollouts = self.checker.contrast(
+            images, noised, [data.prompt(s.sample) for s in states], alpha=settings.check_alpha,
+            beta=settings.check_beta, max_new_tokens=settings.max_new_tokens)
+        for state, rollout in zip(states, rollouts):
+            self._vote(state, "self_check", rollout, views=2)
 
-    def _with_answers(self, turns, role):
-        """The turns in which a sample gave an answer; the others have nothing to show to the Expert."""
-        for turn in turns:
-            if not turn.result.votes or turn.result.votes[0].source != "samples":
-                turn.result.ledger.notes.append(f"{role} not asked: no sample gave an answer")
-        return [turn for turn in turns if turn.result.votes and turn.result.votes[0].source == "samples"]
+    def _with_answers(self, states, role):
+        """The questions with an answer among their samples; the others have nothing to show to the Expert."""
+        answered = [s for s in states if any(vote.source == "samples" for vote in s.result.votes)]
+        for state in states:
+            if state not in answered:
+                state.result.ledger.notes.append(f"{role} not asked: no sample gave an answer")
+        return answered
 
-    def _vote(self, turn, source, rollout, views=1):
-        self._charge(turn, source, [rollout], views)
-        turn.result.said[source] = rollout.text
-        answer = extract_answer(rollout.text, turn.sample.choices)
+    def _vote(self, state, source, rollout, views=1):
+        self._charge(state, source, [rollout], views)
+        state.result.texts[source] = rollout.text
+        answer = extract_answer(rollout.text, state.sample.choices)
         if answer is None:
-            turn.result.ledger.notes.append(f"{source} gave no answer")
+            state.result.ledger.notes.append(f"{source} gave no answer")
         else:
-            turn.result.votes.append(Vote(source, answer, 1.0))
+            state.result.votes.append(Vote(source, answer, 1.0))
 
-    def _conclude(self, turn):
-        rows, result = self._rows(turn), turn.result
-        best = winner(rows)
+    def _conclude(self, state):
+        """Answer and confidence (Eq. 10), abstention, and the judge's verdict."""
+        candidates, result = self._candidates(state), state.result
+        best = winner(candidates)
         if best is not None:
-            result.answer, result.confidence = best.answer, share_of(best, rows)
-        silent = sum(extract_answer(r.text, turn.sample.choices) is None for r in result.rollouts)
-        if silent:
-            result.ledger.notes.append(f"{silent} of {len(result.rollouts)} samples gave no answer")
-        result.abstained = result.answer is None or (self.threshold is not None and result.confidence < self.threshold)
-        if turn.sample.answer is not None:
-            result.correct = accepts(result.answer, turn.sample)
+            result.answer, result.confidence = best.answer, share_of(best, candidates)
+        unanswered = sum(extract_answer(r.text, state.sample.choices) is None for r in result.rollouts)
+        if unanswered:
+            result.ledger.notes.append(f"{unanswered} of {len(result.rollouts)} samples gave no answer")
+        unsure = self.threshold is not None and result.confidence < self.threshold
+        result.abstained = result.answer is None or unsure
+        if state.sample.answer is not None:
+            result.correct = accepts(result.answer, state.sample)
 
+
+# ---- The command
 
 def build(args, settings, model=None):
-    """The Controller that the flags of `add_sources` describe; model: instead of --model. Raises InputError."""
-    if args.batch_size < 1 or not 0 < args.timeout <= 1e6 or args.retries < 0:
-        raise InputError(f"--batch_size {args.batch_size} and --timeout {args.timeout:g} must be above 0 (a time-out at most "
-                         f"1e6), --retries {args.retries} not negative")
+    """The Controller that the flags of `add_sources` describe. model: in place of --model."""
+    cli.check_sources(args)
     settings.check()
-    read_threshold(settings, sources_of(args))
+    read_threshold(settings, results_file.source_fingerprint(args))
     model = model or args.model
 
     def server(url, name, key):
@@ -498,14 +427,54 @@ def build(args, settings, model=None):
 
     distributed.start_ranks()                      # before a model is loaded: each rank to a GPU of its own
     clip = noise.ClipAttention.from_pretrained(args.clip)
-    remote = re.match("https?:", model)
-    vlm = ServerVLM(server(model, args.model_name, "MODEL_API_KEY"), Rollout) if remote else VLM.load(model)
+    if re.match("https?:", model):
+        vlm = ServerVLM(server(model, args.model_name, "MODEL_API_KEY"), Rollout)
+    else:
+        vlm = VLM.load(model)
     expert = None
     if re.match("https?:", args.expert):
-        expert = ServerExpert(server(args.expert, args.expert_model, "EXPERT_API_KEY"), settings.expert_tokens)
+        endpoint = server(args.expert, args.expert_model, "EXPERT_API_KEY")
+        expert = ServerExpert(endpoint, settings.expert_tokens)
     elif args.expert not in ("self", model):
         expert = LocalExpert(VLM.load(args.expert), settings.expert_tokens)
     return Controller(vlm, expert, clip, settings, VLM.load(args.check_model) if args.check_model else None)
+
+
+def answer_one(args, settings):
+    """Answer a question about a picture: print the answer, who voted for what, and its cost."""
+    if not args.question.strip():
+        raise InputError("the question is empty; give the words that ask for something in the picture")
+    sample = Sample(Path(args.image).name, [args.image], args.question.strip(), None, args.choices)
+    sample.pictures()                              # a broken one is refused before a model is loaded
+    controller = build(args, settings)
+    result = controller.answer(sample)
+    if args.json:
+        print(cli.strict_json(record(result, sample, settings.window)))
+    else:
+        candidates = tally(result.votes, controller.taus, args.choices)
+        print(results_file.describe(result, candidates, args.choices, controller.taus))
+        print("next: python catts.py --data questions.jsonl --output results.jsonl        # many questions")
+
+
+def answer_many(args, settings, defaults):
+    """Answer the questions of --data into --output, a line each, and print their means.
+
+    defaults: the flags' (Namespace). A flag that an older file does not name had its default.
+    """
+    samples = data.load(args.data, "test", args.limit, args.data_seed, args.strict)
+    controller = build(args, settings)
+
+    def answer_batch(batch):
+        return [record(r, s, settings.window) for s, r in zip(batch, controller.answer_all(batch))]
+
+    # The threshold itself: the content of its file may change between a run and its continuation.
+    frame, default_frame = (
+        results_file.run_fingerprint(flags, ("image", "question", "choices"), abstain=str(threshold))
+        for flags, threshold in ((args, controller.threshold), (defaults, None)))
+    results = results_file.run_resumable(answer_batch, samples, args.output, frame, args.batch_size,
+                                         strict=args.strict, defaults=default_frame)
+    if results is not None:                        # on the first rank
+        results_file.print_means(results, samples, args)
 
 
 def run(argv=None):
@@ -514,61 +483,27 @@ def run(argv=None):
     parser.add_argument("question", nargs="?", help="a question about it")
     parser.add_argument("--choices", nargs="+", help="options of a multiple-choice question")
     parser.add_argument("--output", default="runs/catts/results.jsonl", help="file for the results of --data")
-    parser.add_argument("--json", action="store_true", help="print the result, or the summary of --data, as JSON")
-    add_sources(parser)
-    add_options(parser, Settings)
+    parser.add_argument("--json", action="store_true", help="print the result, or the means, as JSON")
+    cli.add_sources(parser)
+    cli.add_options(parser, Settings)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     if (args.data is None) == (args.image is None) or (args.image is None) != (args.question is None):
         raise InputError("give either IMAGE and \"QUESTION\", or --data FILE")
-    options = args.choices
-    if options is not None and (not 2 <= len(options) <= len(LETTERS) or not all(o.strip() for o in options)
-                                or len(set(options)) < len(options)):
-        raise InputError(f"--choices {' '.join(map(repr, options))}: 2 to {len(LETTERS)} different options are expected")
-    if args.data:
-        samples = data.load(args.data, "test", args.limit, args.data_seed, args.strict)
-    else:
-        if not args.question.strip():
-            raise InputError("the question is empty; give the words that ask for something in the picture")
-        samples = [Sample(Path(args.image).name, [args.image], args.question.strip(), None, args.choices)]
-        samples[0].pictures()
-    controller = build(args, settings)
-    if not args.data:
-        result = controller.answer(samples[0])
-        if args.json:
-            print(cli.strict_json(result.record(samples[0], settings.window)))
-        else:
-            print(describe(result, tally(result.votes, controller.taus, args.choices), args.choices, controller.taus))
-            print("next: python catts.py --data questions.jsonl --output results.jsonl        # many questions")
-        return
-
-    def answer_batch(batch):
-        return [r.record(s, settings.window) for s, r in zip(batch, controller.answer_all(batch))]
-
-    # a threshold's file may change between a run and its continuation
-    frame = frame_of(args, image=None, question=None, choices=None, abstain=str(controller.threshold))
-    found = answer_file(answer_batch, samples, args.output, frame, args.batch_size, strict=args.strict)
-    if found is not None:
-        rows = [found[name] for name in sorted({s.id for s in samples} & set(found))]
-        if not rows:
-            raise InputError(f"no question of {args.data} could be answered; every picture is broken")
-        if left_out := len(samples) - len(rows) + getattr(samples, "broken", 0):
-            print(f"{left_out} questions left out", file=sys.stderr)
-        if args.json:
-            print(cli.strict_json(average(rows)))
-            return
-        print(cli.table({"mean of": average(rows)}))
-        print(f"wrote {args.output}")
-        if settings.early_exit == "off":
-            exact = Path(args.output).with_name("exact.jsonl")
-            print(f"next: python catts.py {shlex.join([*argv, '--early_exit', 'exact', '--output', str(exact)])}"
-                  "        # the same answers, cheaper")
+    cli.check_choices(args.choices)
+    if args.image:
+        return answer_one(args, settings)
+    answer_many(args, settings, parser.parse_args([]))
+    if settings.early_exit == "off" and not args.json and distributed.place()[0] == 0:
+        exact = Path(args.output).with_name("exact.jsonl")
+        print(f"next: python catts.py {shlex.join([*argv, '--early_exit', 'exact', '--output', str(exact)])}"
+              "        # the same answers, cheaper")
 
 
 def main(argv=None):
     try:
-        command("catts.py", lambda: run(argv))
+        cli.command("catts.py", lambda: run(argv))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -34,13 +34,13 @@ def open_data(args):
     """(training questions, held-out questions). Built-in questions have a test split. Of a file at most a fifth is held
     out, drawn by the seed, and no picture is in both parts. Each question must have a picture."""
     if args.data == "synthetic":
-        held_out = load("synthetic", "test", args.eval_size, args.seed) if args.eval_size else []
+        held_out = load("synthetic", "test", args.run.eval_size, args.seed) if args.run.eval_size else []
         return load("synthetic", "train", None, args.seed), held_out
     samples = list(load(args.data, answered=True, allow_outside=getattr(args, "allow_outside", False)))
     for sample in samples:
         if not sample.images:
             raise InputError(f"question {sample.id!r} has no picture; training noises one, give it or remove the row")
-    return hold_out(samples, min(args.eval_size, len(samples) // 5), args.seed)
+    return hold_out(samples, min(args.run.eval_size, len(samples) // 5), args.seed)
 
 
 def hold_out(samples, size, seed):
@@ -120,8 +120,8 @@ class Sample:
     def _unreadable(self, image, error):
         name = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
         why = re.sub(r" <_io\.BytesIO[^>]*>", "", reason(error))             # its address differs from time to time
-        return InputError(f"{self.where + ': ' if self.where else ''}question {self.id!r}: image {name} cannot be read ({why}); "
-                          "repair or remove it")
+        return InputError(f"{self.where + ': ' if self.where else ''}question {self.id!r}: image {name} cannot be read "
+                          f"({why}); repair or remove it")
 
 
 def ask(sample):

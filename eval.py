@@ -22,13 +22,15 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import catts
 import data
-from catts import Vote, sample_votes, share_of, spoken, tally, winner
+import noise
+from catts import Vote, rollout_record, sample_votes, share_of, tally, winner
 from noise import MODES, ClipAttention, make_pair, make_pairs, parse_t
-from utils import cli, metrics, report, results_file
+from utils import baselines, cli, corruptions, metrics, report, results_file
 from utils.cli import InputError
 from utils.judge import accepts, extract_answer, is_correct
 from utils.logs import training_log
@@ -37,12 +39,14 @@ from utils.report import draw_probe
 from utils.tables import (
     CALIBRATED,
     HEADLINE,
+    ROUNDS,
     Outcome,
     abstention,
     against_majority,
     arrays,
     calibration,
     check_rows,
+    columns_of,
     curves_of,
     groups_of,
     method_of,
@@ -73,7 +77,7 @@ class Memo:
 
 
 def collector(controller, sizes, drawn):
-    """-> a function: batch of samples -> rows for `catts.answer_file`, with all that the methods need.
+    """-> a function: batch of samples -> rows for `run_resumable`, with all that the methods need.
 
     `drawn` samples a question; the votes of every module for the first n of them, for each n of `sizes`; the greedy answer,
     the one with the plausibility cut alone (alpha = 0), and the Expert's own.
@@ -93,14 +97,14 @@ def collector(controller, sizes, drawn):
         controller.expert = expert
         rows = []
         for i, sample in enumerate(batch):
-            row = found[max(sizes)][i].record(sample, settings.window)
+            row = found[max(sizes)][i].record(sample)
             row = {key: row[key] for key in ("id", "gold", "choices", "question", "source", "meta")}
-            row |= {"samples": [spoken(r, sample, settings.window) for r in groups[i]],
-                    "greedy": spoken(greedy[i], sample), "cut_only": spoken(cut[i], sample) if cut else None}
+            row |= {"samples": [rollout_record(r, sample, settings.window) for r in groups[i]],
+                    "greedy": rollout_record(greedy[i], sample), "cut_only": rollout_record(cut[i], sample) if cut else None}
             answer = extract_answer(own[i].text, sample.choices)
             row["expert"] = {"answer": answer, "correct": accepts(answer, sample), "tokens": own[i].tokens}
             row["by_n"] = {str(n): {"ran": list(votes), "votes": votes, "parts": r.ledger.parts, "notes": r.ledger.notes,
-                                    "said": r.said, "order": r.order}
+                                    "said": r.texts, "order": r.order}
                            for n, results in found.items() for r in [results[i]] for votes in [r.by_source()]}
             rows.append(row)
         return rows
@@ -184,6 +188,32 @@ def methods_of(votes, settings, scales):
     return found
 
 
+def headline_tables(probes, regions, t, scales):
+    """Whether confidence says when the evidence is gone, and what a reading costs that needs no training -> "headline":
+    {model, part: `baselines.headline_intervals`}, pooled and within skill; "free readouts": {model, readout: figures}.
+
+    The noised answers are those at step t on the first region (key, where it was asked for).
+    """
+    tables = {"headline": {}, "free readouts": {}}
+    for name, rows in probes.items():
+        clean, noised = (probed(rows, regions[0], step) for step in (0, t))
+        for part in ("all", *sorted({a.skill for a in clean if a.skill})):
+            views = [columns_of([a for a in view if part in ("all", a.skill)]) for view in (clean, noised)]
+            tables["headline"][f"{name}, {part}"] = baselines.headline_intervals(*views, scales[name], ROUNDS)
+        states = {view: {row["id"]: baselines.unpacked(row["states"][view]) for row in rows} for view in STATES}
+        tables["free readouts"] |= {f"{name}, {readout}": row for readout, row in baselines.readouts(
+            columns_of(clean), columns_of(noised), states).items()}
+    return tables
+
+
+def severity_table(rows, scale):
+    """Rows of `corrupter` of one model -> {"corruption, region, severity": `baselines.severity_row`}."""
+    clean = columns_of([Answer(**a) for row in rows for a in row["found"]["clean"]])
+    names = [name for name in rows[0]["found"] if name != "clean"]
+    return {name: baselines.severity_row(clean, columns_of([Answer(**a) for row in rows for a in row["found"][name]]), scale)
+            for name in names}
+
+
 def make_tables(votes, probes, settings, sizes, drawn, regions, ts, risk, scales):
     """Everything that is reported, from stored rows. votes, probes: {model name: rows}; sizes: where every module voted;
     drawn: samples a question; scales: see `methods_of`."""
@@ -220,6 +250,7 @@ def make_tables(votes, probes, settings, sizes, drawn, regions, ts, risk, scales
     tables["probe"] = {f"{name}, {region}, {part}": row for name, rows in probes.items() for region in regions
                        for part, row in within_skills(probed(rows, region, 0), probed(rows, region, last),
                                                             scales[name], summary_intervals).items()}
+    tables |= headline_tables(probes, regions, last, scales)
     tables["curves"] = {name: {region: curves_of({t: probed(rows, region, t) for t in ts}) for region in regions}
                         for name, rows in probes.items()}
     return tables
@@ -262,6 +293,9 @@ def main(argv=None):
     parser.add_argument("--regions", nargs="+", default=["key", "random", "inverse"], choices=MODES, help="of the probe")
     parser.add_argument("--t", type=int, nargs="+", default=list(PROBE_STEPS), help="noise steps of the probe; 0 is always run")
     parser.add_argument("--probe_samples", type=int, default=4, help="answers a question at each step of the probe")
+    parser.add_argument("--corruptions", nargs="*", choices=corruptions.NAMES, help="severity curves under these, all where "
+                        "none is named: accuracy and confidence at five severities, on the key region and everywhere; takes "
+                        "some times as long as the probe")
     parser.add_argument("--target_risk", type=float, default=0.1, help="share of wrong answers that abstention aims at")
     parser.add_argument("--output", default="runs/eval", help="folder for what is measured")
     parser.add_argument("--json", action="store_true", help="print tables.json")
@@ -288,22 +322,33 @@ def main(argv=None):
                                                    answered=True)
     paths = list(filter(None, (args.baseline, args.model)))
     names = [Path(path).name for path in paths] if len({Path(path).name for path in paths}) == len(paths) else paths
-    votes, probes = {}, {}
+    votes, probes, corrupted = {}, {}, {}
     for name, path in zip(names, paths):
         controller = catts.build(args, settings, path)
         folder = output / re.sub(r"[^\w.-]+", "_", name)
-        frame = results_file.frame_of(args, model=path, baseline=None, target_risk=None)
-        votes[name] = results_file.answer_file(collector(controller, args.sizes, drawn), samples, folder / "votes.jsonl", frame,
-                                        args.batch_size, f"{name}: votes", args.strict)
+        frame = results_file.run_fingerprint(args, ("baseline", "target_risk", "corruptions"), model=path)
+        defaults = results_file.run_fingerprint(parser.parse_args([]), ("baseline", "target_risk", "corruptions"))
+        votes[name] = results_file.run_resumable(
+            collector(controller, args.sizes, drawn), samples, folder / "votes.jsonl", frame, args.batch_size,
+            f"{name}: votes", args.strict, defaults)
         if isinstance(controller.vlm, VLM):
-            probes[name] = results_file.answer_file(
+            probes[name] = results_file.run_resumable(
                 prober(controller.vlm, controller.clip, args.regions, ts, settings.mass, args.probe_samples,
                              settings.seed, max_new_tokens=settings.max_new_tokens),
-                samples, folder / "probe.jsonl", frame, args.batch_size, f"{name}: probe", args.strict)
+                samples, folder / "probe.jsonl", frame | {"states": list(STATES)}, args.batch_size, f"{name}: probe",
+                args.strict, defaults)
+            if args.corruptions is not None:
+                kinds = args.corruptions or corruptions.NAMES
+                corrupted[name] = results_file.run_resumable(
+                    corrupter(controller.vlm, controller.clip, kinds, settings.mass, args.probe_samples, settings.seed,
+                              max_new_tokens=settings.max_new_tokens),
+                    samples, folder / "corruptions.jsonl", frame | {"corruptions": list(kinds)}, args.batch_size,
+                    f"{name}: corruptions", args.strict, defaults)
     if votes[names[0]] is None:             # not the first rank
         return
     ids = [s.id for s in samples]
-    votes, probes = ({name: [rows[i] for i in ids if i in rows] for name, rows in found.items()} for found in (votes, probes))
+    votes, probes, corrupted = ({name: [rows[i] for i in ids if i in rows] for name, rows in found.items()}
+                                for found in (votes, probes, corrupted))
     if not all(votes.values()):
         raise InputError(f"no question of {args.data!r} could be answered; every picture is broken")
     expected = [catts.SOURCE[m] for m in controller.modules if m != "self_check" or controller.checker is not None]
@@ -311,6 +356,9 @@ def main(argv=None):
         check_rows(rows, args.sizes, drawn, expected)
     scales = dict(zip(names, stored_scales(paths)))
     tables = make_tables(votes, probes, settings, args.sizes, drawn, args.regions, ts, args.target_risk, scales)
+    if corrupted:
+        tables["severity"] = {f"{name}, {row}": figures for name, rows in corrupted.items()
+                              for row, figures in severity_table(rows, scales[name]).items()}
     kept, left_out = len(votes[names[-1]]), len(ids) - len(votes[names[-1]]) + getattr(samples, "broken", 0)
     about = (f"{kept} questions of {args.data or 'the built-in test split'}{f' ({left_out} left out)' if left_out else ''}, "
              f"N = {settings.samples}, noise at t = {max(ts)}, seed {settings.seed}; {' and '.join(map(cli.shown, paths))}; "
@@ -318,8 +366,8 @@ def main(argv=None):
     about += "".join(f" {name}: c = sigmoid({scale['slope']:.3g} C {scale['intercept']:+.3g}), fixed before the training began."
                      for name, scale in scales.items() if scale)
     cli.write_atomically(output / "tables.json", cli.strict_json({"about": about, **tables}, indent=1))
-    threshold = tables["abstention"][names[-1]] | {"settings": results_file.deciding(settings),
-                                                   "sources": results_file.sources_of(args)}
+    threshold = tables["abstention"][names[-1]] | {"settings": results_file.threshold_settings(settings),
+                                                   "sources": results_file.source_fingerprint(args)}
     cli.write_atomically(output / "threshold.json", cli.strict_json(threshold, indent=1))
     clip = controller.clip or ClipAttention.from_pretrained(args.clip)
     (output / "report.html").write_text(report.build(
@@ -342,9 +390,16 @@ def main(argv=None):
     if probes:
         print("\nThe probe")
         print(cli.table(tables["probe"], intervals=False))
+        print("\nHeadline; mixed: over clean and noised answers together; Platt, isotonic: mapped on the other half's answers")
+        print(cli.table(baselines.by_figure({name: tables["headline"][f"{name}, all"] for name in probes})))
+        print("\nReadouts of the frozen model, fitted on the other half of the questions")
+        print(cli.table(tables["free readouts"]))
+    if corrupted:
+        print("\nSeverity; mixed: over clean and corrupted answers together")
+        print(cli.table(tables["severity"]))
     print(f"\nwrote {output}/: report.html, tables.json, threshold.json, probe.png and the stored votes; "
           "the page and tables.json hold every interval")
-    changed = [f"--{key} {shlex.quote(str(value))}" for key, value in results_file.deciding(settings).items()
+    changed = [f"--{key} {shlex.quote(str(value))}" for key, value in results_file.threshold_settings(settings).items()
                if value != getattr(catts.Settings, key)]
     changed += [f"--{key} {shlex.quote(getattr(args, key))}" for key in ("expert", "expert_model", "clip", "check_model")
                 if getattr(args, key) != parser.get_default(key)]
@@ -353,6 +408,7 @@ def main(argv=None):
 
 
 PROBE_STEPS = (0, 300, 500, 700, 850, 999)
+STATES = ("clean", "noised", "blank")               # on which pictures a frozen model's hidden state is read
 
 
 @dataclass
@@ -404,12 +460,43 @@ def probe(vlm, samples, clip, ts=PROBE_STEPS, mode="key", mass=0.5, n=4, seed=0,
 
 
 def prober(vlm, clip, regions, ts, mass, n, seed, **sampling):
-    """-> a function: batch of samples -> rows for `catts.answer_file`: {"id", "found": {region: {t: [Answer, ...]}}}."""
+    """-> a function: batch of samples -> rows for `run_resumable`: {"id", "found": {region: {t: [Answer, ...]}},
+    "states": {of STATES: the question's hidden state, packed}}, noised at the last step on the first region."""
     def collect(batch):
         rows = {s.id: {"id": s.id, "found": {region: {} for region in ("clean", *regions)}} for s in batch}
         for region, t in [("clean", 0)] + [(region, t) for region in regions for t in ts if t]:
             for a in noised_answers(vlm, batch, clip, t, region, mass, n, seed, **sampling):
                 rows[a.id]["found"][region].setdefault(str(t), []).append(asdict(a))
+        pictures, prompts = [s.pictures() for s in batch], [data.prompt(s) for s in batch]
+        noised = make_pairs(pictures, [s.question for s in batch], clip, (max(ts),) * 2, [regions[0]] * len(batch), mass,
+                            [f"{seed} {s.id}" for s in batch])
+        blank = [[Image.new("RGB", image.size) for image in some] for some in pictures]
+        for name, images in zip(STATES, (pictures, noised, blank)):
+            for sample, state in zip(batch, vlm.states(images, prompts)):
+                rows[sample.id].setdefault("states", {})[name] = baselines.packed(state)
+        return list(rows.values())
+    return collect
+
+
+def corrupter(vlm, clip, names, mass, n, seed, **sampling):
+    """-> a function: batch of samples -> rows for `run_resumable`: {"id", "found": {"clean" or "corruption, region,
+    severity": [Answer, ...]}}, on the key region and on the whole picture, at five severities."""
+    def collect(batch):
+        rows = {s.id: {"id": s.id, "found": {}} for s in batch}
+        pictures = [s.pictures() for s in batch]
+        maps = clip.maps([(image, s.question) for s, some in zip(batch, pictures) for image in some])
+        keys = [[noise.region(next(maps), mass, "key") for _ in some] for some in pictures]
+        for place, masks in (("key", keys), ("all", [[None] * len(some) for some in pictures])):
+            for name in names:
+                for severity in corruptions.SEVERITIES:
+                    images = [[corruptions.corrupt(image, name, severity, noise.diffuse, mask=mask, seed=zlib.crc32(
+                        f"{seed} {s.id} {i}".encode())) for i, (image, mask) in enumerate(zip(some, own))]
+                        for s, some, own in zip(batch, pictures, masks)]
+                    label = f"{name}, {place}, {severity}"
+                    for a in answer(vlm, batch, images, n, seed=f"{seed} {label}", **sampling):
+                        rows[a.id]["found"].setdefault(label, []).append(asdict(a))
+        for a in answer(vlm, batch, pictures, n, seed=seed, **sampling):
+            rows[a.id]["found"].setdefault("clean", []).append(asdict(a))
         return list(rows.values())
     return collect
 

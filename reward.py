@@ -1,71 +1,30 @@
-r"""What a response is worth: how sure the model was, and the terms of its reward.
+r"""What a response is worth: how sure the model was (Eq. 3), and the terms of its reward (Eq. 4).
 
-Confidence (CDRL, arXiv 2603.12149, Eq. 3); reward terms (Eq. 4, section 3.2.2, and proper scores beside them). Whether an
-answer is right, `judge.py` decides. Nothing here knows a model, or how text was sampled.
+Read from top to bottom: confidence of a token and of a sequence; the two terms of Eq. 4 and their variants; their sum;
+outcome and format (paper 3.2.2); advantages; the map from C to a probability. Nothing here knows a model or how text was
+sampled. Whether an answer is right is decided in `utils/judge.py`.
+
+C: mean over the generated tokens of -(1/k) * sum of log p over the k most probable tokens. C': the same on the noised picture.
+c = sigmoid(slope * C + intercept): the probability of being right that C stands for, by a map fitted once on the base.
 """
 import math
 import re
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from utils import metrics
 from utils.judge import boxes, is_correct
 from utils.loading import largest
+from utils.metrics import fit_platt
 
-KINDS = ("topk", "logprob", "entropy")          # confidences of a token
+LOG_FLOOR = 0.01                # the log score clips probabilities to [.01, .99]
 
-
-def token_values(source, kind):
-    """The per-token confidence of a Rollout (T,) or Scores (B, T) that --confidence names; higher = surer."""
-    one = hasattr(source, "confidences")
-    if kind == "topk":
-        return source.confidences if one else source.confidence
-    if kind == "logprob":
-        return source.logprobs
-    return -(source.entropies if one else source.entropy)
-
-
-def outcomes(groups, samples):
-    """R_out (Q, G)."""
-    return torch.tensor([[outcome_reward(r.text, s) for r in group] for s, group in zip(samples, groups)])
-
-
-def confidence_reward(c, c_other, control, judged, correct, scale, args):
-    """R_conf's two terms (paper Eq. 4), differentiable in the confidences -> perception, calibration, like judged each.
-
-    c (Q, G), c_other (P, G): C and C' of the perception term, the same for both views; the first P of the Q questions have a
-    noised view, None = no question. control (P,) bool: of those, the ones whose noise spares the evidence; no perception
-    term. judged (Q, G) or (P, G): the confidence that the calibration term holds against `correct`, each view's own.
-    """
-    perception = torch.zeros_like(judged)
-    if args.alpha and c_other is not None:
-        term = perception_term(c[:len(c_other)], c_other, args.alpha, args.beta)
-        perception[:len(c_other)] = term.masked_fill(control[:, None].to(c.device), 0)
-    if args.calibration == "none":
-        return perception, torch.zeros_like(judged)
-    if args.calibration == "linear":
-        c_norm = (normalise_group(judged) if args.cnorm == "group"
-                  else normalise_range(judged, scale["lo"], scale["hi"]))
-        return perception, calibration_linear(c_norm, correct)
-    proper = calibration_brier if args.calibration == "brier" else calibration_log
-    probability = judged.exp() if args.probability == "exp" else metrics.probability(judged, scale["slope"], scale["intercept"])
-    return perception, proper(probability, correct)
-
-
-def set_apart(c, weight):
-    """The values of c (Q, G), with weight times the gradient of each one's distance from the mean of its group. In the mean
-    over rollouts a proper score is still best where c is the true rate: each part of its gradient is 0 there. Answers to one
-    question share the picture, and nearly all of C with it: at weight 1 C learns which questions are hard, and nothing about
-    which of the answers is right."""
-    apart = c - c.mean(-1, keepdim=True)
-    return c + (weight - 1) * (apart - apart.detach())
-
-
-def group_advantages(rewards, norm):
-    """A_j = (r_j - mean) / (std + 1e-4) in the group (GRPO), or r_j - mean (Dr. GRPO): (Q, G) -> (Q, G), divisor (Q, 1)."""
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    spread = rewards.std(-1, keepdim=True) + 1e-4 if norm == "std" else torch.ones_like(rewards[:, :1])
-    return centred / spread, spread
+# ----------------------------------------------------------------------------------------------------------------------
+# Confidence. Higher = more certain, everywhere in this repository. The paper's prose says the opposite of its own Eq. 3.
+# The equation, the authors' code and DeepConf (arXiv 2508.15260) agree with us: in a peaked distribution the k - 1
+# runners-up have very negative log-probabilities, so minus their mean is large.
+# Known flaw: C is no probability, and not monotone in entropy. Uniform over V > k tokens scores log V, more than
+# uniform over k, log k.
 
 
 def top_k_for(vocab, k=20):
@@ -120,44 +79,74 @@ def sequence_confidence(token_conf, mask, reading="mean", window=32):
     return torch.stack(rows)
 
 
-def perception_term(c, c_noised, alpha, beta):
-    """Eq. 4, first term: alpha * tanh(beta * (C - C')), within +-alpha; C' is the confidence on the noised image."""
-    return alpha * torch.tanh(beta * (c - c_noised))
+def rollout_confidence(groups):
+    """Q lists of G rollouts -> C (Q, G): the mean of Eq. 3 over each rollout's tokens, EOS included, padding excluded."""
+    rollouts = [rollout for group in groups for rollout in group]
+    token_conf = pad_sequence([r.confidences for r in rollouts], batch_first=True)                       # (Q*G, T)
+    mask = pad_sequence([torch.ones(len(r.tokens)) for r in rollouts], batch_first=True).bool()          # (Q*G, T)
+    return sequence_confidence(token_conf, mask).view(len(groups), -1)
 
 
-def normalise_range(c, lo, hi):
-    """Cnorm on an absolute scale: (c - lo) / (hi - lo) clipped to [0, 1] (gradient 0 there). ValueError if lo >= hi."""
-    if not lo < hi:
-        raise ValueError(f"normalise_range needs lo < hi, got {lo} and {hi}: measure them again on the base model.")
-    return ((c - lo) / (hi - lo)).clamp(0, 1)
+# ----------------------------------------------------------------------------------------------------------------------
+# The terms of Eq. 4. Tensors that broadcast; `correct` is R_out in {0, 1}.
 
+def calibration_rank(c, correct, slope):
+    """Are right answers more confident than wrong ones to the same question? (Q, G) -> (Q, G) in [0, 1].
 
-def normalise_group(c):
-    """Cnorm inside a group: min-max over the last dimension, (..., G) -> (..., G) in [0, 1]; 0.5 if all are equal."""
-    lo, hi = c.amin(-1, keepdim=True), c.amax(-1, keepdim=True)
-    spread = torch.where(hi > lo, hi - lo, 1)
-    return torch.where(hi > lo, (c - lo) / spread, 0.5)
-
-
-def calibration_linear(c_norm, correct):
-    """Eq. 4, second term: (2R - 1) * Cnorm, in [-1, 1]. Improper: linear in Cnorm, so 0 or 1 is always the best bet."""
-    return (2 * correct.to(c_norm) - 1) * c_norm
-
-
-def calibration_brier(prob, correct):
-    """Proper (RLCR, arXiv 2507.16806): 1 - (p - R)^2, in [0, 1]; its expectation peaks where p is the true rate."""
-    return 1 - (prob - correct.to(prob)) ** 2
-
-
-def calibration_log(prob, correct, floor=0.01):
-    """Proper for rates in [floor, 1 - floor]: log p if right, log(1 - p) if wrong, p clipped (no gradient outside).
-
-    Mapped affinely to [0, 1], like Brier: (score - log floor) / (log(1 - floor) - log floor); 0 = sure and wrong.
+    As in RAC (arXiv 2605.16999): the mean of sigmoid(slope (C_right - C_wrong)) over an answer's pairs, 1/2 where it has
+    none. It says nothing about the level of C, and nothing to groups whose answers are all right or all wrong.
     """
-    prob = prob.clamp(floor, 1 - floor)
-    score = torch.where(correct.bool(), prob, 1 - prob).log()
-    return (score - math.log(floor)) / (math.log(1 - floor) - math.log(floor))
+    right = correct.bool()
+    sign = torch.where(right, 1.0, -1.0)[..., None]                                             # (Q, G, 1)
+    ordered = torch.sigmoid(slope * sign * (c[..., None] - c[..., None, :]))                    # (Q, G, G)
+    pairs = (right[..., None] != right[..., None, :]).to(c)                                     # (Q, G, G)
+    count = pairs.sum(-1)
+    return torch.where(count > 0, (ordered * pairs).sum(-1) / count.clamp(min=1), 0.5)
 
+
+def calibration_reward(c, correct, confidence_map, args):
+    """The calibration term: it holds each answer's C against R_out -> (Q, G), in [-1, 1] or [0, 1].
+
+    c, correct (Q, G). --calibration linear: (2R - 1) * Cnorm, the second term of Eq. 4, with Cnorm in [0, 1] by the group's
+    min-max or the base's percentiles (`--cnorm`). Improper: it is linear in Cnorm, so 0 or 1 is always the best bet.
+    brier, log: proper scores of c = sigmoid(slope * C + intercept) (RLCR, arXiv 2507.16806), whose expectation peaks where
+    c is the true rate. The log score clips c to [.01, .99], without gradient outside, and is mapped affinely to [0, 1].
+    rank: `calibration_rank`. none: 0.
+    """
+    if args.calibration == "none":
+        return torch.zeros_like(c)
+    right = correct.to(c)
+    if args.calibration == "linear":
+        lo, hi = (c.amin(-1, keepdim=True), c.amax(-1, keepdim=True)) if args.cnorm == "group" else \
+            (torch.full_like(c, confidence_map[end]) for end in ("lo", "hi"))
+        c_norm = torch.where(hi > lo, ((c - lo) / torch.where(hi > lo, hi - lo, 1)).clamp(0, 1), 0.5)     # a tied group: 0.5
+        return (2 * right - 1) * c_norm
+    if args.calibration == "rank":
+        return calibration_rank(c, correct, confidence_map["slope"])
+    prob = torch.sigmoid(confidence_map["slope"] * c + confidence_map["intercept"])
+    if args.calibration == "brier":
+        return 1 - (prob - right) ** 2
+    prob = prob.clamp(LOG_FLOOR, 1 - LOG_FLOOR)
+    score = torch.where(correct.bool(), prob, 1 - prob).log()                                               # (Q, G)
+    return (score - math.log(LOG_FLOOR)) / (math.log(1 - LOG_FLOOR) - math.log(LOG_FLOOR))
+
+
+def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
+    """R_conf = alpha * tanh(beta * (C - C')) + (2R - 1) * Cnorm (Eq. 4) -> its two terms (Q, G).
+
+    c (Q, G): C of the answers on original pictures, `correct` their R_out. c_noised (Q, G): C' of their pairs, None where
+    no picture was noised. is_control (Q,) bool: pairs whose noise spares the evidence earn no perception term.
+    Differentiable in both confidences.
+    """
+    perception = torch.zeros_like(c)
+    if args.alpha and c_noised is not None:
+        term = args.alpha * torch.tanh(args.beta * (c - c_noised))                              # within +-alpha
+        perception = term.masked_fill(is_control[:, None].to(c.device), 0)
+    return perception, calibration_reward(c, correct, confidence_map, args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Outcome and format (paper 3.2.2), advantages
 
 def format_reward(text, finished):
     r"""R_format in {0., 1.}: one well-formed, non-empty `\boxed{}`, words before it, and `finished` (ended by EOS)."""
@@ -173,14 +162,29 @@ def outcome_reward(text, sample):
     return float(is_correct(text, sample))
 
 
-def measure_scale(original, noised, steepness):
-    """The base model's confidence, once, before step 0 -> {"lo", "hi", "slope", "intercept", "steepness"}.
+def group_advantages(rewards, norm):
+    """Advantages within each group of answers to one question, (Q, G) -> (Q, G), and what they were divided by (Q, 1).
 
-    original, noised: (C, R_out) of its rollouts on each view, (N,) each. lo, hi: 5th and 95th percentile of C on original
-    pictures (`--cnorm range`). slope, intercept: the logistic map from C to the probability of being right, fitted on both
-    views, times steepness (`--calibration brier|log`).
+    std: (r_j - mean) / (std + 1e-4), GRPO. none: r_j - mean, Dr. GRPO; the mean holds r_j itself, which scales the policy
+    gradient by (G - 1) / G. loo: r_j - mean of the others, RLOO (arXiv 2402.14740), which is unbiased.
+    """
+    advantages = rewards - rewards.mean(-1, keepdim=True)
+    if norm == "loo":
+        advantages = advantages * (rewards.shape[-1] / (rewards.shape[-1] - 1))
+    divisor = rewards.std(-1, keepdim=True) + 1e-4 if norm == "std" else torch.ones_like(rewards[:, :1])
+    return advantages / divisor, divisor
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The map from C to a probability, fitted once on the base model
+
+def fit_confidence_map(original, noised):
+    """Fit the map on the base model's rollouts, before step 0 -> {"lo", "hi", "slope", "intercept"}.
+
+    original, noised: (C, R_out) of the rollouts on each view, (N,) each. lo, hi: 5th and 95th percentile of C on original
+    pictures (`--cnorm range`). slope, intercept: logistic regression of R_out on C over both views (Platt; `--calibration
+    brier | log`).
     """
     lo, hi = torch.quantile(original[0], torch.tensor([0.05, 0.95])).tolist()
-    slope, intercept = metrics.fit_platt(*(torch.cat(both) for both in zip(original, noised)))
-    return {"lo": lo, "hi": max(hi, lo + 1e-6), "slope": steepness * slope, "intercept": steepness * intercept,
-            "steepness": steepness}
+    slope, intercept = fit_platt(*(torch.cat(views) for views in zip(original, noised)))
+    return {"lo": lo, "hi": max(hi, lo + 1e-6), "slope": slope, "intercept": intercept}

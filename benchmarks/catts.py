@@ -56,10 +56,10 @@ def main():
     encoded = dict.fromkeys(controllers, 0)
     for name, controller in controllers.items():
         for vlm in (controller.vlm, controller.expert.vlm):
-            def counted(images, prompts, name=name, prefill=vlm._prefill):
+            def counted(images, prompts, inputs=None, name=name, prefill=vlm.prefill):
                 encoded[name] += sum(map(len, images))
-                return prefill(images, prompts)
-            vlm._prefill = counted
+                return prefill(images, prompts, inputs)
+            vlm.prefill = counted
     seconds = side_by_side({name: lambda name=name: run(name) for name in controllers}, args.rounds)
     print(versions())
     print(f"{len(samples)} questions, N = 8; a question, median of {args.rounds} rounds")

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConf
 
 import noise
 import train_cdrl
-from utils import batches, distributed
+from utils import batches, distributed, loading
 from utils.memory import key_values
 
 # The published settings of Qwen2.5-VL.
@@ -99,7 +99,7 @@ def decoding(vlm, rows, args):
         runs["generate, static cache, compiled"] = lambda new: generate(new, True)
     table, short = {}, max(2, args.new_tokens // 8)
     weights = sum(p.numel() * p.element_size() for p in vlm.model.parameters()) - sum(
-        p.numel() * p.element_size() for p in vlm.vision_parameters())
+        p.numel() * p.element_size() for p in loading.vision_parameters(vlm))
     read = weights + rows * (length + args.new_tokens / 2) * vlm.text_config.num_hidden_layers * key_values(
         vlm.text_config) * vlm.head.weight.element_size()
     bound = rows / (read / (args.bandwidth * 1e12))
@@ -117,7 +117,7 @@ def training(vlm, size, args):
     settings = replace(train_cdrl.parse([]), batch_size=1, group_size=8, max_new_tokens=args.completion,
                        micro_batch=1, eval_size=0)
     clip = noise.ClipAttention.from_pretrained(settings.clip, device)
-    vlm.checkpoint_activations(distributed.blocks(vlm.model))
+    loading.checkpoint_activations(distributed.blocks(vlm.model), vlm.cache_name)
     policy = distributed.shard(vlm, device, getattr(torch, args.dtype), False, offload=args.offload)
     optimiser = distributed.adamw(list(policy.parameters()), 1e-6)
     sample = data.synthetic("train", 0, 0)
@@ -138,7 +138,7 @@ def training(vlm, size, args):
         updated, peak_updated, _ = clock(device, optimiser.step)
     inputs = vlm.encode([sample.images], prompts)
     prompt, patches = inputs["input_ids"].shape[1], len(inputs["pixel_values"])
-    vision = sum(p.numel() for p in vlm.vision_parameters())
+    vision = sum(p.numel() for p in loading.vision_parameters(vlm))
     text = sum(p.numel() for p in vlm.model.parameters()) - vision
     completions = len(views) * settings.group_size * args.completion
     flop = 6 * (text * (len(views) * prompt + completions) + vision * len(views) * patches)

@@ -30,7 +30,7 @@ USUAL = {"group size": 8, "picture": 448, "vocabulary": VOCABULARY, "new tokens"
 RATE, WATCHED = 400, 30         # looks a second, seconds
 PYTHON = {"Python": "step (", "Python, inside the model's forward": "VLM._forward (",
           "Python, pictures: key regions and noise": "make_pairs (",
-          "Python, pictures and prompts: pre-processing": "VLM.encode (", "Python, decoding": "VLM._rollouts (",
+          "Python, pictures and prompts: pre-processing": "VLM.encode (", "Python, decoding": "VLM._decoding_loop (",
           "Python, learning": "learn (train_cdrl"}                 # row: what is in its stacks; some lie in others
 
 
@@ -61,7 +61,6 @@ def profile(rounds, spy):
     """Seconds of the phases of a step, medians; the first step warms up."""
     args = train_cdrl.parse([])
     vlm, clip = VLM.load(ROOT / "tiny" / "base"), noise.ClipAttention.from_pretrained()
-    vlm.encodes_once = True                                 # as in training
     policy = distributed.Policy(vlm)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-5)
     scale, spent = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}, {}

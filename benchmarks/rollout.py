@@ -75,12 +75,12 @@ def contenders(vlm, images, prompts, new_tokens):
             return (to_prompt @ prompt).view(rows, 1, -1, width) + (to_own @ seen).view(rows, 1, -1, width), None
 
         AttentionInterface.register("products", products)
-        vlm._prefill(images, prompts)
+        vlm.prefill(images, prompts)
         word = vlm.model.get_input_embeddings()(torch.full((rows, 1), 5))
         with shared_prefix.attention_of(decoder, "products"):
             for t in range(new_tokens - 1):
                 hidden = decoder(inputs_embeds=word, position_ids=torch.full((3, rows, 1), t), use_cache=False)[0][:, -1]
-                logits = vlm._logits(hidden)
+                logits = vlm.logits(hidden)
                 torch.searchsorted(logits.double().softmax(-1).cumsum(-1), uniform)
                 token_confidence(logits, vlm.top_k, logits.logsumexp(-1))
 

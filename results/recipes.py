@@ -40,6 +40,7 @@ import train_cdrl
 from catts import SOURCES, Controller, Settings, Vote, tally
 from tiny import questions
 from utils import (
+    baselines,
     batches,
     cli,
     logs,
@@ -51,7 +52,7 @@ from utils.cli import InputError
 from utils.experts import LocalExpert
 from utils.judge import accepts
 from utils.metrics import auroc, calibration_error, confidence_metrics
-from utils.results_file import answer_file
+from utils.results_file import run_resumable
 from utils.tables import HEADLINE as COLUMNS
 from vlm import VLM
 
@@ -165,7 +166,7 @@ def votes_of(path, samples, file, sizes):
     controller = Controller(VLM.load(path), expert, noise.ClipAttention.from_pretrained(), settings)
     frame = {"model": str(path), "sizes": sizes}
     drawn = max(sizes[-1], 2 * ANSWERS)
-    return list(answer_file(eval.collector(controller, sizes, drawn), samples, file, frame, 50,
+    return list(run_resumable(eval.collector(controller, sizes, drawn), samples, file, frame, 50,
                             f"votes of {Path(path).name}").values())
 
 
@@ -224,14 +225,15 @@ def columns(found, scale):
     mean = {view: float(own["confidence"].mean()) for view, own in views.items()}
     by_p, by_c, ranked = (confidence_metrics(x, right) for x in (p, metrics.calibrated(c, scale), c))
     seen, blind = metrics.calibrated(c, scale), metrics.calibrated(key["confidence"], scale)
-    both = np.concatenate([c[::2], key["confidence"]]), np.concatenate([right[::2], key["correct"]])
+    head = {name: value for name, value in baselines.headline(clean, key, scale).items()
+            if name.startswith(("AUROC mixed", "AUROC within")) or name.endswith(("platt", "isotonic"))}
     return {**tables.headroom(found["clean"]), "C": mean["clean"],
             **{f"gap {region}": mean["clean"] - mean[region] for region in REGIONS},
             "AUROC": ranked["auroc"], "ECE c": by_c["ece"], "Brier c": by_c["brier"],
             "AUROC p": by_p["auroc"], "ECE p": by_p["ece"], "Brier p": by_p["brier"],
             "ECE mapped": calibration_error(metrics.cross_fitted(clean["id"], c, right), right), "AURC": ranked["aurc"],
             "accuracy@80": ranked["accuracy@80"], "abstains": float((seen < 0.5).mean()),
-            "noised": float(key["correct"].mean()), "AUROC, clean and noised": auroc(*both),
+            "noised": float(key["correct"].mean()), **head,
             "accuracy@80, noised": confidence_metrics(key["confidence"], key["correct"])["accuracy@80"],
             "abstains, noised": float((blind < 0.5).mean()),
             "entropy": -float(np.log(p).mean()), "length": float(clean["length"].mean()),
@@ -263,7 +265,8 @@ def record_of(row, seed, args, samples):
     found, scale = ask(path, samples, folder / f"{asked(args)}-{args.questions}.json"), scale_of(seed, folder)
     skills = {"all": found} | {skill: {view: [a for a in answers if a.skill == skill] for view, answers in found.items()}
                                for skill in questions.SKILLS}
-    clean, views = tables.columns_of(found["clean"]), {view: tables.grouped(answers) for view, answers in found.items()}
+    clean, key = tables.columns_of(found["clean"]), tables.columns_of(found["key"])
+    views = {view: tables.grouped(answers) for view, answers in found.items()}
     mean = {view: np.array([np.mean([a.confidence for a in group]) for group in groups]) for view, groups in views.items()}
     log = logs.training_log(folder)
     record = frame | {
@@ -273,6 +276,8 @@ def record_of(row, seed, args, samples):
                       for i in range(0, len(log), 10)] for key in LOGGED if any(key in step for step in log)},
         "answers": {"id": clean["id"].tolist(), "C": clean["confidence"].round(4).tolist(),
                     "p": clean["probability"].round(4).tolist(), "correct": clean["correct"].astype(int).tolist()},
+        "noised answers": {name: key[field].round(4).tolist() for name, field in (
+            ("C", "confidence"), ("p", "probability"), ("correct", "correct"))},
         "of a question": {"skill": [group[0].skill for group in views["clean"]],
                           f"majority@{ANSWERS}": [int(right) for right in tables.majorities(found["clean"])],
                           **{f"gap {region}": (mean["clean"] - mean[region]).round(4).tolist() for region in REGIONS}}}
@@ -297,6 +302,8 @@ def by_question(record):
     count = len(record["of a question"]["skill"])
     found = {name: some.reshape(count, -1) for name, some in {"correct": right, **value}.items()}
     found |= {name: np.array(some) for name, some in record["of a question"].items()}
+    found |= {f"noised {name}": np.array(some, float).reshape(count, -1)
+              for name, some in record.get("noised answers", {}).items()}
     for name, some in record["right"].items():
         if name.startswith("CA-TTS"):
             found[f"{name}@{ANSWERS}"] = np.array(some + [np.nan] * (count - len(some)))
@@ -317,6 +324,15 @@ def compared(q):
              "AUROC": ranked["auroc"], "AUROC within": within[0], "AURC": ranked["aurc"],
              "ECE c": calibration_error(c, right), "ECE c within": within[1], "Brier c": ((c - right)**2).mean(),
              "AUROC p": auroc(p, right), "ECE p": calibration_error(p, right), "Brier p": ((p - right)**2).mean()}
+    for name in ("C", "p"):
+        if f"noised {name}" in q:
+            found[f"AUROC mixed, {name}"] = baselines.auroc_over_views(
+                (q[name].ravel(), right), (q[f"noised {name}"].ravel(), q["noised correct"].ravel()))
+        higher = 0.5 + 0.5 * np.sign(q[name][:, :, None] - q[name][:, None])                        # (Q, 8, 8)
+        pairs = q["correct"][:, :, None] > q["correct"][:, None]
+        found[f"AUROC within questions, {name}"] = higher[pairs].mean()
+    if "AUROC mixed, C" in found:
+        found["AUROC mixed, the better"] = max(found["AUROC mixed, C"], found["AUROC mixed, p"])
     return {name: float(value) for name, value in found.items()}
 
 
@@ -334,13 +350,13 @@ def resampled(records, rounds=1000):
 
 def with_interval(drawn, minus=None):
     """A row of `resampled`, or two -> {statistic: (mean over seeds, low, high)} of drawn, or of drawn minus the other, paired
-    by question; where one has fewer seeds, of those that both have."""
+    by question; where one has fewer seeds, of those that both have. The intervals are of questions and of seeds."""
     table = {}
     pairs = list(zip(drawn, minus or drawn))
     for name in (name for name in pairs[0][0][0] if all(name in other[0] for _, other in pairs)):
         value = [own[0][name] - (other[0][name] if minus else 0) for own, other in pairs]
         boot = [own[1][name] - (other[1][name] if minus else 0) for own, other in pairs]
-        table[name] = (float(np.mean(value)), *metrics.interval(np.mean(boot, 0)))
+        table[name] = baselines.interval_over_seeds(value, np.array(boot))
     return table
 
 

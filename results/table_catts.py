@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data
 import eval
-from catts import Controller, Settings, Vote, tally, winner
+from catts import Controller, Settings, Vote, record, tally, winner
 from noise import ClipAttention
 from utils import (
     cli,
     tables,
 )
 from utils.experts import LocalExpert
-from utils.results_file import answer_file
+from utils.results_file import run_resumable
 from vlm import VLM
 
 
@@ -44,13 +44,13 @@ def main():
             samples = list(data.load("synthetic", "test", args.questions, seed))
             controller = Controller(vlm, expert, clip, settings)
             frame = {"model": path, "seed": seed, "questions": args.questions, "n": args.n}
-            rows = answer_file(eval.collector(controller, [args.n], args.n), samples,
+            rows = run_resumable(eval.collector(controller, [args.n], args.n), samples,
                                f"runs/table_catts/{name}-{seed}.jsonl", frame, 50, f"{name}, seed {seed}")
             methods.append({method: tables.method_row(some)
                             for method, some in eval.by_method(rows.values(), args.n, settings).items()})
             control = Controller(vlm, expert, clip, replace(settings, early_exit="exact"))
-            exact = answer_file(lambda batch, control=control: [
-                r.record(s, 32) for s, r in zip(batch, control.answer_all(batch))], samples,
+            exact = run_resumable(lambda batch, control=control: [
+                record(r, s) for s, r in zip(batch, control.answer_all(batch))], samples,
                 f"runs/table_catts/{name}-{seed}-exact.jsonl", frame, 50, f"{name}, seed {seed}, exact")
             exits += [off_and_exact(rows[key], exact[key], settings) for key in rows]
         report[name] = {"methods": mean_rows(methods), "early exit": early_exit_rows(exits)}
@@ -58,8 +58,8 @@ def main():
         print(cli.table(report[name]["methods"]))
         print(cli.table(report[name]["early exit"]))
     output = ROOT / "results" / "catts.json"
-    record = vars(args) | {"models": [cli.shown(path) for path in args.models]}
-    output.write_text(json.dumps({"args": record, **report}, indent=1))
+    arguments = vars(args) | {"models": [cli.shown(path) for path in args.models]}
+    output.write_text(json.dumps({"args": arguments, **report}, indent=1))
     print(f"\nwrote {output.relative_to(ROOT)}\nnext: python eval.py --model runs/cdrl --baseline tiny/base")
 
 

@@ -129,7 +129,7 @@ def test_the_probe_at_t_0_is_the_clean_picture(base, clip):
 
 
 SMALL = ["--limit", "6", "--samples", "4", "--sizes", "2", "4", "--t", "999", "--probe_samples", "2", "--max_new_tokens", "40",
-         "--expert_tokens", "40", "--batch_size", "3"]
+         "--expert_tokens", "40", "--batch_size", "3", "--corruptions", "fog"]
 
 
 tables.ROUNDS = 50          # of the bootstrap
@@ -152,7 +152,7 @@ def measured(folder):
 def cut_off(folder):
     """A run of which a kill has left a part, and again the same command."""
     shutil.copytree(FOUND["measured"].result(), folder / "cut")
-    for kind in ("votes", "probe"):
+    for kind in ("votes", "probe", "corruptions"):
         path = folder / "cut" / "base" / f"{kind}.jsonl"
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(lines[:3]))
@@ -174,6 +174,14 @@ def test_every_figure_follows_from_what_is_stored(measured):
     curve = {t: triple[0] for t, triple in tables["curves"]["base"]["key"]["correct"].items()}
     assert curve["0"] == np.mean([a["correct"] for row in probe for a in row["found"]["clean"]["0"]])
     assert curve["999"] == np.mean([a["correct"] for row in probe for a in row["found"]["key"]["999"]])
+    views = [[a for row in probe for a in row["found"][view][t]] for view, t in (("clean", "0"), ("key", "999"))]
+    c, right = ([a[field] for view in views for a in view] for field in ("confidence", "correct"))
+    assert tables["headline"]["base, all"]["AUROC mixed, C"][0] == pytest.approx(metrics.auroc(np.array(c), np.array(right)))
+    assert {"base, P(IK)", "expert, BICR"} <= tables["free readouts"].keys()
+    foggy = stored(measured, kind="corruptions")
+    assert foggy[0]["found"].keys() == {"clean", *(f"fog, {place}, {s}" for place in ("key", "all") for s in range(1, 6))}
+    assert tables["severity"]["base, fog, all, 5"]["accuracy"] == np.mean([a["correct"] for row in foggy
+                                                                           for a in row["found"]["fog, all, 5"]])
     assert tables["scaling"]["base"]["majority"]["4"][0] == tables["methods"]["base"]["majority@4"]["accuracy"][0]
     assert set(tables["difference"]) == set(tables["methods"]["base"]) and (measured / "probe.png").stat().st_size > 10_000
 
@@ -265,8 +273,6 @@ def test_a_threshold_belongs_to_the_settings_it_was_fitted_under(measured):
     assert results_file.read_threshold(fitted) is not None
     with pytest.raises(InputError, match="fitted with samples 4, this run has samples 8"):
         results_file.read_threshold(dataclasses.replace(fitted, samples=8))
-    with pytest.raises(InputError, match="early_exit gate"):
-        results_file.read_threshold(dataclasses.replace(fitted, early_exit="gate"))
     with pytest.raises(InputError, match="fitted with model .*, this run has model expert"):
         catts.run([str(ROOT / "tiny" / "example.png"), "Red?", "--samples", "4", "--max_new_tokens", "40", "--expert_tokens",
                    "40", "--abstain", file, "--model", str(ROOT / "tiny" / "expert")])

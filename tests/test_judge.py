@@ -9,9 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from reward import format_reward
+from utils import judge
+from utils.answers import is_name
 from utils.judge import _same, accepts, equivalent, extract_answer, is_correct
 
-ORACLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "judge_oracle"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+ORACLE, CASES = SHARED / "data" / "judge_oracle", SHARED / "cases" / "judge" / "cases.jsonl"
 
 
 def sample(answer, choices=None, **meta):
@@ -379,6 +382,266 @@ def test_what_is_not_text_holds_no_answer(text):
     assert extract_answer(text) is None and extract_answer(text, CHOICES) is None
 
 
+# ---- the kinds of utils/answers.py, one table each
+
+SAME_KINDS = {
+    "tiny numbers": r"""
+1/2^{40} | 2^{-40} ;; 6.626 \times 10^{-34} | 6.626e-34 ;; 1.6e-19 C | 1.60 \times 10^{-19} C
+2.5e-12 | 2.5 \cdot 10^{-12} ;; 10^{-20} | 1e-20 ;; 3.00e8 | 3 \times 10^8 ;; 5e-7 m | 5 \times 10^{-7} m
+0.0000000025 | 2.5e-9""",
+    "names and equations": r"""
+4x + y = 3 | 3 = 4x + y ;; 2x - y + 1 = 0 | y = 2x + 1 ;; x = 11 | 11 ;; P(A) = 1/3 | 1/3 ;; f(2) = 7 | 7
+\angle ABC = 40^\circ | 40 ;; \theta = 30 | 30 ;; x_1 = 4 | 4 ;; AB = 5 | 5 ;; x \approx 2.5 | 2.5
+34x+45y-20z+100=0 | -34x-45y+20z-100=0 ;; x^2/4 + y^2/3 = 1 | x^2/16 + y^2/12 = 1/4
+2x+4y-3=0 | y=-\frac{1}{2}x+\frac{3}{4} ;; total cost = 12 | 12 ;; |AB| = 5 | 5 ;; (x, y) = (1, 2) | (1, 2)
+S = \{1, 2\} | \{2, 1\} ;; y = x/2 | \frac{x}{2} ;; k=\frac13 | k = 1/3 ;; \overline{AB} = 5 | 5
+S_{ABC} = 12 | 12 ;; x = 1/3 \approx 0.33 | 1/3 ;; x = 5+5+1 = 11 | x = 11 ;; x = 11 | x = 5+5+1 = 11""",
+    "intervals": r"""
+(0.4,2.25] | (\frac{2}{5},\frac{9}{4}] ;; [0, 0.5) | [0, 1/2) ;; (-\infty, 3] | x \le 3
+x \in (1, 2) | 1 < x < 2 ;; 5 > x \ge 2 | [2, 5) ;; x \in [-3,8] | [-3, 8] ;; [2,\infty) | x>=2
+(-\infty, 1) \cup (2, \infty) | (2, ∞) ∪ (-∞, 1) ;; x<1 \text{ or } x>2 | (-\infty,1)\cup(2,\infty)
+x \in \left(-\infty, -\frac{4}{3}\right) | x < -4/3 ;; ]0, 1[ | (0, 1)
+(\frac{3}{5},\frac{8}{3}] | (0.6,2.6667] ;; x ∈ [0, 1] | 0 ≤ x ≤ 1 ;; (-\infty, +\infty) | (-∞, ∞)
+0 \leqslant x < 5 | [0,5)""",
+    "sets": r"""
+\{4, 1, 9\} | \{1, 4, 9\} ;; \{1, 2\} | {2, 1} ;; \left\{\frac12, 3\right\} | \{3, 0.5\}
+3 or -4 | -4 or 3 ;; x=3 \text{ or } x=-4 | x = -4 or x = 3 ;; x = 3, x = -4 | -4, 3
+x \in \{1, 2\} | \{2, 1\} ;; \{a, b\} | \{b, a\} ;; n = 5, m = 12 | m = 12, n = 5 ;; \pm 2 | 2, -2
+x = \pm 3 | \{-3, 3\} ;; 1 \pm \sqrt{2} | 1-\sqrt2, 1+\sqrt2 ;; \{(1,2),(3,4)\} | \{(3,4),(1,2)\}
+{1,3} | (1,3) ;; \{0.5, (1, 2)\} | \{(1,2), 1/2\} ;; x=1 and y=2 | y=2 and x=1""",
+    "relations": r"""
+7 \le x | x \geq 7 ;; x<3 | 3>x ;; x \neq 6 | x != 6 ;; 6 \ne x | x \neq 6 ;; 2x + y \le 6 | 6 \ge 2x + y
+-x > -1 | x < 1 ;; -x >= -1 | x <= 1 ;; x \gt 5 | x > 5 ;; f(2) < f(1) < f(4) | f(4) > f(1) > f(2)
+a \lt 0 | 0 > a ;; x > 0.5 | x > 1/2 ;; x ≥ \frac{3}{2} | 1.5 <= x""",
+    "algebra": r"""
+y/3 | \frac{y}{3} ;; x^2+4x+4 | 4 + 4x + x^2 ;; \sqrt{y} | sqrt(y) ;; 2-2p | -2p + 2 ;; (x+1)^2 | x^2+2x+1
+\frac{x+2}{7} | \frac{x}{7}+\frac{2}{7} ;; 0.5x | x/2 ;; 3ab | 3ba ;; \frac{\pi r}{h+r} | \pi r/(h+r)
+2\pi r | 2 r \pi ;; x(x+1) | x^2+x ;; \frac{1}{x} | x^{-1} ;; a^2-b^2 | (a-b)(a+b)
+-\frac{x}{2} | \frac{-x}{2} ;; x^{1/2} | \sqrt{x} ;; \frac{3\sqrt{x}}{2} | 1.5\sqrt{x}
+2\theta + 1 | 1 + 2\theta ;; n(n+1)/2 | \frac{n^2+n}{2} ;; x \cdot y | xy ;; a_1 + 2 | 2 + a_1""",
+    "LaTeX and separators": r"""
+\mbox{Tuesday} | Tuesday ;; \cfrac{2}{7} | 2/7 ;; 54,\!321 | 54321 ;; 54\,321 | 54321 ;; 41 pct | 41\%
+28 percentage | 28% ;; 15\mbox{ cm}^2 | 15 cm^2 ;; 125\textnormal{ miles} | 125 ;; 7 500 | 7500
+1 000 000 | 1000000 ;; 12 345 cm | 12345 cm ;; \frac3{3} | 1 ;; \sqrt 2+\sqrt 5 | \sqrt5+\sqrt2
+5\,\text{cm} | 5 cm ;; \left( 3, \frac{\pi}{2} \right) | (3,\frac{\pi}{2})
+\begin{pmatrix}1 & 0 \\ 0 & 1\end{pmatrix} | \begin{pmatrix} 1&0\\0&1 \end{pmatrix}
+\big(\tfrac12\big) | 0.5 ;; \approx 5 | 5""",
+}
+
+DIFFERENT_KINDS = {
+    "tiny numbers": r"""
+1/2^{98} | 1/2^{99} ;; 6.6 \times 10^{-34} | 1.4e-23 ;; 0 | 1e-15 ;; 1e-15 | -1e-15 ;; 10^{-20} | 10^{-21}
+1e-13 | 2e-13 ;; 3.2e-19 C | 3.3e-19 C ;; 0 | 6.67e-11 ;; 2^{60} | 2^{60}+1 ;; 10^{20}+1 | 10^{20}
+1e-300 | 0""",
+    "names and equations": r"""
+4x + y = 3 | 3 ;; x^2 + y^2 = 16 | 16 ;; 5 = 2a + b | 2a + b ;; a + 3z = 0 | 0 ;; 2x + z = 1 | 1
+a^2 + b = 0 | 0 ;; 7 = 11a+c | 11a+c ;; 2x = 10 | 10 ;; x/y = 3 | 3 ;; 3x = 6 | 6 ;; x(x+1) = 6 | 6
+a(b+c) = 10 | 10 ;; x = 3 | y = 3 ;; x + y = 3 | x - y = 3 ;; 2x + y = 3 | 2x + y = 4 ;; y = 2x | y = x/2
+x^2 = 9 | 9 ;; -x = 4 | 4 ;; \sqrt{x} = 4 | 4 ;; \frac{x}{2} = 4 | 4 ;; 2x=10 | x=5 ;; |x| - 3 = 0 | 0
+xy = 6 | 6""",
+    "intervals": r"""
+[0, 5) | [0, 5] ;; -3 < x \le 8 | [-3, 8] ;; x < 3 | y < 3 ;; x \in [0, 1] | y \in [0, 1] ;; (0, 1) | [0, 1]
+x > 3 | 3 ;; x > 3 | x < 3 ;; (0, 3) | x < 3 ;; x \ge 2 | (2, \infty)
+(-\infty, 1) \cup (2, \infty) | (-\infty, 1] \cup (2, \infty) ;; [0, 5) | 0, 5 ;; [0, 5) | [0, 6)
+(0, 1) \cup (2, 3) | (0, 1) ;; x<1 or x>2 | 1<x<2 ;; x \in [-3, 8] | -3, 8 ;; -[0,1) | 1 ;; [0,9) | [0,1)""",
+    "sets": r"""
+\{4, 1, 9\} | \{1, 4\} ;; (4, 1, 9) | (1, 4, 9) ;; [1, 2] | [2, 1] ;; \{1, 2\} | \{1, 3\} ;; (3,1) | \{1,3\}
+3 or -4 | 3 or 4 ;; 3 or -4 | 3 ;; x=3, y=4 | x=4, y=3 ;; x=3, y=4 | 4, 3 ;; x = 3 or y = -4 | -4 or 3
+\{1, 1, 2\} | \{1, 2, 2\} ;; \{(1,2)\} | \{(2,1)\} ;; m = 12, n = 5 | 5, 12 ;; 1, 2, 3 | 3, 2, 1
+\pm 2 | 2 ;; \pm 2 | 2, 2 ;; \pm 2 | 2, -3 ;; \{x=1, y=2\} | \{2, 1\}""",
+    "relations": r"""
+x<=3 | x<3 ;; x > 5 | x \ge 5 ;; x \neq 6 | 6 ;; x \neq 6 | x = 6 ;; x < 1 | x > -1 ;; x < 3 | x < 4
+2x + y \le 6 | 2x + y < 6 ;; x > y | y > x ;; x \neq 6 | x \neq 5 ;; x > 3 | x = 3 ;; -x > 1 | x > -1
+2x < 6 | x < 6 ;; red > blue | blue > red""",
+    "algebra": r"""
+\frac{ab}{c} | \frac{a}{bc} ;; \frac{1}{23} | \frac{12}{3} ;; \sqrt{2}x | \sqrt{2x} ;; e^{x}y | e^{xy}
+\sin{x}y | \sin{xy} ;; \log_{2}3x | \log_{23}x ;; \binom{1}{23} | \binom{12}{3} ;; x_{1}2 | x_{12}
+x^2+4x+4 | x^2+4x-4 ;; x/2 | 2/x ;; x/2 | y/2 ;; x + 2n + 1 | x + 1 ;; AB | BA ;; A-B-C | A-C-B
+\sqrt{x^2} | x ;; \sin b \cos a | \sin a \cos b ;; 2x | x^2 ;; x2 | 2x ;; NO2 | 2NO
+(a+5)(b+2) | (+5)(b+2) ;; 1/2x | \frac{x}{2} ;; x | x' ;; \frac{a}{b} | \frac{b}{a} ;; a - b | b - a
+ab | a+b ;; x^2 | 2^x ;; A1-B2 | A-1B2 ;; abc | cab ;; 2ab | 2a ;; \log x | x \log ;; 2sin(x) | 2 sin x
+x_1 + x_2 | x_1 + x_3 ;; 3x + c | 3x ;; A/B/C | A/C/B ;; a:b:c | a:c:b""",
+    "LaTeX and separators": r"""
+7 50 | 750 ;; 1 2 3 | 123 ;; 3\,4 | 34 ;; 41 pct | 41 cm ;; \cfrac{2}{7} | 7/2 ;; 12 34 | 1234
+0 123 | 123 ;; 1 200/300 | 1200/300 ;; 100 200 | 100, 200 ;; \mbox{Tuesday} | Thursday ;; 41 pct | 14%
+54,\!321 | 54 ;; \approx 5 | 6 ;; x \approx 5 | y \approx 5""",
+}
+
+
+def kinds(tables):
+    return [(kind, *cell.strip().split(" | ")) for kind, table in tables.items()
+            for line in table.strip().split("\n") for cell in line.split(" ;; ")]
+
+
+@pytest.mark.parametrize(("kind", "a", "b"), kinds(SAME_KINDS))
+def test_a_kind_that_is_the_same(kind, a, b):
+    """Accepted both ways round, and in a box, a sentence, or after a marker."""
+    assert equivalent(a, b) and equivalent(b, a)
+    for dress in (r"So \boxed{%s}.", "$%s$", "The answer is $%s$.", "The solution is $%s$", "%s"):
+        if "matrix" not in a or "boxed" in dress:
+            assert is_correct(dress % a.replace("%", r"\%"), sample(b)), dress
+
+
+@pytest.mark.parametrize(("kind", "a", "b"), kinds(DIFFERENT_KINDS))
+def test_a_kind_that_is_not_the_same(kind, a, b):
+    assert not equivalent(a, b) and not equivalent(b, a)
+    for text, gold in ((a, b), (b, a)):
+        for dress in (r"So \boxed{%s}.", "The answer is $%s$.", "The line is $%s$."):
+            accepted = is_correct(dress % text, sample(gold))
+            # after "is", the 3 of "x = 3" is a value, whatever its name
+            assert not accepted or (dress.startswith("The line") and is_name(text.replace("\\approx", "=").split("=")[0]))
+
+
+def test_every_kind_has_eight_of_each():
+    for tables in (SAME_KINDS, DIFFERENT_KINDS):
+        for kind in SAME_KINDS:
+            assert sum(row[0] == kind for row in kinds(tables)) >= 8, kind
+
+
+# ---- the kinds of utils/judge.py: boxes, markers, revisions, letters, options, chat tokens, farewells
+
+COLOURS, POWERS = ["red", "blue", "green", "yellow"], [str(2**i) for i in range(10)]
+NAN, FLOAT_NAN = ["red", "blue", "nan", "nan"], ["red", "blue", float("nan"), float("nan")]
+ONE, ONE_AND_NAN = ["red"], ["red", "nan", "nan", "nan"]
+ANIMALS, TWELVE, ONLY = ["a cat", "a dog", "a bird", "none of these"], ["12", "nan"], ["only"]
+RESPONSES = [  # text, options, gold, right?
+    ("Answer: B\nOn reflection the third bar is higher:\n**C**", COLOURS, "C", True),
+    ("The answer is A. But the left bar is taller, so **D**.", COLOURS, "D", True),
+    ("\\boxed{A}\nBut it is taller.\n**D**", COLOURS, "D", True), ("Answer: A\n**Note**", COLOURS, "A", True),
+    ("Answer: A\nIt is not **D**.", COLOURS, "A", True),
+    ("The answer is A, rather than **D**.", COLOURS, "A", True),
+    ("Answer: A\n**Explanation:** B is too small.", COLOURS, "A", True),
+    ("First I said (A). Answer: A\n\n**(D)**", COLOURS, "D", True),
+    ("Answer: A\n\n**D. yellow**", COLOURS, "D", True),
+    ("Answer: A\nFinal answer: **B**", COLOURS, "B", True),
+    ("Answer: B. Wait, no, it is (C).", COLOURS, "C", True),
+    ("Answer: B. Actually, it is C.", COLOURS, "C", True), ("Answer: B. No, A is wrong.", COLOURS, "B", True),
+    ("I would say it is C", POWERS, "C", True), ("I think the answer is I.", POWERS, "I", True),
+    ("I", POWERS, "I", True), ("The answer is I", POWERS, "I", True),
+    ("Answer: I believe it must be D.", POWERS, "D", True), ("Answer: I'd go with F", POWERS, "F", True),
+    ("So the correct option is I.", POWERS, "I", True), ("My answer: I chose (J).", POWERS, "J", True),
+    ("I am not sure.", POWERS, "I", False), ("Answer: I am not sure", POWERS, "I", False),
+    ("I cannot tell", POWERS, "I", False), ("Answer: I do not know.", POWERS, "I", False),
+    ("The answer, I think, is E.", POWERS, "E", True), ("Option I is correct.", POWERS, "I", True),
+    ("I would choose B — it is wider.", COLOURS, "B", True),
+    ("It is C – the widest one.", COLOURS, "C", True), ("I pick A -- the first one.", COLOURS, "A", True),
+    ("The right one is D—it is the tallest", COLOURS, "D", True),
+    ("It is not B — it is the tallest.", COLOURS, "B", False),
+    ("It looks like B — but it is C.", COLOURS, "C", True), ("B — blue", COLOURS, "B", True),
+    ("(B) — not (A)", COLOURS, "B", True), ("The answer is A.\nB would be too small.", COLOURS, "A", True),
+    ("The answer is A.\nC and D are wrong.", COLOURS, "A", True),
+    ("The answer is 48, in total, so many.", None, "48", True),
+    ("The answer is 48, which is even.", None, "48", True),
+    ("The answer is 48, as shown above.", None, "48", True), ("The answer is 12, in all.", None, "12", True),
+    ("The answer is 1, 2, in this order", None, "1", False), ("The answer is 7, exactly.", None, "7", True),
+    (r"Answer \( 23 \)", None, "23", True), ("Answer $ 9 $", None, "9", True),
+    ("Answer $$ 9 $$", None, "9", True), (r"**Answer** \[ 5 \]", None, "5", True),
+    (r"Final Answer \(x = 4\)", None, "4", True), ("Answer\n\\[\n\\frac{1}{2}\n\\]", None, "1/2", True),
+    (r"Answer \( 17 \)", None, "16", False), ("Answer $ \n 9 \n $", None, "9", True),
+    ("First \\boxed{128}, but I dropped a row.\n\nThe final answer is $416$", None, "416", True),
+    (r"\boxed{5}. Wait, I missed one. The answer is 6.", None, "6", True),
+    (r"\boxed{5}. The final answer is $5$. I hope it is correct.", None, "5", True),
+    (r"\boxed{3\sqrt{13}}. The final answer is approximately 10.8", None, r"3\sqrt{13}", True),
+    ("\\boxed{5}\n\nIf we ignored one, the answer would be 4.", None, "5", True),
+    ("\\boxed{128}\nSo the final answer: 130", None, "128", False),
+    ("\\boxed{B}\nThe final answer is C", COLOURS, "C", True),
+    ("\\boxed{12}\nThe answer is reasonable because 12 is even.", None, "12", True),
+    (r"\boxed{5}. If it were two, the answer is 10.", None, "5", True),
+    ("Angle B.\nC.162 °", None, "162", True), ("D.45", None, "45", True), ("B.7 cm", None, "7", True),
+    ("A.12", None, "13", False), ("The total is 36.<|im_end|>", None, "36", True),
+    ("The total is 36.<|endoftext|>The total is 37.", None, "36", True),
+    ("The total is 36.</s>", None, "36", True),
+    ("36<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nThanks 5", None, "36", True),
+    ("The total is 36.<end_of_turn>\n<start_of_turn>user\nok", None, "36", True),
+    ("<|im_start|>assistant\nThe total is 36.<|im_end|>", None, "36", True),
+    ("The answer is B.<|im_end|>\n<|im_start|>user\nIs it C?", COLOURS, "B", True),
+    ("\\boxed{4}<|im_end|>\n<|im_start|>assistant\n\\boxed{5}", None, "5", False),
+    ("The probability that Alice wins is 2/3. <|im_start|>user", None, "2/3", True),
+    ("Answer: 9\n\nI hope this helps!", None, "9", True),
+    ("Final Answer: The largest $n$ is 34.", None, "34", True),
+    ("Final Answer: Jane started growing Sphere 3 hours ago. I hope it is correct.", None, "3", True),
+    (r"\boxed{4} and \boxed{6}", None, "4, 6", True),
+    (r"\boxed{4}, \boxed{6}, \boxed{9}", None, "4, 6, 9", True),
+    (r"\boxed{4} or \boxed{6}", None, "6, 4", True),
+    (r"$x = \boxed{3}$ and $y = \boxed{4}$", None, "x=3, y=4", True),
+    (r"The area is \boxed{12} and the perimeter is \boxed{14}.", None, "12, 14", True),
+    (r"$$\boxed{a = 1},\quad \boxed{b = 2}$$", None, "a=1, b=2", True),
+    (r"\boxed{4} and \boxed{6}", None, "6", False), (r"\boxed{4} and \boxed{6}", None, "4", False),
+    (r"\boxed{4}. Then \boxed{6}", None, "4, 6", False),
+    (r"We get \boxed{4}.\nSo \boxed{6}", None, "6", True), (r"\boxed{4}, no: \boxed{6}", None, "6", True),
+    (r"First \boxed{4}, then with the rest we find \boxed{6}", None, "6", True),
+    (r"\boxed{A} and \boxed{B}", COLOURS, "B", False), (r"\boxed{7} and \boxed{7}", None, "7", False),
+    (r"\boxed{12} $ and $ \boxed{13}", None, "12 and 13", True), ("The answer is nan", NAN, "C", False),
+    ("nan", NAN, "D", False), ("The answer is B", NAN, "B", True), ("blue", FLOAT_NAN, "B", True),
+    ("It is red.", ONE_AND_NAN, "A", True), ("C", NAN, "B", False), ("red", ONE, "A", True),
+    ("The answer is A", ONE, "A", True), ("blue", ONE, "A", False), ("(A) red", ONE, "A", True),
+    ("B", ONE, "A", False),
+    ("Options: A: red, B: blue, C: green, D: yellow\nThe grass is green.", COLOURS, "C", True),
+    ("A: red, B: blue, C: green, D: yellow", COLOURS, "D", False),
+    ("A. red B. blue C. green D. yellow\nAnswer: B", COLOURS, "B", True),
+    ("(A) red (B) blue (C) green (D) yellow. It is (B).", COLOURS, "B", True),
+    ("A: red, B: blue, C: green, D: yellow", COLOURS, "A", False),
+    ("The domain is $[0, 5)$.", None, "[0,5)", True),
+    (r"Therefore $x \geq 5$ is the solution.", None, "x >= 5", True),
+    ("Thus $x <= 2$ is our answer.", None, r"x \le 2", True),
+    (r"We find that $x \neq 3$.", None, "x != 3", True), ("$x = 5+5+1 = 11$", None, "x=11", True),
+    ("$x = 11$", None, "11", True), ("So x = 4.", None, "4", True),
+    (r"So $5 \times 6 \times 4 = 120$.", None, "120", True),
+    (r"The area is $\frac12 \cdot 6 \cdot 5 = 15$.", None, "15", True), ("It costs $5.", None, "5", True),
+    ("So $a=2$ and $b=3$.", None, "a=2, b=3", True), ("The roots are $x=2$ or $x=3$.", None, "2, 3", True),
+    ("The value of $x$ is 5.", None, "5", True), ("Let $x$ be it. Then $x$ is $5$ cm", None, "5", True),
+    ("So $n=5$ gives $n^2 = 25$.", None, "5", False), ("The interval is $(2, 3]$.", None, "(2,3)", False),
+    ("I would go with B — the others are too small.", ANIMALS, "B", True),
+    ("Answer: I suspect it is B", POWERS, "B", True), ("I am certain: J", POWERS, "J", True),
+    ("Answer: C\n\nHmm, but the tail is long. So it is:\n**A**", ANIMALS, "A", True),
+    ("Answer: C\n\n**Answer: A**", ANIMALS, "A", True), ("The answer is (B).\n\n**B**", ANIMALS, "B", True),
+    ("Answer: A\n**Why not B**", ANIMALS, "A", True), ("Answer: A\n**not B**", ANIMALS, "A", True),
+    ("\\boxed{A}\nFinal answer: (C)", ANIMALS, "C", True),
+    ("\\boxed{A}\nOption C is tempting but wrong.", ANIMALS, "A", True),
+    ("\\boxed{24}\n\nThe final answer is 25.", None, "25", True),
+    ("\\boxed{24}\n\nThe answer is 24 because 2 x 12.", None, "24", True),
+    ("Answer: A\nB and C are too small.", ANIMALS, "A", True),
+    ("Answer: A. However, D would be wrong.", ANIMALS, "A", True),
+    ("The answer is A.\nWait, is it B? No.", ANIMALS, "A", True),
+    ("The answer is 48, in total.", None, "49", False), ("The answer is 3, 4 and 5.", None, "3,4,5", True),
+    ("The answer is 3, 4 and 5.", None, "3", False), ("The answer is (3, 4).", None, "(3,4)", True),
+    (r"Answer $\frac{3}{4}$", None, "0.75", True), (r"My answer \(x\) was wrong; it is 5", None, "5", True),
+    (r"x = \boxed{2} or x = \boxed{5}", None, "5 or 2", True),
+    (r"\boxed{2} and \boxed{5}", None, "5, 2", False), (r"\boxed{\{2, 5\}}", None, "5, 2", True),
+    (r"The range is $-1 \le y < 4$.", None, "[-1, 4)", True),
+    (r"Hence $x \in (-\infty, 2)$.", None, "x < 2", True),
+    (r"Thus the set is $\{1, 5\}$.", None, "{5, 1}", True),
+    (r"The expression simplifies to $\frac{x}{4}$.", None, "x/4", True),
+    (r"The area is $\frac{x^2}{4}$", None, "x^2/2", False), ("We get y = 3x + 2.", None, "y = 2 + 3x", True),
+    ("We get y = 3x + 2.", None, "3x+2", True), ("So the line is y - 3x = 2.", None, "y = 3x + 2", True),
+    ("So the line is y - 3x = 2.", None, "2", False), ("Answer: cat", ANIMALS, "A", True),
+    ("It is nan.", TWELVE, "B", False), ("12", TWELVE, "A", True), ("A", ONLY, "A", True),
+    ("The answer is only", ONLY, "A", True), ("maybe", ONLY, "A", False),
+    ("A: a cat, B: a dog, C: a bird, D: none of these. I see a dog.", ANIMALS, "B", True),
+    ("A) a cat B) a dog C) a bird D) none of these", ANIMALS, "A", False),
+    ("The answer is 5.<|endoftext|><|endoftext|>", None, "5", True),
+    ("<s>[INST] q [/INST] The answer is 5.</s>", None, "5", True),
+    (r"\boxed{B}<|im_end|>", ANIMALS, "B", True), ("5<|end|>\n7", None, "5", True),
+    (r"The mass is $9.1 \times 10^{-31}$ kg.", None, "9.1e-31", True),
+    (r"The mass is $9.1 \times 10^{-31}$ kg.", None, "9.1e-30", False),
+    ("It is about 0.", None, "1e-20", False), ("The total is 7 500.", None, "7500", True),
+    ("The total is 41 pct.", None, "41%", True), (r"It is \mbox{blue}.", None, "blue", True),
+]
+
+
+@pytest.mark.parametrize(("text", "choices", "gold", "right"), RESPONSES)
+def test_a_response_is_read(text, choices, gold, right):
+    assert is_correct(text, sample(gold, choices)) == right
+
+
+@pytest.mark.skipif(not CASES.is_file(), reason="the reported misjudgements are not here")
+def test_reported_misjudgements():
+    rows = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
+    wrong = [row["id"] for row in rows
+             if is_correct(row["response"], sample(row["gold"], row["choices"], **row["meta"])) != row["expected"]]
+    assert len(rows) >= 49 and wrong == []
+
+
 # ---- is_correct
 
 
@@ -506,6 +769,40 @@ def test_random_text_never_raises_and_equivalence_is_symmetric():
         assert equivalent(a, a), a
 
 
+FUZZ = [*"0123456789.,()[]{}^+-*/ %$ABCIabcxyz=:;!?°√π²<>≤≥≠∈∪±\n\"'_&|~#\\", r"\frac", r"\sqrt", r"\boxed{", "answer is",
+        " and ", " or ", r"\{", r"\}", r"\le ", r"\in ", r"\cup ", r"\infty", r"\text{", r"\approx ", "}{", "**",
+        "Final answer: ", "Wait, ", "not ", "because ", "seven ", "one third", "million", " cm", "<|im_end|>", r"\pm ",
+        "\\\\", "1 234", "if ", "the answer would be ", "I hope it is correct. ", r"Answer \( ", "\ud800", "１", "选B",
+        r"\quad", "1e9", "9^9", "I ", "nan", "0 < x < 7", "[0, 5)", "— "]
+
+
+def test_fuzzed_text_is_quick_and_never_raises():
+    """Short, long and repeated; each verdict is symmetric. Stops after 8 seconds."""
+    rng, start, slow = random.Random(1), time.process_time(), []
+    for _ in range(2000):
+        a, b = ("".join(rng.choices(FUZZ, k=rng.randrange(1, 9))) * rng.choice((1, 1, 3, 30, 300)) for _ in "ab")
+        choices = rng.choice((None, CHOICES, POWERS, NAN, ONE))
+        before = time.process_time()
+        is_correct(a, sample("A" if choices else b, choices))
+        same = equivalent(a, b, choices)
+        slow.append(time.process_time() - before)
+        assert same == equivalent(b, a, choices), (a, b)
+        if before - start > 8:
+            break
+    assert len(slow) > 200 and sorted(slow)[-3] < .2  # of 100,000 none took .1 s on an idle machine
+
+
+@pytest.mark.parametrize("nest", [
+    "({})", "[{}]", r"\{{{}\}}", r"\frac{{{}}}{{2}}", r"\sqrt{{{}}}", "-{}", "2^{}", "f({})", "x = {}"])
+def test_deep_nesting_is_bounded(nest):
+    text = "x"
+    while len(text) < 990 - len(nest):
+        text = nest.format(text)
+    start = time.process_time()
+    assert equivalent(text, text) and not equivalent(text, "y") and not equivalent(text + "1", "y") and _same(text, text)
+    assert time.process_time() - start < 1
+
+
 # ---- the optional math-verify
 
 
@@ -525,18 +822,35 @@ def test_math_verify_that_fails_is_not_an_error(monkeypatch):
     errors = SimpleNamespace(TimeoutException=TimeoutException)
     monkeypatch.setitem(sys.modules, "math_verify", SimpleNamespace(parse=parse, verify=parse, errors=errors))
     monkeypatch.setitem(sys.modules, "math_verify.errors", errors)
-    assert not equivalent("x^2+1", "1+x^2")
+    monkeypatch.setattr(judge, "MATH_VERIFY", "0")
+    assert not equivalent(r"\log_2 8", "3") and equivalent("x^2+1", "1+x^2")
 
 
 def test_rules_alone_do_without_math_verify(monkeypatch):
+    """The package changes no verdict unless it is switched on, and the switch says if it is missing."""
     monkeypatch.setitem(sys.modules, "math_verify", None)  # import raises ImportError
-    assert equivalent(r"\frac{1}{2}", "0.5") and not equivalent("x^2+1", "1+x^2")
+    assert equivalent(r"\frac{1}{2}", "0.5") and equivalent("x^2+1", "1+x^2") and not equivalent(r"\log_2 8", "3")
+    with pytest.raises(ImportError, match="math-verify is not installed"):
+        judge.use_math_verify()
+    assert judge.MATH_VERIFY is None
+
+
+def test_an_installed_math_verify_is_not_asked(monkeypatch):
+    def parse(*args, **kwargs):
+        raise AssertionError("asked")
+
+    monkeypatch.setitem(sys.modules, "math_verify", SimpleNamespace(parse=parse, verify=parse))
+    assert judge.MATH_VERIFY is None and not equivalent(r"\log_2 8", "3")
 
 
 def test_math_verify_adds_algebra():
     pytest.importorskip("math_verify", reason="math-verify is not installed")
-    assert equivalent("x^2+1", "1+x^2") and equivalent("(x+1)^2", "x^2+2x+1") and equivalent(r"\log_2 8", "3")
-    assert not equivalent("x^2+1", "x^2-1") and not equivalent("2ab", "2") and not equivalent("9^9^9x", "x")
+    assert judge.use_math_verify() == judge.MATH_VERIFY != ""
+    try:
+        assert equivalent("x^2+1", "1+x^2") and equivalent("(x+1)^2", "x^2+2x+1") and equivalent(r"\log_2 8", "3")
+        assert not equivalent("x^2+1", "x^2-1") and not equivalent("2ab", "2") and not equivalent("9^9^9x", "x")
+    finally:
+        assert judge.use_math_verify(False) is None
 
 
 # ---- real responses with the benchmarks' own verdicts

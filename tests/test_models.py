@@ -2,7 +2,8 @@
 and its own full forward pass without a cache.
 
 A family is a function -> (config, image processor, tokenizer, processor class, settings of the processor). It is written
-as a directory the way the hub has them and opened by `VLM.load`. No torchvision is needed.
+as a directory the way the hub has them and opened by `VLM.load`. Families whose image processor needs torchvision are
+skipped by name where it is absent.
 """
 import importlib.util
 import json
@@ -13,7 +14,8 @@ import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from utils import distributed, memory
+from utils import distributed, loading, memory
+from utils.caches import STATES, tensors_of
 from utils.cli import InputError
 from vlm import VLM
 
@@ -23,6 +25,7 @@ MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
 SIGLIP = dict(VISION, model_type="siglip_vision_model", vision_use_head=False)
 SQUARE = dict(height=32, width=32)
+EXPERTS = dict(moe_intermediate_size=32, shared_expert_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
 
 
 def tokenizer(image, *more, shown=None, bos=None, **named):
@@ -51,6 +54,11 @@ def qwen(name, patch, **vision):
         vision_start_token_id=words.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=words.convert_tokens_to_ids("<|vision_end|>"))
     return config, images, words, f"{name}Processor", {}
+
+
+def untyped(config):
+    """The settings of a config, for one of another class (dict)."""
+    return {name: value for name, value in config.to_dict().items() if name != "model_type"}
 
 
 def qwen2_vl():
@@ -172,7 +180,7 @@ def qwen3_5():
         text_config=dict(TEXT, vocab_size=len(words), layer_types=["linear_attention", "full_attention"],
                          linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
                          rope_parameters=dict(MROPE, partial_rotary_factor=1.0)),
-        vision_config=dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32, patch_size=16,
+        vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32, patch_size=16,
                            num_position_embeddings=16), image_token_id=words.image_token_id)
     return config, images, words, name, {}
 
@@ -213,8 +221,174 @@ def emu3():
     return config, tf.Emu3ImageProcessor(min_pixels=32**2, max_pixels=64**2, spatial_factor=8), words, "Emu3Processor", {}
 
 
-FAMILIES = (qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, llava_onevision, gemma3, idefics3, llava_next, llava_next_video, glm4v)
-REFUSED = {mllama: "cross-attention", qwen3_5: "LinearAttentionLayer", t5gemma2: "encoder and a decoder",
+def qwen3_5_moe():
+    config, images, words, name, settings = qwen3_5()
+    text, vision = (untyped(part) for part in (config.text_config, config.vision_config))
+    config = tf.Qwen3_5MoeConfig(text_config=dict(text, **EXPERTS), vision_config=vision,
+                                 image_token_id=words.image_token_id, video_token_id=config.video_token_id)
+    return config, images, words, name, settings
+
+
+def qwen3_vl_moe():
+    config, images, words, name, settings = qwen3_vl()
+    text, vision = (untyped(part) for part in (config.text_config, config.vision_config))
+    config = tf.Qwen3VLMoeConfig(text_config=dict(text, decoder_sparse_step=1, **EXPERTS), vision_config=vision,
+                                 image_token_id=words.image_token_id, video_token_id=config.video_token_id)
+    return config, images, words, name, settings
+
+
+def minicpmv(version):
+    """Pictures in slices of any size; the text model is Qwen3.5's."""
+    named = dict(image_start_token="<image>", image_end_token="</image>", slice_start_token="<slice>",
+                 slice_end_token="</slice>", image_id_start_token="<image_id>", image_id_end_token="</image_id>",
+                 video_token="<|video_pad|>")
+    words = tokenizer("<|image_pad|>", **named)
+    images = tf.models.minicpmv4_6.MiniCPMV4_6ImageProcessorPil(patch_size=8, scale_resolution=32, max_slice_nums=4)
+    ids = {f"{name}_id": words.convert_tokens_to_ids(named[f"{name}_token"]) for name in (
+        "image_start", "image_end", "slice_start", "slice_end")} if version == "7" else {}
+    if version == "7":
+        ids["newline_id"] = words.convert_tokens_to_ids("\u010a")
+    text = dict(qwen3_5()[0].text_config.to_dict(), vocab_size=len(words))
+    config = getattr(tf, f"MiniCPMV4_{version}Config")(
+        text_config=text, vision_config=dict(VISION, num_hidden_layers=3), insert_layer_id=1,
+        image_token_id=words.image_token_id, video_token_id=words.video_token_id, **ids)
+    return config, images, words, f"MiniCPMV4_{version}Processor", {}
+
+
+def minicpmv4_6():
+    return minicpmv("6")
+
+
+def minicpmv4_7():
+    return minicpmv("7")
+
+
+def lfm2_vl():
+    """Short convolutions and attention in turns."""
+    words = tokenizer("<image>", "<|img_thumbnail|>", *[f"<|img_row_{r}_col_{c}|>" for r in (1, 2) for c in (1, 2)],
+                      image_start_token="<|image_start|>", image_end_token="<|image_end|>")
+    config = tf.Lfm2VlConfig(
+        text_config=dict(TEXT, vocab_size=len(words), layer_types=["conv", "full_attention"], block_multiple_of=8),
+        vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=8,
+                           num_patches=16, vision_use_head=False),
+        image_token_id=words.image_token_id, projector_hidden_size=32)
+    images = tf.Lfm2VlImageProcessor(encoder_patch_size=8, tile_size=32, min_image_tokens=1, max_image_tokens=4, max_tiles=4)
+    return config, images, words, "Lfm2VlProcessor", {}
+
+
+def lfm3_vl():
+    """Short convolutions, a sliding window and attention in turns."""
+    words = tokenizer("<|image_pad|>", vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>",
+                      video_token="<|video_pad|>")
+    config = tf.Lfm3VlConfig(
+        text_config=dict(TEXT, vocab_size=len(words), num_hidden_layers=3, sliding_window=24,
+                         layer_types=["conv", "sliding_attention", "full_attention"]),
+        vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+                           num_key_value_heads=2, patch_size=16),
+        image_token_id=words.image_token_id, video_token_id=words.video_token_id,
+        vision_start_token_id=words.vision_start_token_id, vision_end_token_id=words.vision_end_token_id,
+        projector_hidden_size=32)
+    images = tf.Qwen2VLImageProcessor(patch_size=16, size=dict(shortest_edge=32**2, longest_edge=128**2))
+    return config, images, words, "Lfm3VlProcessor", {}
+
+
+def granite4_vision():
+    """Divides its logits, as all Granite models do; picture features enter several layers."""
+    words = tokenizer("<image>")
+    grid = [[32, 64], [64, 32], [64, 64]]
+    config = tf.Granite4VisionConfig(
+        text_config=dict({key: value for key, value in TEXT.items() if key != "head_dim"}, vocab_size=len(words),
+                         logits_scaling=4.0, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.2),
+        vision_config=dict(SIGLIP, hidden_size=64), image_token_index=words.image_token_id, image_grid_pinpoints=grid,
+        downsample_rate="1/2", deepstack_layer_map=[[-2, 0], [-1, 1]], vision_feature_select_strategy="full",
+        qformer_config=dict(model_type="blip_2_qformer", num_hidden_layers=1, intermediate_size=64))
+    images = tf.LlavaNextImageProcessor(size=dict(shortest_edge=32), crop_size=SQUARE, image_grid_pinpoints=grid)
+    return config, images, words, "Granite4VisionProcessor", dict(patch_size=8, downsample_rate="1/2",
+                                                                 vision_feature_select_strategy="full")
+
+
+def muse_glimmer():
+    """Multiplies its logits and caps them."""
+    names = ("<|image_start|>", "<|image_end|>", "<|video|>", "<|vid_frame_separator|>", "<|vid_start|>", "<|vid_end|>")
+    words = tokenizer("<|patch|>", *names)
+    config = tf.MuseGlimmerConfig(
+        text_config=dict(TEXT, vocab_size=len(words), sliding_window=24, output_multiplier=0.5,
+                         layer_types=["sliding_attention", "full_attention"]),
+        vision_config=dict(VISION, pos_emb_height=4, pos_emb_width=4, max_position_embeddings=16),
+        image_token_id=words.image_token_id, video_token_id=words.convert_tokens_to_ids("<|video|>"), out_hidden_size=128,
+        projector_hidden_size=32)
+    return config, tf.MuseGlimmerImageProcessor(patch_size=8, max_image_tokens=16), words, "MuseGlimmerProcessor", {}
+
+
+def kimi_k25():
+    words = tokenizer("<|media_pad|>", video_token="<|kimi_k25_video_placeholder|>")
+    text = dict(TEXT, model_type="deepseek_v3", vocab_size=len(words), num_key_value_heads=2, q_lora_rank=16,
+                kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, n_routed_experts=4,
+                moe_intermediate_size=32, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1)
+    text.pop("head_dim")
+    config = tf.Kimi_K25Config(
+        text_config=text, vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                             patch_size=8, pos_emb_height=4, pos_emb_width=4),
+        image_token_id=words.image_token_id, video_token_id=words.video_token_id, projection_hidden_size=32)
+    images = tf.Kimi_K25ImageProcessor(patch_size=8, max_patches=64, size=dict(max_height=16, max_width=16))
+    return config, images, words, "Kimi_K25Processor", {}
+
+
+def gemma4():
+    """Layers that share keys and values, a sliding window, inputs for each layer."""
+    words = tokenizer("<|image|>", "<|video|>", boi_token="<|image>", eoi_token="<image|>", audio_token="<|audio|>",
+                      boa_token="<|audio>", eoa_token="<audio|>", bos="<bos>")
+    config = tf.Gemma4Config(
+        text_config=dict(TEXT, vocab_size=len(words), num_hidden_layers=4, sliding_window=24, num_kv_shared_layers=2,
+                         layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=16,
+                         vocab_size_per_layer_input=len(words), global_head_dim=16),
+        vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
+                           num_key_value_heads=2, patch_size=8, pooling_kernel_size=2, position_embedding_size=128),
+        image_token_id=words.image_token_id, video_token_id=words.convert_tokens_to_ids("<|video|>"),
+        boi_token_id=words.boi_token_id, eoi_token_id=words.eoi_token_id, audio_token_id=words.audio_token_id)
+    images = tf.models.gemma4.Gemma4ImageProcessorPil(patch_size=8, max_soft_tokens=70, pooling_kernel_size=2)
+    return config, images, words, "Gemma4Processor", {}
+
+
+def mistral3():
+    """Pixtral's vision tower and processor."""
+    words = tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    config = tf.Mistral3Config(
+        text_config=dict(TEXT, model_type="mistral", vocab_size=len(words)),
+        vision_config=dict(VISION, model_type="pixtral", image_size=64, head_dim=16),
+        image_token_index=words.image_token_id)
+    images = tf.models.pixtral.PixtralImageProcessorPil(size=dict(longest_edge=64), patch_size=dict(height=8, width=8))
+    return config, images, words, "PixtralProcessor", dict(patch_size=8, spatial_merge_size=2)
+
+
+def ovis2():
+    indicators = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
+    words = tokenizer("<IMG_ATOM>", "<image>", *indicators, shown="<image>")
+    config = tf.Ovis2Config(
+        text_config=dict(TEXT, model_type="qwen2", vocab_size=len(words)),
+        vision_config=dict(VISION, vocab_size=64, hidden_stride=2), image_token_id=words.image_token_id,
+        visual_indicator_token_ids=words.convert_tokens_to_ids(indicators),
+        vocab_size=len(words), hidden_size=32)
+    images = tf.models.ovis2.Ovis2ImageProcessorPil(size=SQUARE, crop_to_patches=False)
+    return config, images, words, "Ovis2Processor", dict(image_seq_length=4)
+
+
+def glm46v():
+    config, images, words, _, settings = glm4v()
+    text, vision = (untyped(part) for part in (config.text_config, config.vision_config))
+    ids = {name: getattr(config, name) for name in vars(config) if name.endswith("_token_id") and name != "image_token_id"}
+    config = tf.Glm46VConfig(
+        text_config=dict(text, model_type="glm4v_text"), vision_config=dict(vision, model_type="glm4v_vision"),
+        image_token_id=config.image_token_id, **ids)
+    return config, tf.models.glm46v.Glm46VImageProcessorPil(
+        patch_size=14, size=dict(shortest_edge=56**2, longest_edge=112**2)), words, "Glm46VProcessor", settings
+
+
+NEEDS_TORCHVISION = (lfm2_vl, muse_glimmer, kimi_k25, mistral3)
+FAMILIES = (qwen3_5, qwen3_5_moe, minicpmv4_6, minicpmv4_7, lfm3_vl, granite4_vision, qwen2_vl, qwen2_5_vl, qwen3_vl,
+            qwen3_vl_moe, gemma4, gemma3, internvl, llava_onevision, idefics3, llava_next, llava_next_video, glm4v, glm46v,
+            ovis2, *NEEDS_TORCHVISION)
+REFUSED = {mllama: "cross-attention", t5gemma2: "encoder and a decoder",
            hunyuan_vl: "other positions alone than in a batch"}
 
 
@@ -246,6 +420,8 @@ def one_thread():
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)
 def path(request, tmp_path_factory):
+    if request.param in NEEDS_TORCHVISION and importlib.util.find_spec("torchvision") is None:
+        pytest.skip(f"{request.param.__name__}'s image processor needs torchvision, which is not here")
     return write(request.param, tmp_path_factory.mktemp(request.param.__name__))
 
 
@@ -262,6 +438,11 @@ def picture(seed, width, height):
 # Prompts of different lengths with one picture, with two, with none, and pictures of different sizes.
 IMAGES = [[picture(0, 64, 64)], [picture(1, 120, 40), picture(2, 40, 90)], [], [picture(3, 48, 100)]]
 PROMPTS = ["What is it?", "Is <image 2> like <image 1>, or is it not?", "Say something.", "Where?"]
+
+
+def rounding(vlm):
+    """How far apart two orders of summing may be: a linear-attention layer's states add up over all words."""
+    return 5e-5 if vlm.min_words > 1 else 1e-5
 
 
 def flat(groups):
@@ -316,7 +497,7 @@ def test_sampled_equals_scored_equals_a_plain_forward(vlm, rollouts):
             n = len(r.tokens)
             for scored, sampled in ((scores.logprobs, r.logprobs), (scores.confidence, r.confidences),
                                     (scores.entropy, r.entropies)):
-                torch.testing.assert_close(scored[i, :n], sampled, atol=1e-5, rtol=0)
+                torch.testing.assert_close(scored[i, :n], sampled, atol=rounding(vlm), rtol=0)
             logp = plain(vlm, IMAGES[i // 2], PROMPTS[i // 2], r.tokens)
             torch.testing.assert_close(scores.logprobs[i, :n], logp, atol=1e-4, rtol=0)
 
@@ -326,33 +507,22 @@ def test_a_prompt_alone_is_the_same_prompt_in_a_batch(vlm, rollouts):
         together = vlm.score(IMAGES, PROMPTS, [r.tokens for r in rollouts[::2]]).logprobs
         for i, r in enumerate(rollouts[::2]):
             alone = vlm.score(IMAGES[i:i + 1], PROMPTS[i:i + 1], [r.tokens]).logprobs[0]
-            torch.testing.assert_close(together[i, :len(alone)], alone, atol=1e-5, rtol=0)
+            torch.testing.assert_close(together[i, :len(alone)], alone, atol=rounding(vlm), rtol=0)
 
 
-def test_prompts_encoded_once_are_found_again_in_parts_and_in_another_order(vlm, monkeypatch):
+def test_rows_of_encoded_prompts_equal_prompts_encoded_for_themselves(vlm):
     images, prompts = [IMAGES[i] for i in (0, 3, 3)], [PROMPTS[i] for i in (0, 3, 2)]
-    parts, said = [[2, 0], [1], [0, 1, 2]], torch.tensor([40, 50])
-    with torch.no_grad():
-        fresh = [vlm.score([images[i] for i in part], [prompts[i] for i in part], [said] * len(part)) for part in parts]
-        monkeypatch.setattr(vlm, "encodes_once", True)
-        vlm.sample(images, prompts, max_new_tokens=1)
-        held = vlm._encoded
+    words, encoded = torch.tensor([40, 50]), vlm.encode(images, prompts)
+    for rows in ([2, 0], [1], [0, 1, 2]):
+        batch = [images[i] for i in rows], [prompts[i] for i in rows], [words] * len(rows)
+        inputs = encoded.rows(rows)
         # A picture cut into as many tiles as suit its shape (InternVL): whose is whose cannot be told
-        tiles = "image_grid_thw" not in held[2] and len(pixels_of(held[2])) != len(images)
-        for part, wanted in zip(parts, fresh):
-            # in lists of their own: FSDP2 rebuilds those that pass through it
-            found = vlm.score([[*images[i]] for i in part], [prompts[i] for i in part], [said] * len(part))
-            torch.testing.assert_close(found.logprobs, wanted.logprobs, atol=1e-5, rtol=0)
-            assert (vlm._encoded is held) != tiles
-        # another picture under the same prompt, and two pictures, are encoded
-        for some, text in (([[picture(9, 64, 64)]], prompts[:1]), ([IMAGES[1]], [PROMPTS[1]])):
-            vlm.score(some, text, [said])
-            assert vlm._encoded[0] == some
-        some = [IMAGES[0]]
-        before = vlm.score(some, ["Where?"], [said]).logprobs
-        some[0] = IMAGES[3]                     # the list is another's; what was encoded is not mistaken for its new picture
-        assert (vlm.score(some, ["Where?"], [said]).logprobs - before).abs().max() > 1e-3
-    monkeypatch.setattr(vlm, "_encoded", ((), (), {}))
+        tiles = "image_grid_thw" not in encoded and len(pixels_of(encoded)) != len(images)
+        assert (inputs is None) == tiles
+        with torch.no_grad():
+            fresh, selected = vlm.score(*batch), vlm.score(*batch, inputs=inputs)
+        torch.testing.assert_close(selected.logprobs, fresh.logprobs, atol=rounding(vlm), rtol=0)
+    assert vlm.encode(IMAGES, PROMPTS).rows([0]) is None            # prompts with two pictures, and with none
 
 
 def test_every_picture_is_looked_at(vlm):
@@ -366,7 +536,7 @@ def test_every_picture_is_looked_at(vlm):
 
 
 def test_saved_and_loaded_says_the_same(vlm, rollouts, tmp_path):
-    vlm.save(tmp_path)
+    loading.save(vlm, tmp_path)
     weights = tf.AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(weights[key], value) for key, value in vlm.model.state_dict().items())
     again = flat(VLM.load(tmp_path, "cpu").sample(IMAGES, PROMPTS, n=2, max_new_tokens=6, seed=1))
@@ -401,7 +571,7 @@ def test_gradient_equals_that_of_plain_forwards_and_a_step_along_it_lowers_the_l
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
         loss()
-        vlm.checkpoint_activations(distributed.blocks(vlm.model))
+        loading.checkpoint_activations(distributed.blocks(vlm.model), vlm.cache_name)
         kept, _ = sum(held), held.clear()
         torch.testing.assert_close(gradient(loss()), found, atol=1e-6, rtol=1e-5)
     assert sum(held) < kept / 2                     # what the blocks need is made again
@@ -431,7 +601,7 @@ def test_the_state_of_training_comes_back_where_some_weights_never_had_a_gradien
 
 def test_the_plan_counts_what_the_vision_tower_sees(vlm):
     """A class token a tile apart, which some towers add."""
-    sight, seen = {id(p) for p in vlm.vision_parameters()}, []
+    sight, seen = {id(p) for p in loading.vision_parameters(vlm)}, []
     block = next(b for b in distributed.blocks(vlm.model) if id(next(b.parameters())) in sight)
 
     def look(_, args, named):
@@ -445,10 +615,18 @@ def test_the_plan_counts_what_the_vision_tower_sees(vlm):
     assert 0 <= seen[0] - memory.patches(pixels, vlm.model.config.vision_config) <= tiles
 
 
+def test_the_plan_counts_the_cache(vlm):
+    """Bytes a token and a row, against the cache of one prompt read twice: `DynamicCache` where no window drops keys."""
+    _, a_row = memory.cache_bytes(vlm.text_config, 4)
+    cache = vlm.prefill(IMAGES[:1], PROMPTS[:1]).cache
+    states = sum(tensor.nbytes for layer in cache.layers for (name, _), tensor in tensors_of(layer).items() if name in STATES)
+    assert states == a_row
+
+
 def test_a_processor_that_cannot_be_written_is_refused_by_name(path, vlm, tmp_path, monkeypatch):
     """By the plan of --dry_run as well, and in one sentence."""
     monkeypatch.setattr(tf.ProcessorMixin, "save_pretrained", lambda *_: {}["no such setting"])
-    for refuse in (lambda: vlm.save_processor(tmp_path), lambda: VLM.load(path, meta=True)):
+    for refuse in (lambda: loading.save_processor(vlm, tmp_path), lambda: VLM.load(path, meta=True)):
         with pytest.raises(InputError, match="^model class [A-Za-z0-9_]+ cannot be used here: its processor cannot be saved"):
             refuse()
 
@@ -456,7 +634,7 @@ def test_a_processor_that_cannot_be_written_is_refused_by_name(path, vlm, tmp_pa
 def test_every_id_that_the_settings_name_is_never_sampled(vlm, monkeypatch):
     said = [i for i in (~vlm.banned).nonzero()[:, 0].tolist() if i not in vlm.eos.tolist()][:2]
     monkeypatch.setattr(vlm.model.config, "odd_token_id", said, raising=False)
-    assert len(said) == 2 and vlm._banned_ids()[said].all()
+    assert len(said) == 2 and loading.banned_ids(vlm.model, vlm.tokenizer, vlm.eos)[said].all()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="there is torchvision, which Pixtral asks for")
@@ -500,3 +678,12 @@ def test_a_class_that_cannot_work_is_refused_by_name_when_loaded(family, tmp_pat
 def test_a_class_whose_log_probs_of_a_prompt_depend_on_its_batch_is_refused(tmp_path):
     with pytest.raises(InputError, match="Emu3.* cannot be used here: its log-probs of a prompt alone are off from those in"):
         VLM.load(write(emu3, tmp_path))
+
+
+def test_experts_count_as_far_as_a_token_passes_them(tmp_path):
+    """Two of four experts of each layer are active: what is left when the other two are cut out."""
+    vlm = VLM.load(write(qwen3_5_moe, tmp_path), "cpu")
+    total = sum(p.numel() for p in vlm.model.parameters())
+    unused = sum(p[2:].numel() for name, p in vlm.model.named_parameters() if ".experts." in name)
+    assert loading.active_parameters(vlm.model) == total - unused and unused > 0
+    assert loading.tolerance(vlm.model.bfloat16()) > 0.5

@@ -194,6 +194,16 @@ def test_command_writes_a_sheet(tmp_path):
             noise.main(argv)
 
 
+def test_mixed_corruptions_are_drawn_by_question_and_seed(clip):
+    images, asked = [[data.synthetic("train", 3, i).pictures()[0]] for i in range(24)], ["How many?"] * 24
+    made = [noise.make_pairs(images, asked, clip, (999, 999), ["key"] * 24, 0.5, seeds, corruption="mixed")
+            for seeds in (range(24), range(24), range(24, 48))]
+    assert made[0] == made[1] != made[2]
+    noised = noise.make_pairs(images, asked, clip, (999, 999), ["key"] * 24, 0.5, range(24))
+    same = sum(a == b for a, b in zip(made[0], noised))         # one of five kinds is the noise of the default
+    assert 0 < same < 15 and all(a != b for a, b in zip(made[0], images))
+
+
 # ---- The map for a CLIP that was not trained to point
 
 @pytest.fixture(scope="module")
@@ -218,13 +228,14 @@ def test_contributions_of_all_layers_sum_to_the_image_embedding(random_clip):
     with torch.no_grad():
         output = vision(pixels, output_attentions=True, output_hidden_states=True)
         attention = sum(noise.contributions(random_clip, output, layer).sum(1) for layer in range(-5, 0))
-        rest = output.hidden_states[0][:, :1] + sum(mlps) + sum(block.self_attn.out_proj.bias for block in vision.encoder.layers)
+        biases = sum(block.self_attn.out_proj.bias for block in vision.encoder.layers)
+        rest = output.hidden_states[0][:, :1] + sum(mlps) + biases
         rest = noise.as_normed(rest, output.last_hidden_state[:, :1], vision.post_layernorm) + vision.post_layernorm.bias
         embedding = random_clip.visual_projection(output.pooler_output)
         torch.testing.assert_close(attention + random_clip.visual_projection(rest)[:, 0], embedding, atol=1e-4, rtol=1e-4)
         for layer in range(-5, 0):                  # and layer by layer
             block, heard = vision.encoder.layers[layer], []
-            hook = block.self_attn.register_forward_hook(lambda _, __, out: heard.append(out[0][:, :1]))
+            hook = block.self_attn.register_forward_hook(lambda _, __, out, heard=heard: heard.append(out[0][:, :1]))
             vision(pixels)
             hook.remove()
             term = noise.as_normed(heard[0] - block.self_attn.out_proj.bias, output.last_hidden_state[:, :1],

@@ -51,11 +51,11 @@ def test_samples_of_a_shared_prompt_are_those_of_copies(base, n):
     images, prompts = [s.images for s in samples], [data.prompt(s) for s in samples]
 
     def both(call):
-        base.shares = True
+        base.shares_prefix = True
         shared = call()
-        base.shares = False
+        base.shares_prefix = False
         copied = call()
-        base.shares = True
+        base.shares_prefix = True
         return zip(shared, copied, strict=True)
     calls = [lambda: sum(base.sample(images, prompts, n, max_new_tokens=60, seed=1), []),
              lambda: base.contrast(images, images[::-1], prompts, max_new_tokens=40)]
@@ -78,7 +78,7 @@ def test_a_class_that_attends_in_another_way_is_decoded_with_copies(base, wrong)
         other = VLM.load("tiny/base")
     finally:
         AttentionInterface.register(shared_prefix.NAME, shared_prefix.attend)
-    assert base.shares and not other.shares
+    assert base.shares_prefix and not other.shares_prefix
     assert [m.config._attn_implementation for m in other.model.modules() if hasattr(m, "config")] == before
     s = data.synthetic("val", 0, 1)
     ours, theirs = (vlm.sample([s.images], [data.prompt(s)], greedy=True)[0][0].text for vlm in (base, other))

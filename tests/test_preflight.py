@@ -63,8 +63,8 @@ def test_one_picture_for_all_cannot_be_held_out(tmp_path):
 
 
 def test_held_out_questions_come_back_from_their_file(tmp_path):
-    rows = questions(tmp_path, 5, 1) + [{"id": "c", "question": "Which?", "image": "0.png", "choices": ["x", "y"], "answer": "y",
-                                         "level": 2}]
+    rows = [*questions(tmp_path, 5, 1), {"id": "c", "question": "Which?", "image": "0.png", "choices": ["x", "y"],
+                                         "answer": "y", "level": 2}]
     samples = load(tmp_path, rows)
     (tmp_path / "run").mkdir()
     data.write_held_out(samples, tmp_path / "run" / "heldout.jsonl")

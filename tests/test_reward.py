@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import reward
+from train_cdrl import Args
 from utils import loading, metrics
 
 
@@ -127,60 +128,83 @@ def test_bad_readings_and_empty_rows_are_refused():
 # ---- reward terms
 
 
-def test_perception_term_is_bounded_odd_and_broadcasts():
-    c, c_noised = torch.randn(3, 4, generator=torch.Generator().manual_seed(5)) * 9, torch.zeros(3, 1)
-    term = reward.perception_term(c, c_noised, alpha=0.5, beta=2.0)
+def settings(**changes):
+    return Args(**{"alpha": 0.5, "beta": 2.0, "calibration": "none", **changes})
+
+
+def perception(c, c_noised, **changes):
+    none = torch.zeros(len(c), dtype=torch.bool)
+    return reward.confidence_reward(c, c_noised, torch.zeros_like(c), none, {}, settings(**changes))[0]
+
+
+def test_perception_term_is_bounded_odd_and_zero_for_controls():
+    c, c_noised = torch.randn(3, 4, generator=torch.Generator().manual_seed(5)) * 9, torch.zeros(3, 4)
+    term = perception(c, c_noised)
     assert term.shape == (3, 4) and term.abs().max() <= 0.5
-    torch.testing.assert_close(term, -reward.perception_term(c_noised, c, 0.5, 2.0))
-    assert reward.perception_term(torch.tensor(50.0), torch.tensor(0.0), 0.5, 2.0).item() == pytest.approx(0.5)
-    small = torch.tensor(1e-3)  # slope alpha * beta at zero
-    assert reward.perception_term(small, torch.tensor(0.0), 0.5, 2.0).item() == pytest.approx(1e-3, rel=1e-5)
+    torch.testing.assert_close(term, -perception(c_noised, c))
+    assert perception(torch.tensor([[50.0]]), torch.zeros(1, 1)).item() == pytest.approx(0.5)
+    small = torch.tensor([[1e-3]])  # slope alpha * beta at zero
+    assert perception(small, torch.zeros(1, 1)).item() == pytest.approx(1e-3, rel=1e-5)
+    is_control = torch.tensor([True, False, True])
+    controls = reward.confidence_reward(c, c_noised, c_noised, is_control, {}, settings())[0]
+    assert torch.equal(controls[~is_control], term[~is_control]) and not controls[is_control].any()
+    assert not perception(c, None).any() and not perception(c, c_noised, alpha=0.0).any()
+
+
+def c_norm(c, **changes):
+    """Cnorm, read from the linear term of right answers."""
+    return reward.calibration_reward(c, torch.ones_like(c), {"lo": 10, "hi": 15}, settings(calibration="linear", **changes))
 
 
 def test_normalisers():
-    c = torch.tensor([9.0, 10.0, 12.5, 15.0, 99.0])
-    torch.testing.assert_close(reward.normalise_range(c, 10, 15), torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
-    with pytest.raises(ValueError, match="lo < hi"):
-        reward.normalise_range(c, 15, 15)
+    c = torch.tensor([[9.0, 10.0, 12.5, 15.0, 99.0]])
+    torch.testing.assert_close(c_norm(c, cnorm="range"), torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0]]))
     group = torch.tensor([[1.0, 2.0, 5.0], [4.0, 4.0, 4.0]], requires_grad=True)
-    normal = reward.normalise_group(group)
+    normal = c_norm(group, cnorm="group")
     torch.testing.assert_close(normal, torch.tensor([[0.0, 0.25, 1.0], [0.5, 0.5, 0.5]]))
     normal.sum().backward()
     assert group.grad.isfinite().all()
-    torch.testing.assert_close(reward.normalise_group(7 * group + 3), normal)  # a scale of its own for each group
+    torch.testing.assert_close(c_norm(7 * group + 3, cnorm="group"), normal)  # a scale of its own for each group
 
 
 GRID = torch.linspace(0, 1, 101)
 
 
-def best_bet(score, rate):
+def score(name, prob, correct):
+    """The calibration term of answers whose c, or Cnorm, is `prob`."""
+    c = prob if name == "linear" else prob.double().logit()
+    confidence_map = {"lo": 0.0, "hi": 1.0, "slope": 1.0, "intercept": 0.0}
+    return reward.calibration_reward(c, correct, confidence_map, settings(calibration=name, cnorm="range")).float()
+
+
+def best_bet(name, rate):
     """The reported probability that earns the most, when a fraction `rate` of the answers is right."""
     right, wrong = torch.ones(101), torch.zeros(101)
-    expected = rate * score(GRID, right) + (1 - rate) * score(GRID, wrong)
+    expected = rate * score(name, GRID, right) + (1 - rate) * score(name, GRID, wrong)
     return GRID[expected.argmax()].item()
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.5, 0.62, 0.97])
 def test_brier_and_log_pay_for_the_true_rate_and_linear_does_not(rate):
-    assert best_bet(reward.calibration_brier, rate) == pytest.approx(rate, abs=1e-6)
-    assert best_bet(reward.calibration_log, rate) == pytest.approx(rate, abs=1e-6)
+    assert best_bet("brier", rate) == pytest.approx(rate, abs=1e-6)
+    assert best_bet("log", rate) == pytest.approx(rate, abs=1e-6)
     if rate != 0.5:
-        assert best_bet(reward.calibration_linear, rate) == float(rate > 0.5)
+        assert best_bet("linear", rate) == float(rate > 0.5)
 
 
-@pytest.mark.parametrize("score", [reward.calibration_brier, reward.calibration_log])
-def test_proper_scores_span_zero_to_one(score):
-    values = torch.stack([score(GRID, torch.full((101,), outcome)) for outcome in (True, False)])
+@pytest.mark.parametrize("name", ["brier", "log"])
+def test_proper_scores_span_zero_to_one(name):
+    values = torch.stack([score(name, GRID, torch.full((101,), outcome)) for outcome in (True, False)])
     assert values.min().item() == pytest.approx(0, abs=1e-6)
     assert values.max().item() == pytest.approx(1, abs=1e-6)
     assert (values[0].diff() >= 0).all() and (values[1].diff() <= 0).all()
 
 
 def test_linear_by_hand_and_bool_equals_float():
-    c_norm, correct = torch.tensor([0.25, 0.25]), torch.tensor([True, False])
-    assert reward.calibration_linear(c_norm, correct).tolist() == [0.25, -0.25]
-    for score in (reward.calibration_linear, reward.calibration_brier, reward.calibration_log):
-        torch.testing.assert_close(score(c_norm, correct), score(c_norm, correct.float()))
+    prob, correct = torch.tensor([0.25, 0.25]), torch.tensor([True, False])
+    assert score("linear", prob, correct).tolist() == [0.25, -0.25]
+    for name in ("linear", "brier", "log"):
+        torch.testing.assert_close(score(name, prob, correct), score(name, prob, correct.float()))
 
 
 def simulated(slope, intercept, n, spread=2.0):
@@ -268,3 +292,12 @@ def test_outcome_reward_is_the_judge():
     sample = SimpleNamespace(id="q", answer="7", choices=None, meta={})
     assert reward.outcome_reward(r"so \boxed{7}", sample) == 1.0
     assert reward.outcome_reward(r"so \boxed{17}", sample) == 0.0
+
+
+def test_the_rank_term_is_the_order_of_pairs():
+    c, right = torch.tensor([[3.0, 1.0, 2.0], [1.0, 2.0, 4.0]], requires_grad=True), torch.tensor([[1.0, 0, 0], [1.0, 1, 1]])
+    found = reward.calibration_rank(c, right, 0.7)
+    s = [1 / (1 + math.exp(-0.7 * d)) for d in (2.0, 1.0)]
+    torch.testing.assert_close(found, torch.tensor([[sum(s) / 2, s[0], s[1]], [0.5, 0.5, 0.5]]))
+    found.sum().backward()
+    assert c.grad[0, 0] > 0 > c.grad[0, 1:].max() and (c.grad[1] == 0).all()

@@ -211,7 +211,8 @@ VALUES = [None, "", "x", "a.png", 3, -1.5, 10**400, float("nan"), float("inf"), 
           "['a']", "\ud800", "<image>", "A", {"bytes": 3}, {"image": {"image": {"image": {}}}}, "data:,", "(A) x", 10**5000,
           [{"role": "user"}], [{"role": [], "content": []}], [{"from": "human", "value": {"type": []}}], "image_9" * 9]
 KEYS = ["id", "index", "qid", "question", "problem", "prompt", "messages", "conversations", "image", "images", "image_1",
-        "image_99999999999", "image_path", "answer", "solution", "choices", "options", "A", "B", "C", "meta", "metadata", "unit",
+        "image_99999999999", "image_path", "answer", "solution", "choices", "options", "A", "B", "C", "meta", "metadata",
+        "unit",
         "reward_model", "extra_info", "precision", "question_type", "answer_type", "pid", "answer_option", "source", "foo"]
 
 

@@ -1,50 +1,66 @@
-"""Which questions a step sees, and which of them pass through the model together."""
+"""Which questions a step asks, and which of them pass through the model together."""
 import random
 from dataclasses import replace
 
+from utils.distributed import gathered
 
-class Order:
-    """Which questions step s sees: a fresh seeded permutation an epoch; a pure function of the step, so that a resumed
-    run neither replays nor skips (the step is the data position)."""
 
-    def __init__(self, size, batch_size, seed):
-        self.size, self.batch_size, self.seed, self.epoch, self.permutation = size, batch_size, seed, None, None
+class QuestionOrder:
+    """The questions of each step: a fresh seeded permutation every epoch, dealt to the ranks in turn.
 
-    def __call__(self, step):
+    It is a pure function of the step. A resumed run therefore neither replays nor skips a question.
+    """
+
+    def __init__(self, questions, batch_size, seed, rank=0, world=1):
+        self.questions, self.batch_size, self.seed, self.rank, self.world = questions, batch_size, seed, rank, world
+        self.epoch, self.permutation = None, None
+
+    def indices(self, step):
+        """The step's indices into the questions, of all ranks (list of batch_size ints)."""
         indices = []
         for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, place = divmod(position, self.size)
+            epoch, place = divmod(position, len(self.questions))
             if epoch != self.epoch:
-                self.epoch, self.permutation = epoch, list(range(self.size))
+                self.epoch, self.permutation = epoch, list(range(len(self.questions)))
                 random.Random(f"order {self.seed} {epoch}").shuffle(self.permutation)
             indices.append(self.permutation[place])
         return indices
 
+    def samples(self, step):
+        """This rank's questions of a step (list of Sample).
 
-def questions_of(train_set, order, step, rank=0, world=1):
-    """A rank's questions of a step (list of Sample). One that comes again within the step, as it does where --batch_size is
-    more than the questions of a file, has another id there, and with it other noise and other rollouts."""
-    indices, samples = order(step), []
-    for place in range(rank, len(indices), world):
-        sample, earlier = train_set[indices[place]], indices[:place].count(indices[place])
-        samples.append(replace(sample, id=f"{sample.id} again {earlier}") if earlier else sample)
-    return samples
+        A question that occurs twice in the step (a file smaller than the batch) gets a second id. Its noise and its
+        rollouts then differ from those of its first occurrence.
+        """
+        indices, samples = self.indices(step), []
+        for place in range(self.rank, len(indices), self.world):
+            sample, earlier = self.questions[indices[place]], indices[:place].count(indices[place])
+            samples.append(replace(sample, id=f"{sample.id} again {earlier}") if earlier else sample)
+        return samples
 
 
-def micro_batches(vlm, views, prompts, args):
-    """Which questions are learned from in one forward and backward pass -> lists of their indices: at most --micro_batch, and
-    as many as --micro_tokens allows, at least one. Questions with completions of like length go together: a pass is as wide
-    as its longest."""
-    seen = [[view for view in views if q < len(view.images)] for q in range(len(prompts))]
-    longest = [max(len(r.tokens) for view in seen[q] for r in view.rollouts[q]) for q in range(len(prompts))]
-    lengths = [max(vlm.prompt_length(view.images[q], prompt) for view in seen[q]) if args.micro_tokens else 0
-               for q, prompt in enumerate(prompts)]
-    found = [[]]
-    for q in sorted(range(len(prompts)), key=longest.__getitem__):
-        part = [*found[-1], q]
-        tokens = sum(len(seen[i]) for i in part) * (max(lengths[i] for i in part) + args.group_size * longest[q])
-        if found[-1] and (len(part) > args.micro_batch or args.micro_tokens and tokens > args.micro_tokens):
-            found.append([q])
+def micro_batches(vlm, original, noised, run):
+    """Split a step's rollouts for the forward and backward passes -> list of (original, noised or None, weight).
+
+    original, noised: RolloutBatch, the noised one None where its words are not scored. A pass holds at most --micro_batch
+    questions, and as many as --micro_tokens allows, at least one. Questions with completions of similar length share a
+    pass, because a pass is as wide as its longest row. Every rank gets the same number of passes, because a sharded model
+    needs all ranks in each; the surplus ones have weight 0.
+    """
+    views = [view for view in (original, noised) if view is not None]
+    questions = range(len(original.prompts))
+    longest = [max(len(r.tokens) for view in views for r in view.rollouts[q]) for q in questions]
+    prompt_lengths = [max(vlm.prompt_length(view.images[q], view.prompts[q]) for view in views) if run.micro_tokens else 0
+                      for q in questions]
+    group_size, passes = len(original.rollouts[0]), [[]]
+    for q in sorted(questions, key=longest.__getitem__):
+        candidate = [*passes[-1], q]
+        rows = len(views) * len(candidate)
+        tokens = rows * (max(prompt_lengths[i] for i in candidate) + group_size * longest[q])
+        if passes[-1] and (len(candidate) > run.micro_batch or run.micro_tokens and tokens > run.micro_tokens):
+            passes.append([q])
         else:
-            found[-1] = part
-    return found
+            passes[-1] = candidate
+    missing = max(gathered([len(passes)])) - len(passes)
+    weighted = [(sorted(indices), 1.0) for indices in passes] + [(sorted(passes[-1]), 0.0)] * missing
+    return [(original.select(indices), noised and noised.select(indices), weight) for indices, weight in weighted]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from utils import cli, distributed
+from utils import cli, distributed, loading
 from utils.cli import InputError
 from utils.logs import write_json
 
@@ -18,11 +18,27 @@ FREE = ("output", "steps", "save_every", "keep", "resume", "shard", "offload", "
         "activation_checkpointing", "clip_cache")
 
 
-def open_run(args):
-    """Prepare the run folder -> (path, newest checkpoint or None). A run with other settings, or of a file that has changed
-    since, is moved aside."""
+def open_run(args, vlm, needs_before):
+    """Rank 0 prepares the run folder -> (path, newest checkpoint or None) on every rank.
+
+    A run with other settings, or of a file that has changed since, is moved aside. needs_before: a run that goes on must
+    have the answers of the model before training.
+    """
+    output, newest = None, None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        output, newest = prepare(args)
+        loading.save_processor(vlm, output)     # a class that cannot be saved fails now, not at its first checkpoint
+    output, newest = distributed.gathered([(output, newest)])[0]
+    if newest is not None and needs_before and not (output / "before.json").exists():
+        raise InputError(f"{output} has lost before.json, the answers of the model before training; restore it, or start "
+                         "again with --resume no")
+    return output, newest
+
+
+def prepare(args):
+    """`open_run` without other ranks and the model."""
     output = Path(args.output)
-    settings = asdict(args) | {"data_checksum": 0 if args.data == "synthetic" else cli.checksum(Path(args.data))}
+    settings = settings_of(args) | {"data_checksum": 0 if args.data == "synthetic" else cli.checksum(Path(args.data))}
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {args.output!r} is a file; give a directory")
     # what a kill has left of the very first file is no run yet
@@ -31,10 +47,12 @@ def open_run(args):
             old = dict(json.loads((output / "args.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"--output {args.output!r} holds something that is not a run; choose another folder") from error
-        other = [key for key, value in settings.items() if key not in FREE and old.get(key) != value]
+        # A key that one side lacks means its default: neither a new setting nor a removed one orphans a run.
+        defaults = settings_of(type(args)())
+        other = [key for key, value in settings.items() if key not in FREE and old.get(key, defaults.get(key)) != value]
         done = checkpoints(output)
         longer = bool(done) and step_of(done[-1]) > args.steps
-        if args.resume == "no" or other or longer:
+        if args.run.resume == "no" or other or longer:
             aside = next(p for i in range(1, 10**6) if not (p := output.with_name(f"{output.name}-{i}")).exists())
             why = f"other settings ({', '.join(other)})" if other else "more steps" if longer else "an earlier run"
             try:
@@ -57,6 +75,12 @@ def open_run(args):
     return output, done[-1] if done else None
 
 
+def settings_of(args):
+    """All settings of a run, of the method and of how it is run, in one flat dict."""
+    settings = asdict(args)
+    return settings | settings.pop("run")
+
+
 def step_of(checkpoint):
     return int(checkpoint.name.split("-")[-1])
 
@@ -67,12 +91,12 @@ def checkpoints(output):
                   key=step_of)
 
 
-def save_checkpoint(output, vlm, policy, optimiser, step, scale, keep, dtype):
+def save_checkpoint(output, vlm, policy, optimizer, step, confidence_map, keep, dtype):
     """checkpoint-STEP: everything goes into a hidden folder, to the disk, and then one rename makes it the newest. All ranks
     call it; they share the file system."""
     final, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.tmp"
     main_rank = not dist.is_initialized() or dist.get_rank() == 0
-    state, random_states = distributed.whole_state(policy, dtype), distributed.gathered([torch.get_rng_state()])
+    state, random_states = distributed.full_state_dict(policy, dtype), distributed.gathered([torch.get_rng_state()])
     spoilt = [name for name, weight in state.items() if not weight.isfinite().all()]
     if spoilt:
         raise InputError(f"{spoilt[0]} is not finite after step {step}; lower --lr or the reward's weights, the "
@@ -80,11 +104,12 @@ def save_checkpoint(output, vlm, policy, optimiser, step, scale, keep, dtype):
     try:
         if main_rank:
             temporary.mkdir(exist_ok=True)              # another rank's writer may be first
-        distributed.save_state(policy, optimiser, temporary / "state")
+        distributed.save_state(policy, optimizer, temporary / "state")
         sums = distributed.checksums(temporary / "state")
         if main_rank:
-            vlm.save(temporary, state)
-            torch.save({"step": step, "scale": scale, "rng": random_states, "checksums": sums}, temporary / "training.pt")
+            loading.save(vlm, temporary, state)
+            torch.save({"step": step, "scale": confidence_map, "rng": random_states, "checksums": sums},
+                       temporary / "training.pt")
             for path in (*temporary.rglob("*"), temporary, *output.glob("*.jsonl")):
                 _to_disk(path)
             shutil.rmtree(final, ignore_errors=True)
@@ -110,14 +135,16 @@ def _to_disk(path):
     os.close(number)
 
 
-def load_checkpoint(checkpoint, policy, optimiser):
-    """-> (step, scale). Fills in weights and optimiser, on any number of ranks, and this rank's random state. InputError, in a
-    sentence, for one that has been damaged since it was written."""
+def load_checkpoint(checkpoint, policy, optimizer):
+    """Fill in weights, optimizer and this rank's random state, on any number of ranks -> (step, map from C to c).
+
+    InputError, in a sentence, for a checkpoint that has been damaged since it was written.
+    """
     try:
         found = torch.load(checkpoint / "training.pt", weights_only=True)
         if distributed.checksums(checkpoint / "state") != found["checksums"]:
             raise ValueError("other bytes than were written")
-        distributed.load_state(policy, optimiser, checkpoint / "state")
+        distributed.load_state(policy, optimizer, checkpoint / "state")
     except torch.OutOfMemoryError:
         raise
     except (Exception, CheckpointException) as error:       # a torn file raises many kinds, that one is no Exception

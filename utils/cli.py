@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import zlib
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 # The built-in models: base, expert, clip.
@@ -43,6 +43,20 @@ def add_sources(parser):
     parser.add_argument("--cache", default="runs/cache", help="folder for servers' replies; '' = none")
 
 
+def check_sources(args):
+    """Refuse flags of `add_sources` that cannot work. Raises InputError."""
+    if args.batch_size < 1 or not 0 < args.timeout <= 1e6 or args.retries < 0:
+        raise InputError(f"--batch_size {args.batch_size} and --timeout {args.timeout:g} must be above 0 (a time-out at most "
+                         f"1e6), --retries {args.retries} not negative")
+
+
+def check_choices(choices):
+    """Refuse options of a question that letters cannot name. choices: list of str, or None. Raises InputError."""
+    if choices is not None and (not 2 <= len(choices) <= 26 or not all(choice.strip() for choice in choices)
+                                or len(set(choices)) < len(choices)):
+        raise InputError(f"--choices {' '.join(map(repr, choices))}: 2 to 26 different options are expected")
+
+
 class InputError(ValueError):
     """Bad input from the user: one sentence that says what, its value, and what to do. Commands exit with code 2."""
 
@@ -76,14 +90,73 @@ def command(name, function):
         raise SystemExit(130) from None
 
 
-def option(default, text, choices=None):
-    """A dataclass field that is also a command-line flag: its default, a sentence of help, what it may be."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+def option(default, text, choices=None, *, least=None, above=None, most=None, below=None):
+    """A dataclass field that is also a command-line flag: its default, a sentence of help, what it may be.
+
+    choices: the words it may be. least, most: bounds that are allowed values; above, below: bounds that are not.
+    """
+    bounds = {"least": least, "above": above, "most": most, "below": below}
+    return field(default=default, metadata={"help": text, "choices": choices, "bounds": bounds})
+
+
+def check_bounds(settings):
+    """Refuse a number outside the bounds of its `option`, and a float that is not finite. settings: a dataclass instance.
+    Raises InputError, one sentence with flag, value and bounds."""
+    for f in fields(settings):
+        value, bounds = getattr(settings, f.name), f.metadata.get("bounds", {})
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{f.name} is {value}; a finite number is expected")
+        least, above, most, below = (bounds.get(name) for name in ("least", "above", "most", "below"))
+        if not ((least is None or value >= least) and (above is None or value > above)
+                and (most is None or value <= most) and (below is None or value < below)):
+            raise InputError(f"--{f.name} is {value}; {_expected(least, above, most, below)}")
+
+
+def _expected(least, above, most, below):
+    """Bounds in words (str)."""
+    if most is None and below is None:
+        return {(0, None): "it must not be negative"}.get((least, above)) or (
+            f"it must be above {above}" if least is None else f"it must be at least {least}")
+    high = f"at most {most}" if below is None else f"below {below}"
+    if least is None and above is None:
+        return f"it must be {high}"
+    if above is None and below is None:
+        return f"a number from {least} to {most} is expected"
+    return f"a number {f'above {above}' if least is None else f'of at least {least}'} and {high} is expected"
+
+
+@dataclass
+class RunOptions:
+    """How a training is run: memory, ranks, checkpoints. None of it changes the method; see also `checkpoint.FREE`."""
+    resume: str = option("auto", "auto: go on where the run folder stopped; no: move an earlier run aside", ("auto", "no"))
+    clip_cache: str = option("", "folder that keeps CLIP's maps for further epochs and runs; empty: none is kept")
+    micro_batch: int = option(8, "questions a forward pass when learning; less saves memory, the gradient is the same", least=1)
+    micro_tokens: int = option(0, "and at most so many tokens, prompts and all completions on each view, padding included; "
+                               "0 = no limit", least=0)
+    save_every: int = option(20, "steps between checkpoints", least=1)
+    keep: int = option(2, "newest checkpoints that stay", least=1)
+    eval_size: int = option(200, "held-out questions for the table before and after; 0 = no table", least=0)
+    dtype: str = option("auto", "of the computation, auto: bfloat16 on a GPU, else float32; weights stay float32 beside it",
+                        ("auto", "float32", "bfloat16"))
+    shard: str = option("auto", "fsdp: each rank holds a share of weights, gradients and optimizer state; none: all of it; "
+                        "auto: fsdp where all of it is over half of a GPU's memory", ("auto", "none", "fsdp"))
+    offload: bool = option(False, "weights, gradients and optimizer state wait in the CPU's memory")
+    activation_checkpointing: str = option("auto", "run each block again in the backward pass instead of holding what it "
+                                           "computed; auto: above 1e9 parameters", ("auto", "on", "off"))
+    lora_rank: int = option(0, "rank of an adapter beside the frozen model's linear layers, which learns alone; 0 = train all",
+                            least=0)
+    lora_alpha: float = option(32.0, "the adapter is scaled by lora_alpha / lora_rank", above=0)
+    lora_target: str = option("language", "which linear layers get one: language, all (vision too), or names: q_proj,v_proj")
+    merge: bool = option(False, "with --lora_rank: the final model is the merged weights, its adapter a folder beside them")
+    dry_run: bool = option(False, "print parameters, tokens and memory, and stop; refuses what cannot fit")
+    memory: float = option(0.0, "GiB of a device for --dry_run and --shard auto; 0 = what the GPU says", least=0)
 
 
 def add_options(parser, settings):
     """One flag for each field of a dataclass made of `option`s."""
     for f in fields(settings):
+        if "help" not in f.metadata:            # a group of settings with flags of its own
+            continue
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         kind |= {"choices": f.metadata["choices"]} if f.metadata["choices"] else {}
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"),

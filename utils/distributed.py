@@ -3,17 +3,18 @@
 `shard` puts every repeated block of a model (decoder layers, vision blocks) and what is left over into FSDP2 units. One
 engine serves all cases, because a mesh may have two axes: (replicate, shard).
 
-    --shard fsdp    one axis of all ranks: each holds a share of the weights, gradients and optimiser state, and gathers
+    --shard fsdp    one axis of all ranks: each holds a share of the weights, gradients and optimizer state, and gathers
                     the weights of a block when it computes there
     --shard none    every rank holds all, gradients are summed over ranks (what DDP does): a mesh of ranks x 1
 
-Weights, gradients and optimiser state are fp32 where the computation is bf16, and so are the sums over ranks. One process
+Weights, gradients and optimizer state are fp32 where the computation is bf16, and so are the sums over ranks. One process
 that computes in fp32 needs none of it: its `Policy` passes calls on.
 
 Left out on purpose: tensor and pipeline parallelism; a model that fits one GPU, with what a rollout
 needs beside it, does not need them.
 """
 import os
+import signal
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -33,7 +34,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from utils import cli
+from utils import cli, loading, lora
 from utils.cli import InputError
 
 GIB = 2**30
@@ -69,16 +70,42 @@ def start_ranks():
 
 
 def _backend(device):
-    # gloo beside nccl: gathered objects, and tensors that --offload keeps on the CPU
+    # gloo beside nccl: gathered objects, sums of numbers, and tensors that --offload keeps on the CPU
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def summed(values, device, largest=False):
-    """Sum a list of numbers over ranks, or take the largest of each -> list of floats."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+def summed(values):
+    """Sum a list of numbers over ranks -> list of floats."""
+    tensor = torch.tensor(values, dtype=torch.float64)          # on the CPU, where gloo reduces on any machine
     if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+@contextmanager
+def stop_on_signals():
+    """Inside, SIGINT and SIGTERM ask for a stop instead of raising -> a StopRequest, which the loop looks at."""
+    request = StopRequest()
+    previous = {number: signal.signal(number, request.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class StopRequest:
+    """Whether a signal has come."""
+
+    def __init__(self):
+        self.came = False
+
+    def handle(self, *_):
+        self.came = True
+
+    def on_any_rank(self):
+        """Whether one has come on any rank (bool). All ranks call it."""
+        return summed([float(self.came)])[0] > 0
 
 
 def gathered(items):
@@ -109,6 +136,7 @@ class Policy(nn.Module):
     def __init__(self, vlm):
         super().__init__()
         self.model, self._vlm = vlm.model, [vlm]            # in a list: a VLM is no module
+        self.units = []                                     # its FSDP2 units; none when it is not sharded
 
     def forward(self, *args, **kwargs):
         return self._vlm[0].score(*args, **kwargs) if args else None
@@ -117,13 +145,8 @@ class Policy(nn.Module):
         """`VLM.score`, with gradient."""
         return self(*args, **kwargs)
 
-    @property
-    def units(self):
-        """Its FSDP2 units (list; empty when it is not sharded)."""
-        return [module for module in self.modules() if isinstance(module, FSDPModule)]
-
     @contextmanager
-    def whole(self):
+    def unsharded(self):
         """Inside, every rank holds all weights, so that rollouts need no communication and may differ in length."""
         for unit in self.units:
             unit.unshard()
@@ -141,26 +164,27 @@ class Policy(nn.Module):
             unit.set_requires_all_reduce(now, recurse=False)
 
 
-def shard(vlm, device, compute, spread, offload=False, trains=True):
+def shard(vlm, device, compute, sharded, offload=False, trains=True):
     """Wrap a model that lies on `device` -> Policy.
 
-    compute: dtype of the computation. spread: each rank keeps a share, else all of it. offload: weights, gradients and
-    optimiser state stay in the CPU's memory between uses. trains: weights become fp32.
+    compute: dtype of the computation. sharded: each rank keeps a share, else all of it. offload: weights, gradients and
+    optimizer state stay in the CPU's memory between uses. trains: weights become fp32.
     """
     policy = Policy(vlm)
     world = dist.get_world_size() if dist.is_initialized() else 1
-    if world == 1 and not spread and not offload and compute == torch.float32:
+    if world == 1 and not sharded and not offload and compute == torch.float32:
         return policy.float()
     if not dist.is_initialized():               # one process that was not started by torchrun
         dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(device.type, (world,) if spread else (world, 1),
-                            mesh_dim_names=("shard",) if spread else ("replicate", "shard"))
+    mesh = init_device_mesh(device.type, (world,) if sharded else (world, 1),
+                            mesh_dim_names=("shard",) if sharded else ("replicate", "shard"))
     settings = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
                     offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy())
     for block in blocks(vlm.model):
         fully_shard(block, **settings)
     fully_shard(policy, **settings)
-    if trains:
+    policy.units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    if trains and not lora.is_adapted(vlm.model):       # an adapter is fp32 already, its base stays as it is
         policy.float()
     for unit in policy.units:                   # sums, not means: the loss is divided by the global count already
         unit.set_gradient_divide_factor(1.0)
@@ -170,11 +194,6 @@ def shard(vlm, device, compute, spread, offload=False, trains=True):
     return policy
 
 
-def adamw(parameters, lr):
-    """AdamW over a policy's parameters, without weight decay. Fused on a GPU: else an update makes a second copy of the
-    weights for a moment."""
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=parameters[0].device.type == "cuda")
-
 
 def clip_gradients(parameters, largest):
     """Clip the gradient's norm, taken over all ranks' shares -> its value before (float)."""
@@ -182,23 +201,28 @@ def clip_gradients(parameters, largest):
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def whole_state(policy, dtype):
+def full_state_dict(policy, dtype, frozen=False):
     """Every weight in full, by its name in the model, in the CPU's memory of rank 0 -> dict ({} on other ranks). All ranks
-    call it. A weight that two modules share (a head tied to the word embeddings) is there once, by its first name."""
-    found = get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    call it. A weight that two modules share (a head tied to the word embeddings) is there once, by its first name.
+    frozen: of an adapted model all weights, else its adapter alone. An adapter is fp32 in any case."""
+    adapter_only = lora.is_adapted(policy.model) and not frozen
+    found = get_model_state_dict(policy.model, options=StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter_only))
     names, first = ({name for name, _ in policy.model.named_parameters(remove_duplicate=once)} for once in (False, True))
     # popped: two copies of one weight at a time
-    return {name: found.pop(name).to(dtype) for name in list(found) if name not in names - first}
+    return {name: found.pop(name).to(torch.float32 if ".lora_" in name else dtype)
+            for name in list(found) if name not in names - first}
 
 
-def _state(policy, optimiser):
-    return {"model": get_model_state_dict(policy), "optimiser": get_optimizer_state_dict(policy, optimiser)}
+def _state(policy, optimizer):
+    options = StateDictOptions(ignore_frozen_params=lora.is_adapted(policy.model))
+    return {"model": get_model_state_dict(policy, options=options), "optimizer": get_optimizer_state_dict(policy, optimizer)}
 
 
-def save_state(policy, optimiser, path):
-    """Write the fp32 weights and the optimiser's state, each rank its share, by the names of parameters. All ranks call it."""
+def save_state(policy, optimizer, path):
+    """Write the fp32 weights and the optimizer's state, each rank its share, by the names of parameters. All ranks call it."""
     with warnings.catch_warnings(action="ignore"):         # that one process is one process
-        checkpoint.save(_state(policy, optimiser), checkpoint_id=path)
+        checkpoint.save(_state(policy, optimizer), checkpoint_id=path)
 
 
 def checksums(path):
@@ -207,58 +231,67 @@ def checksums(path):
     return dict(gathered([(file.name, cli.checksum(file)) for file in sorted(path.iterdir())[rank::world]]))
 
 
-def load_state(policy, optimiser, path):
+def load_state(policy, optimizer, path):
     """The reverse, on any number of ranks, sharded or not: each reads its share. All ranks call it."""
-    state = _state(policy, optimiser)
+    state = _state(policy, optimizer)
     # Adam has no state of a weight that never had a gradient (a layer whose output is not used): neither then nor now.
     stored = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
-    moments = state["optimiser"]["state"]
-    for name in [name for name in moments if f"optimiser.state.{name}.step" not in stored]:
+    moments = state["optimizer"]["state"]
+    for name in [name for name in moments if f"optimizer.state.{name}.step" not in stored]:
         del moments[name]
     with warnings.catch_warnings(action="ignore"):
         checkpoint.load(state, checkpoint_id=path)
-    set_model_state_dict(policy, state["model"])
-    set_optimizer_state_dict(policy, optimiser, state["optimiser"], options=StateDictOptions(strict=False))
+    set_model_state_dict(policy, state["model"], options=StateDictOptions(strict=not lora.is_adapted(policy.model)))
+    set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=StateDictOptions(strict=False))
 
 
-def parameters(vlm, frozen_vision=False):
-    """-> (all, those that train)."""
+def parameters(vlm, frozen_vision=False, lora_rank=0, lora_target="language"):
+    """-> (all, those that train). With lora_rank: of a model that has no adapter yet, as if it had."""
     total = sum(p.numel() for p in vlm.model.parameters())
-    return total, total - (sum(p.numel() for p in vlm.vision_parameters()) if frozen_vision else 0)
+    if lora_rank or lora.is_adapted(vlm.model):
+        adapter = sum(p.numel() for p in vlm.model.parameters() if p.requires_grad) if lora.is_adapted(vlm.model) else \
+            lora.count(vlm, lora_rank, lora_target)
+        return total if lora.is_adapted(vlm.model) else total + adapter, adapter
+    return total, total - (sum(p.numel() for p in loading.vision_parameters(vlm)) if frozen_vision else 0)
 
 
-def device_memory(args, device):
+def device_memory(run, device):
     """GiB of a device; 0 where it is not known."""
-    if args.memory:
-        return args.memory
+    if run.memory:
+        return run.memory
     return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else 0.0
 
 
-def state_bytes(total, trained, ranks, offload=False):
-    """What a rank holds between steps: weights, gradients and Adam's two moments in fp32 -> bytes by part."""
+def state_bytes(total, trained, ranks, offload=False, frozen_size=4):
+    """What a rank holds between steps: weights, gradients and Adam's two moments in fp32 -> bytes by part. frozen_size: bytes
+    of a weight that does not train, which under an adapter keeps the dtype of its file."""
     where = "CPU" if offload else "device"
-    return {(where, "weights, fp32"): 4 * total / ranks, (where, "gradients, fp32"): 4 * trained / ranks,
-            (where, "optimiser state, fp32"): 8 * trained / ranks}
+    weights = "weights, fp32" if frozen_size == 4 else "weights, the adapter's in fp32"
+    return {(where, weights): (4 * trained + frozen_size * (total - trained)) / ranks,
+            (where, "gradients, fp32"): 4 * trained / ranks, (where, "optimizer state, fp32"): 8 * trained / ranks}
 
 
-def dtype_of(args, device):
+def dtype_of(run, device):
     """The dtype of the computation."""
-    if args.dtype != "auto":
-        return getattr(torch, args.dtype)
+    if run.dtype != "auto":
+        return getattr(torch, run.dtype)
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def choices(args, device, world, vlm):
     """What `--shard` and `--activation_checkpointing` come to for this model -> (sharded?, activation checkpointing?)."""
-    total, trained = parameters(vlm, args.freeze_vision)
-    spread, again = args.shard == "fsdp", args.activation_checkpointing == "on"
-    if args.activation_checkpointing == "auto":
-        again = total > LARGE
-    if args.shard == "auto" and world > 1 and (memory := device_memory(args, device)):
-        spread = sum(state_bytes(total, trained, 1).values()) > COMFORTABLE * memory * GIB
-    return spread, again
+    total, trained = parameters(vlm, args.freeze_vision, args.run.lora_rank, args.run.lora_target)
+    sharded, gradient_checkpointing = args.run.shard == "fsdp", args.run.activation_checkpointing == "on"
+    if args.run.activation_checkpointing == "auto":
+        gradient_checkpointing = total > LARGE
+    if args.run.shard == "auto" and world > 1 and (memory := device_memory(args.run, device)):
+        frozen_size = vlm.model.dtype.itemsize if args.run.lora_rank else 4
+        sharded = sum(state_bytes(total, trained, 1, frozen_size=frozen_size).values()) > COMFORTABLE * memory * GIB
+    return sharded, gradient_checkpointing
 
 
-def describe(compute, spread, again, world):
-    return (f"{str(compute).removeprefix('torch.')}, {world} rank{'s' * (world > 1)}, "
-            f"{'each with a share (fsdp)' if spread else 'each with the whole state'}{', activation checkpointing' * again}")
+def describe(compute, sharded, gradient_checkpointing, world):
+    """The choices of a run in words (str)."""
+    words = [str(compute).removeprefix("torch."), f"{world} rank{'s' * (world > 1)}",
+             "each with a share (fsdp)" if sharded else "each with the whole state"]
+    return ", ".join(words + ["activation checkpointing"] * gradient_checkpointing)

@@ -382,7 +382,7 @@ def consult(expert, role, turns, make_prompt, parse):
                 if reply.error:
                     raise ValueError(reply.error)
                 found[i] = parse(turns[i], text)
-                turns[i].result.said[role] = text[:MAX_CRITIQUE]
+                turns[i].result.texts[role] = text[:MAX_CRITIQUE]
             except ValueError as error:
                 reasons[i] = str(error)
                 if not reply.final:

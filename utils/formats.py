@@ -215,8 +215,8 @@ def data_file(folder):
     if len(files) == 1:
         return files[0]
     if files:
-        raise InputError(f"folder {str(folder)!r} holds {len(files)} data files ({', '.join(path.name for path in files[:5])}); "
-                         "give the path of one")
+        raise InputError(f"folder {str(folder)!r} holds {len(files)} data files "
+                         f"({', '.join(path.name for path in files[:5])}); give the path of one")
     return None
 
 
@@ -225,8 +225,8 @@ def image_folder(folder):
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     pictures = [(path, file) for path in classes for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES]
     if len({path for path, _ in pictures}) < 2:
-        raise InputError(f"folder {str(folder)!r} holds neither a data file ({', '.join(READERS)}) nor a folder of pictures for "
-                         "each of several classes; give the path of a file")
+        raise InputError(f"folder {str(folder)!r} holds neither a data file ({', '.join(READERS)}) nor a folder of pictures "
+                         "for each of several classes; give the path of a file")
     names = sorted({path.name for path, _ in pictures})
     choices = {"choices": names} if len(names) <= 26 else {}
     return Rows([(str(file), {"id": str(file.relative_to(folder)), "image": str(file.relative_to(folder)), "answer": path.name,

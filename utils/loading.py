@@ -1,25 +1,43 @@
-"""Opening models: processors without torchvision, checks, activation checkpointing, fast kernels."""
+"""Opens models: processors without torchvision, the checks of a class, ids, positions, saving, activation checkpointing.
+
+`check` compares a model with its own `generate` when it is loaded. A class that works differently from what `vlm.py`
+assumes is refused by name, in a sentence, before anything is computed with it.
+"""
 import copy
+import errno
 import re
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from PIL import Image
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, AutoProcessor, ImageProcessingMixin, ProcessorMixin
+from transformers import (
+    PROCESSOR_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    ImageProcessingMixin,
+    ProcessorMixin,
+)
 
+from utils import lora, shared_prefix
+from utils.caches import new_cache, tensors_of, with_tensors
 from utils.cli import InputError, reason
 
-# Rows of the batch that have ended leave it every so many tokens (looking costs a synchronisation on a GPU).
+# Rows that have ended leave the batch every so many tokens. Looking costs a synchronisation on a GPU.
 TRIM_EVERY = 8
-# Logits that one chunk of the vocabulary head, or the words that are recorded together, may hold (64 MiB in fp32).
+# Logits of one chunk of the vocabulary head, or of the words recorded together: 64 MiB in fp32.
 CHUNK_LOGITS = 2**24
-ATTENTION = 2**28           # attention weights in memory at once, 1 GiB: two pictures of ViT-L/14-336, hundreds of tiny/clip
+ATTENTION = 2**28           # CLIP's attention weights in memory at once, 1 GiB: two pictures of ViT-L/14-336
+# A head with so many weights is applied to so few rows by oneDNN on a CPU (`apply_head`).
+LARGE_HEAD, FEW_ROWS = 2**24, range(4, 33)
 
 
 def read_map(file):
-    """A kept map, or None where it is not there or was torn by a machine that went down."""
+    """A cached attention map, or None where there is none or the file is damaged."""
     try:
         return np.load(file)
     except (OSError, ValueError, EOFError):
@@ -27,30 +45,31 @@ def read_map(file):
 
 
 def largest(values, k, width=128):
-    """The k largest of (..., V), in falling order -> (..., k), as `topk` finds them.
+    """The k largest of (..., V), in falling order -> (..., k), equal to `topk`.
 
-    `topk` walks over a real vocabulary several times. Whatever is among the k largest lies in one of the k chunks of `width`
-    whose maxima are highest, so that one walk for the maxima is enough.
+    `topk` walks over a real vocabulary several times. The k largest lie in the k chunks of `width` with the highest
+    maxima, so that one walk for the maxima is enough.
     """
     chunks = values.shape[-1] // width
     if chunks < 8 * k:
         return values.topk(k).values
-    whole = values[..., :chunks * width].unflatten(-1, (chunks, width))                       # (..., chunks, width)
-    best = whole.detach().amax(-1).topk(k).indices[..., None]                                 # (..., k, 1)
-    among = whole.gather(-2, best.expand(*best.shape[:-1], width)).flatten(-2)                # (..., k * width)
-    return torch.cat([among, values[..., chunks * width:]], -1).topk(k).values
-
-
-# A head of so many weights and so few rows are multiplied by oneDNN on a CPU (`_head`).
-LARGE_HEAD, FEW_ROWS = 2**24, range(4, 33)
+    chunked = values[..., :chunks * width].unflatten(-1, (chunks, width))                     # (..., chunks, width)
+    best = chunked.detach().amax(-1).topk(k).indices[..., None]                                 # (..., k, 1)
+    candidates = chunked.gather(-2, best.expand(*best.shape[:-1], width)).flatten(-2)                # (..., k * width)
+    return torch.cat([candidates, values[..., chunks * width:]], -1).topk(k).values
 
 
 class _ImagesOnly(ProcessorMixin):
-    """Stands behind a class of processor and takes its video processor, which needs torchvision, out of its parts."""
+    """A base put behind a processor's class that removes its video processor, which needs torchvision."""
 
     def __init__(self, *args, **kwargs):
-        named = {**dict(zip(super().get_attributes(), args)), **kwargs}
-        super().__init__(**{name: value for name, value in named.items() if "video" not in name})
+        by_name = {**dict(zip(super().get_attributes(), args)), **kwargs}
+        super().__init__(**{name: value for name, value in by_name.items() if "video" not in name})
+
+    @property
+    def video_processor(self):
+        """Some classes read their settings from it when they are made (MiniCPM-V)."""
+        return self.image_processor
 
     @classmethod
     def get_attributes(cls):
@@ -58,50 +77,266 @@ class _ImagesOnly(ProcessorMixin):
 
     @classmethod
     def from_args_and_dict(cls, args, *rest, **kwargs):
-        found = dict(zip(cls.get_attributes(), args))           # the class takes its parts in an order of its own
-        return super().from_args_and_dict([found.get(name) for name in super().get_attributes()], *rest, **kwargs)
+        by_name = dict(zip(cls.get_attributes(), args))         # each class has its own order of parts
+        return super().from_args_and_dict([by_name.get(name) for name in super().get_attributes()], *rest, **kwargs)
 
 
 def load_processor(path):
-    """AutoProcessor; where it insists on a video processor, which needs torchvision, the same class without one."""
+    """AutoProcessor. Where it insists on a video processor, which needs torchvision: the same class without one."""
     blind = InputError(f"model {str(path)!r} has no image processor that can be opened; a vision-language model with "
                        "preprocessor_config.json or processor_config.json is needed")
     if Path(path).is_dir() and not list(Path(path).glob("*processor_config.json")):
         raise blind                 # transformers would take its class's defaults, which are not this model's
     broken = (AttributeError, ImportError, KeyError, OSError, RecursionError, TypeError, ValueError)
 
-    def closed(what, error, named):
+    def cannot_open(what, error, class_name):
         why = reason(error)
         if re.search("torchvision|video_processor", str(error), re.IGNORECASE):
-            why = f"{named} needs torchvision; pip install torchvision, or use another model"
+            why = f"{class_name} needs torchvision; pip install torchvision, or use another model"
         return InputError(f"model {str(path)!r} has {what} that cannot be opened here: {why}")
     try:
         processor = AutoProcessor.from_pretrained(path)
         if hasattr(processor, "image_processor"):
             return processor
     except broken:
-        pass        # the parts below say what is missing, in a sentence
+        pass        # the attempts below say what is missing, in a sentence
     try:
         AutoImageProcessor.from_pretrained(path)
     except broken as error:
-        raise (closed("an image processor", error, "its class") if "torchvision" in str(error) else blind) from error
-    named = None
+        raise (cannot_open("an image processor", error, "its class") if "torchvision" in str(error) else blind) from error
+    class_name = None
     try:
-        # The class that the files name, which need not be the one its model's class is known by (Pixtral).
-        named = ProcessorMixin.get_processor_dict(path)[0].get("processor_class") or \
+        # The class that the files name may differ from the one that belongs to the model's class (Pixtral).
+        class_name = ProcessorMixin.get_processor_dict(path)[0].get("processor_class") or \
             ImageProcessingMixin.get_image_processor_dict(path)[0].get("processor_class")
-        whole = getattr(transformers, named) if named else PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
-        # Of the same name, because that is what `save_pretrained` writes down.
-        return type(whole.__name__, (whole, _ImagesOnly), {}).from_pretrained(path)
+        processor_cls = getattr(transformers, class_name) if class_name else \
+            PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
+        # `save_pretrained` writes the name of the class down: it keeps its name.
+        return type(processor_cls.__name__, (processor_cls, _ImagesOnly), {}).from_pretrained(path)
     except broken as error:
-        raise closed("a processor", error, named or "its class") from error
+        raise cannot_open("a processor", error, class_name or "its class") from error
 
 
-def run_again(block, cache_name):
-    """A forward for `block` that holds its inputs and runs the block's own once more in the backward pass.
+# ----------------------------------------------------------------------------------------------------------------------
+# Does a class work here?
 
-    A decoder layer reads and extends its entry of the cache. Run again, it must find that entry as it was, and must not
-    append to it twice: each run works on an entry of its own, and its keys and values leave as outputs, with gradient.
+def trial(vlm):
+    """Two pictures and two prompts, encoded -> (images, prompts, inputs).
+
+    InputError for a class whose settings or inputs show that it cannot work here; no weight is needed."""
+    images = [[Image.new("RGB", (64, 64), "gray")], [Image.new("RGB", (120, 40), "red")]]
+    prompts = ["What is this?", "What colour is it?"]
+    if vlm.model.config.is_encoder_decoder:
+        raise InputError("it is an encoder and a decoder, whose cross-attention looks at the prompt past the cache")
+    for layer in new_cache(vlm.text_config).layers:
+        if not hasattr(layer, "batch_repeat_interleave"):
+            raise InputError(f"its cache holds more than keys, values and states ({type(layer).__name__})")
+    inputs = vlm.encode(images, prompts)
+    if any(value.ndim > 2 and value.shape[:2] == inputs["input_ids"].shape for value in inputs.values()):
+        raise InputError("its tokens look at the pictures past the cache, by cross-attention")
+    alone = position_ids(vlm.model, vlm.encode(images[1:], prompts[1:]))
+    if not torch.equal(alone, position_ids(vlm.model, inputs)[..., 1:, -alone.shape[-1]:]):
+        raise InputError("it gives a prompt other positions alone than in a batch")
+    return images, prompts, inputs
+
+
+@torch.no_grad()
+def check(vlm):
+    """Compare the log-probs of prefill, repeated cache and head with those of the model's own `generate`, on two pictures.
+
+    InputError for a class that differs. Decides whether samples share their prompt (`vlm.shares_prefix`)."""
+    try:
+        images, prompts, inputs = trial(vlm)
+        outputs = vlm.model.generate(**inputs, max_new_tokens=3, do_sample=False, cache_implementation="dynamic",
+                                     return_dict_in_generate=True, output_logits=True)
+        tokens = outputs.sequences[:, inputs["input_ids"].shape[1]:]                           # (2, T)
+        logprobs = torch.stack(outputs.logits, 1).float().log_softmax(-1)                      # (2, T, V)
+        expected = logprobs.gather(-1, tokens[..., None])[..., 0]                              # (2, T)
+        trials = []                                                                            # (error, factor, scores)
+        for factor in logit_factors(vlm.text_config):
+            vlm.logit_factor = factor
+            scored = vlm.score(images, prompts, tokens.repeat_interleave(2, 0)).logprobs[::2]
+            trials.append(((expected - scored).abs().max().item(), factor, scored))
+        _, vlm.logit_factor, scored = min(trials, key=lambda trial: trial[0])
+        alone = vlm.score(images[1:], prompts[1:], tokens[1:]).logprobs
+        vlm.shares_prefix = vlm.shares_prefix and _decodes_shared(vlm, images, prompts, tokens, expected)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise refusal(vlm.model, error) from error
+    for wanted, logprobs, what in ((expected, scored, "from a repeated cache are off from its own `generate`"),
+                                   (alone, scored[1:], "of a prompt alone are off from those in a batch")):
+        off = (wanted - logprobs).abs().max().item()
+        if not off < tolerance(vlm.model):                                          # not: nan is refused as well
+            raise refusal(vlm.model, f"its log-probs {what} by {off:.2g}; rounding explains at most "
+                                     f"{tolerance(vlm.model):g} in {str(vlm.model.dtype).removeprefix('torch.')}")
+
+
+def _decodes_shared(vlm, images, prompts, tokens, expected):
+    """Whether these tokens (B, T), decoded after a shared prompt, have the expected log-probs (B, T)."""
+    state, logprobs = vlm.prefill(images, prompts), []
+    state.share(2)
+    try:
+        with shared_prefix.attention_of(vlm.model.get_decoder()):
+            for column in tokens.repeat_interleave(2, 0).unbind(1):
+                logprobs.append(vlm.logits(state.hidden).log_softmax(-1).gather(-1, column[:, None]))
+                vlm.read(state, column)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:       # another kind of attention may fail in any way; it is decoded with copies
+        return False
+    return (torch.cat(logprobs, 1)[::2] - expected).abs().max().item() < tolerance(vlm.model)
+
+
+def tolerance(model):
+    """How far two ways to compute a log-prob may be apart, in nats (float).
+
+    In half precision rounding may send a token between two experts to the other one, which changes its log-probs more."""
+    if model.dtype == torch.float32:
+        return 1e-3
+    return 2.0 if experts(model.config.get_text_config())[0] > 1 else 0.5
+
+
+def experts(config):
+    """(experts of a layer, experts that a token passes) of a text config; (1, 1) for a dense model."""
+    def setting(*names):
+        return next((value for name in names if (value := getattr(config, name, None))), 1)
+    return (setting("num_experts", "num_local_experts", "n_routed_experts"),
+            setting("num_experts_per_tok", "top_k_experts"))
+
+
+def active_parameters(model):
+    """Parameters that a token passes (int): all of a dense model, of an MoE those of its share of experts."""
+    count, used = experts(model.config.get_text_config())
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    return sum(p.numel() for p in model.parameters()) - routed + routed * used // count
+
+
+def refusal(model, why):
+    """The InputError for a class that cannot work here. why: words, or the error that it failed with."""
+    why = reason(why)
+    if "no attribute 'video_processor'" in why:
+        why = "its processor needs one for videos, even for pictures, which takes torchvision; pip install torchvision"
+    return InputError(f"model class {type(model).__name__} cannot be used here: {why}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What differs between classes
+
+def eos_ids(model, tokenizer):
+    """The ids that end a completion -> (E,) int64."""
+    ids = model.generation_config.eos_token_id
+    return torch.tensor(ids if isinstance(ids, list) else [ids if ids is not None else tokenizer.eos_token_id])
+
+
+def banned_ids(model, tokenizer, eos):
+    """Ids that must never be sampled -> (V,) bool: all special tokens but EOS, and rows of the head beyond the tokenizer.
+    A picture's placeholder in a completion would break the next forward pass."""
+    banned = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool, device=eos.device)
+    banned[len(tokenizer):] = True
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    settings = [value if isinstance(value, list | tuple) else [value] for name, value in vars(model.config).items()
+                if name.endswith(("token_id", "token_ids", "token_index"))]
+    from_settings = [i for value in settings for i in value if isinstance(i, int)]
+    banned[[i for i in special + from_settings + tokenizer.all_special_ids if i < len(banned)]] = True
+    banned[eos] = False
+    return banned
+
+
+def special_token_pattern(tokenizer):
+    """A regular expression that matches every special token's text."""
+    texts = {*tokenizer.all_special_tokens,
+             *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)}
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
+
+
+def cast_pixels(inputs, dtype):
+    """Model inputs by name, pixels in this dtype: not every class casts them itself -> dict."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def position_ids(model, inputs):
+    """Position ids of the prompts, by the method that the model's own `generate` uses -> (B, L), or (A, B, L) with A axes
+    for multimodal rotary embeddings."""
+    return model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
+
+
+def logit_factors(config):
+    """What a class with this text config may multiply its logits by (list of float); `check` finds out which it is."""
+    scaling = getattr(config, "logits_scaling", None) or 1.0            # Granite divides by it, HyperCLOVA X multiplies
+    others = [getattr(config, name, None) or 1.0 for name in ("output_multiplier", "logit_scale")]
+    return list(dict.fromkeys([1.0, 1.0 / scaling, scaling, *others]))
+
+
+def apply_head(head, hidden):
+    """The vocabulary head, (N, D) -> (N, V).
+
+    For a few rows and a real vocabulary MKL takes up to twice as long as oneDNN (`benchmarks/rollout.py`), and torch asks
+    oneDNN only for tensors in its layout."""
+    weight = head.weight
+    if (len(hidden) in FEW_ROWS and weight.numel() >= LARGE_HEAD and not torch.is_grad_enabled()
+            and weight.device.type == "cpu" and weight.dtype == torch.float32 and type(head) is torch.nn.Linear
+            and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return torch.nn.functional.linear(hidden.to_mkldnn(), weight, head.bias).to_dense()
+    return head(hidden)
+
+
+def vision_parameters(vlm):
+    """The vision tower and what joins it to the language model (list): all but the language model and its head."""
+    language = {id(p) for module in (vlm.model.get_decoder(), vlm.head) for p in module.parameters()}
+    return [p for p in vlm.model.parameters() if id(p) not in language]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving
+
+def save(vlm, path, state=None):
+    """Write the model and its processor in Hugging Face form; of an adapted model the adapter alone, unless `state` holds
+    merged weights. OSError where it cannot be written.
+
+    state: the weights by name, of any dtype, where the model itself holds only a shard of them."""
+    try:
+        if lora.is_adapted(vlm.model) and (state is None or any(".lora_" in name for name in state)):
+            lora.save(vlm.model, path, state)
+            return save_processor(vlm, path)
+        vlm.model.save_pretrained(path, state_dict=state)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else errno.ENOSPC, reason(error), str(path)) from error
+    if state is not None:               # transformers has written the dtype of the model's own weights
+        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+        config = Path(path) / "config.json"
+        config.write_text(re.sub(r'("(?:torch_)?dtype": )"\w+"', rf'\1"{dtype}"', config.read_text()))
+    save_processor(vlm, path)
+
+
+def save_processor(vlm, path):
+    """Write the processor. InputError for a class that cannot be written."""
+    try:
+        vlm.processor.save_pretrained(path)
+        # With torchvision, a class opened here without its video processor looks for that one's settings in this file.
+        vlm.processor.image_processor.save_pretrained(path)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise refusal(vlm.model, f"its processor cannot be saved ({error})") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Activation checkpointing
+
+def checkpoint_activations(blocks, cache_name):
+    """These blocks (modules) keep only their inputs, and run once more in the backward pass of `VLM.score`.
+
+    cache_name: the argument by which a block gets the cache (`VLM.cache_name`)."""
+    for block in blocks:
+        block.forward = _checkpointed(block, cache_name)
+
+
+def _checkpointed(block, cache_name):
+    """A forward for `block` that keeps its inputs and runs the original one again in the backward pass.
+
+    A decoder layer reads and extends its entry of the cache. The second run must find the entry as it was, and must not
+    extend it twice. Each run therefore works on a copy of the entry; the copy's tensors (keys and values, or states) leave
+    as outputs, with gradient.
     """
     forward = block.forward
     index = next((module.layer_idx for module in block.modules() if hasattr(module, "layer_idx")), None)
@@ -112,16 +347,18 @@ def run_again(block, cache_name):
             return forward(*args, **kwargs)
         if cache is None:
             return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        before, seen = copy.copy(cache.layers[index]), []
+        before, after = cache.layers[index], []
+        tensors = tensors_of(before)
 
-        def once(keys, values, *args):
-            own, whole = copy.copy(before), copy.copy(cache)
-            own.keys, own.values, whole.layers = keys, values, list(cache.layers)
-            whole.layers[index] = own
-            out = forward(*args, **{**kwargs, cache_name: whole})
-            seen.append({name: value for name, value in vars(own).items() if name not in ("keys", "values")})
-            return out, own.keys, own.values
-        out, keys, values = checkpoint(once, before.keys, before.values, *args, use_reentrant=False, preserve_rng_state=False)
-        vars(cache.layers[index]).update(seen[0], keys=keys, values=values)
+        def run(count, *values):
+            layer, scratch = with_tensors(before, dict(zip(tensors, values[:count]))), copy.copy(cache)
+            scratch.layers = list(cache.layers)
+            scratch.layers[index] = layer
+            out = forward(*values[count:], **{**kwargs, cache_name: scratch})
+            after.append(layer)
+            return out, *tensors_of(layer).values()
+        out, *values = checkpoint(run, len(tensors), *tensors.values(), *args, use_reentrant=False,
+                                  preserve_rng_state=False)
+        cache.layers[index] = with_tensors(after[0], dict(zip(tensors_of(after[0]), values)))
         return out
     return checkpointed

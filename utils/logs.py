@@ -9,63 +9,76 @@ import torch
 from utils import cli
 from utils.distributed import gathered, summed
 
+# What a micro-batch adds up for the log: the loss and its pathwise part; KL and clipped ratios, and the tokens they are of.
+LOSS_SUMS = ("loss", "pathwise", "kl", "clipped", "tokens")
 
-def statistics(views, device="cpu"):
-    """Every reward term, confidence, length and entropy, per view (dict of floats). Means over this rank's rollouts, each
-    weighed so that the ranks' mean is that over all rollouts; what is no mean over rollouts (std, entropy, words) is that of
-    all ranks' here."""
+
+def statistics(batches):
+    """Every reward term, confidence, length and entropy of each view (dict of floats).
+
+    Each mean is scaled so that averaging it over ranks gives the mean over all rollouts. Std, entropy and the word count
+    are not means: they are already reduced over all ranks. batches: RolloutBatch of the original, and of the noised view.
+    """
     stats = {}
-    for view in views:
-        flat = [r for group in view.rollouts for r in group]
-        total = sum(view.terms.values())
-        c, logprobs = view.confidence.double(), torch.cat([r.logprobs for r in flat]).double()
-        count, c_sum, squares, tokens, logprob, ranks = summed(
-            [c.numel(), c.sum(), (c**2).sum(), len(logprobs), logprobs.sum(), 1], device)
-        share = c.numel() * ranks / count                   # not 1 where ranks have unlike numbers of noised twins
-        means = {"reward": total.mean(), **{name: term.mean() for name, term in view.terms.items()},
-                 "confidence": view.confidence.mean(),
-                 "length": sum(len(r.tokens) for r in flat) / len(flat),
-                 "truncated": sum(not r.finished for r in flat) / len(flat),
+    for batch in batches:
+        rollouts = [r for group in batch.rollouts for r in group]
+        total = sum(batch.rewards.values())
+        c, logprobs = batch.confidence.double(), torch.cat([r.logprobs for r in rollouts]).double()
+        count, c_sum, squares, tokens, logprob = summed([c.numel(), c.sum(), (c**2).sum(), len(logprobs), logprobs.sum()])
+        means = {"reward": total.mean(), **{name: term.mean() for name, term in batch.rewards.items()},
+                 "confidence": batch.confidence.mean(),
+                 "length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
+                 "truncated": sum(not r.finished for r in rollouts) / len(rollouts),
                  "zero_variance": (total.std(-1) < 1e-6).float().mean(),
-                 "distinct": sum(len({r.text for r in group}) / len(group) for group in view.rollouts) / len(view.rollouts)}
-        row = {name: value * share for name, value in means.items()}
-        row |= {"confidence_std": math.sqrt(max(0.0, squares - c_sum**2 / count) / max(1, count - 1)),
-                # minus the mean log-prob of what was sampled: an unbiased estimate of the policy's entropy a token
-                "entropy": -logprob / tokens,
-                "words": len(set(gathered(sorted({word for r in flat for word in r.text.split()}))))}
-        stats |= {f"{view.name}/{name}": float(value) for name, value in row.items()}
-    if len(views) > 1:
-        gap = (views[0].confidence[:len(views[1].confidence)] - views[1].confidence).mean(-1)               # (P,)
-        for name, chosen in (("gap", ~views[0].control), ("gap/controls", views[0].control)):
-            total, ranks = summed([chosen.sum(), 1], device)
+                 "distinct": sum(len({r.text for r in group}) / len(group) for group in batch.rollouts) / len(batch.rollouts),
+                 "confidence_std": math.sqrt(max(0.0, squares - c_sum**2 / count) / max(1, count - 1)),
+                 # minus the mean log-prob of the sampled tokens: an unbiased estimate of the policy's entropy per token
+                 "entropy": -logprob / tokens,
+                 "words": len(set(gathered(sorted({word for r in rollouts for word in r.text.split()}))))}
+        stats |= {f"{batch.view}/{name}": float(value) for name, value in means.items()}
+    if len(batches) > 1:
+        original, noised = batches
+        gap = (original.confidence - noised.confidence).mean(-1)                                    # (Q,)
+        for name, chosen in (("gap", ~original.is_control), ("gap/controls", original.is_control)):
+            total, ranks = summed([chosen.sum(), 1])
             if total:                   # the mean over all ranks' questions, once the ranks' values are averaged
                 stats[name] = float(gap[chosen].sum()) * ranks / total
     return stats
 
 
-def log_row(step, stats, updates, lr, device, world):
-    """One line of metrics.jsonl: means over ranks and over the mu updates."""
-    keys = list(stats)
-    means = dict(zip(keys, [v / world for v in summed([stats[k] for k in keys], device)]))
-    sums = {key: sum(u[key] for u in updates) for key in ("loss", "pathwise", "kl", "clipped", "tokens")}
-    sums = dict(zip(sums, summed(list(sums.values()), device)))
+def log_row(step, batches, updates, lr):
+    """One line of metrics.jsonl (dict): means over ranks and over the --mu updates."""
+    stats = statistics(batches)
+    *totals, ranks = summed([*stats.values(), 1])
+    means = {name: total / ranks for name, total in zip(stats, totals)}
+    sums = dict(zip(LOSS_SUMS, summed([sum(update[name] for update in updates) for name in LOSS_SUMS])))
     tokens = max(1.0, sums["tokens"])
     return {"step": step, **means, "loss": sums["loss"] / len(updates), "pathwise": sums["pathwise"] / len(updates),
             "kl": sums["kl"] / tokens, "clipped": sums["clipped"] / tokens,
-            "grad_norm": sum(u["grad_norm"] for u in updates) / len(updates), "lr": lr}
+            "grad_norm": sum(update["grad_norm"] for update in updates) / len(updates), "lr": lr}
 
 
-def write_step(output, row, samples, views):
-    """Append to metrics.jsonl, and the first two questions' first rollouts with their terms to samples.jsonl."""
+def postfix(row):
+    """What the progress bar shows of a line of metrics.jsonl (dict of str)."""
+    return {"reward": f"{row['original/reward']:.2f}", "right": f"{row['original/outcome']:.2f}",
+            "gap": f"{row.get('gap', math.nan):.2f}"}
+
+
+def write_step(output, row, samples, batches):
+    """Append to metrics.jsonl, and to samples.jsonl all that rebuilds the step's first two questions by hand."""
     with open(output / "metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
     with open(output / "samples.jsonl", "a") as file:
-        for view in views:
-            for q, sample in enumerate(samples[:min(2, len(view.rollouts))]):
-                terms = {name: float(term[q, 0]) for name, term in view.terms.items()}
-                record = {"step": row["step"], "view": view.name, "id": sample.id, "text": view.rollouts[q][0].text,
-                          "answer": sample.answer, "confidence": float(view.confidence[q, 0]), **terms}
-                file.write(json.dumps(record) + "\n")
+        for batch in batches:
+            for q, sample in enumerate(samples[:2]):
+                for g, rollout in enumerate(batch.rollouts[q]):
+                    file.write(json.dumps({
+                        "step": row["step"], "view": batch.view, "id": sample.id, "rollout": g, "text": rollout.text,
+                        "answer": sample.answer, "control": bool(batch.is_control[q]),
+                        "confidence": float(batch.confidence[q, g]), "finished": rollout.finished,
+                        "logprob": float(rollout.logprobs.mean()), "tokens": len(rollout.tokens),
+                        **{name: float(term[q, g]) for name, term in batch.rewards.items()},
+                        "advantage": float(batch.advantages[q, g])}) + "\n")
 
 
 def training_log(folder):
@@ -85,17 +98,21 @@ def write_json(path, value):
     cli.write_atomically(path, json.dumps(value, indent=1))
 
 
-def trim_log(path, step):
-    """Drop the lines of steps that a resumed run will do again, and torn ones. Says on stderr where earlier ones are lost."""
-    kept, seen = [], set()
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            if (number := json.loads(line)["step"]) < step:
-                kept.append(line + "\n")
-                seen.add(number)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            pass
-    if lost := step - len(seen):
-        print(f"{path} has lost {lost} of the {step} steps so far: it, and what is drawn from it, goes on without them",
-              file=sys.stderr)
-    cli.write_atomically(path, "".join(kept))
+def trim_logs(output, step):
+    """Drop the lines of steps that a resumed run will do again, and torn ones.
+
+    Says on stderr where earlier steps are missing.
+    """
+    for path in (output / "metrics.jsonl", output / "samples.jsonl"):
+        lines, steps = [], set()
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            try:
+                if (number := json.loads(line)["step"]) < step:
+                    lines.append(line + "\n")
+                    steps.add(number)
+            except (json.JSONDecodeError, KeyError, TypeError):
+                pass
+        if lost := step - len(steps):
+            print(f"{path} has lost {lost} of the {step} steps so far: it, and what is drawn from it, goes on without them",
+                  file=sys.stderr)
+        cli.write_atomically(path, "".join(lines))

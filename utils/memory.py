@@ -4,7 +4,7 @@
     WORLD_SIZE=8 python train_cdrl.py --model ... --dtype bfloat16 --memory 80 --dry_run       # the same without the GPUs
 (LOCAL_WORLD_SIZE=8 beside WORLD_SIZE=16: of two machines; the CPU's memory is that of one.)
 
-Exact: weights, gradients, optimiser state, CLIP. From above: keys and values of the rollouts (samples of a prompt share its
+Exact: weights, gradients, optimizer state, CLIP. From above: keys and values of the rollouts (samples of a prompt share its
 part where the model lets them). Estimated: activations, from the sizes of the blocks with fused attention and a gated MLP.
 Fragmentation and the CUDA context are a flat tenth on top.
 """
@@ -14,8 +14,10 @@ import random
 from collections import defaultdict
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
-from utils import cli, distributed
+from utils import cli, distributed, loading
+from utils.caches import StateLayer, new_cache
 from utils.cli import InputError
 from utils.distributed import GIB, choices, describe, device_memory, dtype_of, parameters, state_bytes
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
@@ -42,7 +44,9 @@ def activations(config, tokens, size, again, read):
     def of(*names, default=0):
         return next((getattr(config, name) for name in names if getattr(config, name, None)), default)
     layers, hidden = of("num_hidden_layers", "depth", default=1), of("embed_dim", "hidden_size", default=1)
-    mlp = of("intermediate_size", default=4 * hidden)
+    count, used = loading.experts(config)
+    mlp = of("intermediate_size", default=4 * hidden) if count == 1 else \
+        used * of("moe_intermediate_size", "intermediate_size") + of("shared_expert_intermediate_size")
     block, kept = size * tokens * (12 * hidden + 4 * mlp), size * read * key_values(config)
     if again:
         return layers * (size * tokens * hidden + kept) + block
@@ -72,18 +76,32 @@ def key_values(config, repeated=False):
     return 2 * heads * width
 
 
-def dry_run(args, vlm, clip_parameters, samples, prompt_of, noised, world):
+def cache_bytes(config, size):
+    """Bytes that the cache of a text config holds -> (for a token, for a row). size: bytes of a number.
+
+    Attention layers hold keys and values for each token. Linear-attention layers hold states for each row: a convolution's
+    last words, and a matrix a head in fp32 (48 MiB a row for Qwen3.5-9B)."""
+    layers = new_cache(config).layers
+    linear = sum(isinstance(layer, StateLayer) for layer in layers)
+    attending = sum(isinstance(layer, DynamicLayer) for layer in layers)
+    heads, width = getattr(config, "linear_num_value_heads", 0), getattr(config, "linear_value_head_dim", 0)
+    key_width = getattr(config, "linear_key_head_dim", 0)
+    convolved = 2 * key_width * getattr(config, "linear_num_key_heads", 0) + heads * width or config.hidden_size
+    kernel = getattr(config, "linear_conv_kernel_dim", None) or getattr(config, "conv_L_cache", 0)
+    return size * attending * key_values(config), linear * (size * convolved * kernel + 4 * heads * key_width * width)
+
+
+def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
     """Print what a run is made of and what it needs; InputError where that is more than a device has.
 
-    vlm: the model without its weights. prompt_of: sample -> its prompt. noised: how many of a
-    step's questions have a noised twin.
+    vlm: the model without its weights. prompt_of: sample -> its prompt.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compute, (spread, again) = dtype_of(args, device), choices(args, device, world, vlm)
-    total, trained = parameters(vlm, args.freeze_vision)
-    vision = sum(p.numel() for p in vlm.vision_parameters())
-    ranks, size = (world if spread else 1), compute.itemsize
-    sharded = spread or world > 1 or args.offload or compute != torch.float32         # see parallel.shard
+    compute, (sharded_state, again) = dtype_of(args.run, device), choices(args, device, world, vlm)
+    total, trained = parameters(vlm, args.freeze_vision, args.run.lora_rank, args.run.lora_target)
+    vision = sum(p.numel() for p in loading.vision_parameters(vlm))
+    ranks, size = (world if sharded_state else 1), compute.itemsize
+    sharded = sharded_state or world > 1 or args.run.offload or compute != torch.float32         # see parallel.shard
 
     image_id = next((getattr(vlm.model.config, name) for name in ("image_token_id", "image_token_index")
                      if isinstance(getattr(vlm.model.config, name, None), int)), -1)
@@ -100,22 +118,26 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, noised, world):
     if prompt + args.max_new_tokens > vlm.context:
         raise InputError(f"a prompt takes {prompt} tokens and --max_new_tokens {args.max_new_tokens} more, but the model's "
                          f"context is {vlm.context}")
-    questions, views = args.batch_size // world, 1 + (noised > 0)
+    noised = args.batch_size if args.uses_noised else 0
+    questions, views = args.batch_size // world, 1 + args.uses_noised
     # Both views, whatever a step rolls out: so the base's confidence is measured, and the probe asks no more at once.
     rollouts, length = questions * args.group_size * 2, prompt + args.max_new_tokens
-    part = min(questions, args.micro_batch)
-    if args.micro_tokens:
-        part = max(1, min(part, args.micro_tokens // (views * (prompt + args.group_size * args.max_new_tokens))))
+    part = min(questions, args.run.micro_batch)
+    if args.run.micro_tokens:
+        part = max(1, min(part, args.run.micro_tokens // (views * (prompt + args.group_size * args.max_new_tokens))))
     block = max(sum(p.numel() for p in b.parameters()) for b in distributed.blocks(vlm.model)) if sharded else 0
     left = total - sum(p.numel() for b in distributed.blocks(vlm.model) for p in b.parameters()) if sharded else 0
-    state = state_bytes(total, trained, ranks, args.offload)
+    state = state_bytes(total, trained, ranks, args.run.offload, vlm.model.dtype.itemsize if args.run.lora_rank else 4)
     state["device", "CLIP, fp32"] = 4 * clip_parameters
-    if args.kl_beta:
-        state["CPU" if args.offload else "device", "reference model"] = 4 * total / ranks
+    if args.kl_beta and not args.run.lora_rank:                     # the reference is the base under the adapter
+        state["CPU" if args.run.offload else "device", "reference model"] = 4 * total / ranks
+    a_token, a_row = cache_bytes(text, size)
     rolling = {"all weights, gathered": size * total if sharded else 0,
-               "keys and values of the rollouts": size * rollouts * length * text.num_hidden_layers * key_values(text),
+               "keys and values of the rollouts": rollouts * length * a_token,
                "probabilities of a word": 32 * rollouts * vlm.vocabulary,
                "logits of the words recorded together": 12 * min(CHUNK_LOGITS, TRIM_EVERY * rollouts * vlm.vocabulary)}
+    if a_row:
+        rolling["states of the rollouts"] = rollouts * a_row
     tokens = part * views * (prompt + args.group_size * args.max_new_tokens)
     learning = {"weights of two blocks and the rest, gathered": size * (2 * block + left),
                 "gradients of a block or the rest, before they are summed": (size + 4) * max(block, left),
@@ -128,7 +150,8 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, noised, world):
         rows[name][where] = value / GIB
     file = vlm.model.dtype.itemsize * total                         # in the dtype that the settings name
     rows["the model's file, while each rank reads it"]["CPU"] = file / GIB
-    rows["a checkpoint's weights, first rank"]["CPU"] = 4 * total / GIB
+    saved = trained if args.run.lora_rank else total
+    rows["a checkpoint's weights, first rank"]["CPU"] = 4 * saved / GIB
     for phase, parts in (("rolling out", rolling), ("learning", learning)):
         for name, value in parts.items():
             rows[name][phase] = value / GIB
@@ -136,30 +159,32 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, noised, world):
     idle = state.get(("device", "gradients, fp32"), 0)              # there are none while rolling out
     peak = {"rolling out": 1.1 * (held - idle + sum(rolling.values())) / GIB,
             "learning": 1.1 * (held + sum(learning.values())) / GIB}
-    print(f"{cli.shown(args.model)}: {total:,} parameters ({vision:,} of them vision), {trained:,} train")
-    print(f"{describe(compute, spread, again, world)}{', offload' if args.offload else ''}")
+    active = loading.active_parameters(vlm.model)
+    print(f"{cli.shown(args.model)}: {total:,} parameters ({vision:,} of them vision), {trained:,} train"
+          + f", {active:,} are active for a token" * (active < total))
+    print(f"{describe(compute, sharded_state, again, world)}{', offload' if args.run.offload else ''}")
     print(f"tokens: longest of {len(chosen)} prompts {prompt}, {picture} of them pictures; completion {args.max_new_tokens}")
-    a_rank = (questions + math.ceil(noised / world)) * args.group_size
+    a_rank = questions * views * args.group_size
     print(f"rollouts a step: {(args.batch_size + noised) * args.group_size} ({args.batch_size} questions and {noised} noised "
           f"twins x {args.group_size}), a rank at most {a_rank}; questions a forward pass when learning: {part}")
     columns = [c for c in ("device", "CPU", "rolling out", "learning") if any(c in cells for cells in rows.values())]
     print("\nGiB a rank")
     print(cli.table({name: {c: cells.get(c, "") for c in columns} for name, cells in rows.items()}))
-    memory, here = device_memory(args, device), int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    waiting = here * sum(value for (where, _), value in state.items() if where == "CPU") + 4 * total
+    memory, here = device_memory(args.run, device), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    waiting = here * sum(value for (where, _), value in state.items() if where == "CPU") + 4 * saved
     waiting = max(waiting, here * file) / GIB                       # not at once: what is kept is made share by share
     print(f"\npeak: {peak['rolling out']:.2f} GiB while rolling out, {peak['learning']:.2f} while learning"
           + (f", of {memory:g}" if memory else "; --memory N says what a device has")
           + f"; {waiting:.2f} of the CPU's memory")
     if memory and max(peak.values()) > memory:
-        more = [flag for flag, used in (("--shard fsdp over more ranks", False), ("--offload", args.offload),
+        more = [flag for flag, used in (("--shard fsdp over more ranks", False), ("--offload", args.run.offload),
                                         ("--activation_checkpointing on", again), ("--freeze_vision", args.freeze_vision),
                                         ("--micro_batch 1", part == 1)) if not used]
         raise InputError(f"{max(peak.values()):.2f} GiB a rank do not fit into {memory:g}; try {', '.join(more)}, or a smaller "
                          "--batch_size, --group_size or --max_new_tokens")
     computing = 0.0 if device.type == "cuda" else here * max(peak.values())
-    if waiting + computing > host_memory() and not args.memory:     # --memory: the plan is for another machine
-        less = ["more machines", *["--freeze_vision"] * (not args.freeze_vision), *["do without --offload"] * args.offload,
+    if waiting + computing > host_memory() and not args.run.memory:     # --memory: the plan is for another machine
+        less = ["more machines", *["--freeze_vision"] * (not args.freeze_vision), *["do without --offload"] * args.run.offload,
                 *["--memory N for a device that is not here"] * bool(computing)]
         raise InputError(f"{waiting + computing:.2f} GiB of the CPU's memory are needed, by {here} ranks together, and this "
                          f"machine has {host_memory():.2f}; try {' or '.join(less)}")

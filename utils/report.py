@@ -7,6 +7,9 @@ import math
 
 import numpy as np
 
+from utils import cli, tables
+from utils.baselines import by_figure
+from utils.cli import InputError
 from utils.logs import smoothed
 from utils.metrics import calibration_error, reliability_points
 
@@ -223,6 +226,13 @@ def build(tables, cases, logs, lead):
     if tables["probe"]:
         sections.append(("The probe: does confidence follow perception?", "Noise on the region where the evidence lies, and on "
                          "controls of the same area.", [*charts["probe"], table(tables["probe"])]))
+        sections.append(("Does confidence say when the evidence is gone?", "Mixed: over the answers to clean and to noised "
+                         "pictures together. Platt, isotonic: after a map fitted on the other half of the questions. Below, "
+                         "readouts of the hidden state, fitted on the other half as well: they cost no training of the model.",
+                         [table(by_figure(tables["headline"])), table(tables["free readouts"])]))
+    if "severity" in tables:
+        sections.append(("Severity", "Corruptions on the key region and on the whole picture, five severities each.",
+                         [table(tables["severity"])]))
     sections.append(("Scaling", "Slope: points of accuracy per log2 N.", charts["scaling"] + [table(
         {f"{name}, {method}": {key: value for key, value in row.items() if key != "tokens"}
          for name, found in tables["scaling"].items() for method, row in found.items()})]))
@@ -275,3 +285,26 @@ def draw_report(output, before, after, args):
     figure.tight_layout()
     figure.savefig(output / "report.png", dpi=110)
     pyplot.close(figure)
+
+
+def read_probe(path, answer_class):
+    """before.json or after.json of a run folder -> {t: list of answer_class}. InputError where it is damaged."""
+    try:
+        return {int(t): [answer_class(**answer) for answer in answers] for t, answers in json.loads(path.read_text()).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}); restore it, or start again with --resume no") from error
+
+
+def finish_run(output, before, after, confidence_map, args, t):
+    """The end of a training run: report.png, and the table before and after on the terminal -> its rows.
+
+    before, after: {noise step: list of Answer}. t: the noise step of the table's noised column.
+    """
+    draw_report(output, before, after, args)
+    rows = tables.before_after(*(tables.within_skills(answers[0], answers[t], confidence_map) for answers in (before, after)))
+    questions = {answer.id for answer in before[0]}
+    print(f"\n{len(questions)} held-out questions x {len(before[0]) // len(questions)} answers; "
+          f"noised = t {t} on the {args.region} region")
+    print(cli.table(rows))
+    print(f"\nwrote {output}/: the model, metrics.jsonl, samples.jsonl, report.png")
+    return rows

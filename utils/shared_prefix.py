@@ -1,11 +1,12 @@
-"""Attention of many samples to a prompt that is held once.
+"""Attention of many samples to a prompt whose keys and values are stored once.
 
-`generate` copies a prompt's keys and values for each of G samples and reads every copy at every token. Here the queries of a
-prompt's samples are the rows of one matrix that meets the prompt's keys once (as in Hydragen, arXiv 2402.05099); each sample
-keeps only the keys and values of its own words, in memory that grows by doubling. The result is that of full attention.
+`generate` copies a prompt's keys and values for each of G samples, and reads every copy at every token. Here the queries
+of a prompt's samples are the rows of one matrix that meets the prompt's keys once (as in Hydragen, arXiv 2402.05099).
+Each sample stores only the keys and values of its own words, in memory that grows by doubling. The result equals full
+attention.
 
-Written against what transformers offers all its models: a cache with layers, and an attention function found by name. A model
-whose layers attend in another way (a sliding window, sinks, a soft cap) is decoded with copies; `VLM` finds that out by trying.
+Written against what transformers offers all models: a cache with layers, and an attention function found by name. A
+model whose layers attend differently (a sliding window, sinks, a soft cap) is decoded with copies; `loading.check` tries.
 """
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,60 +16,77 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface
 
+from utils.caches import StateLayer, new_cache
+
 NAME = "shared_prefix"
-ROOM = 32       # words of its own that a sample has memory for at first
+ROOM = 32       # words that a sample has memory for at first
+
+
+def applies_to(config):
+    """Whether a model with this text config has only plain layers, and layers with states."""
+    types = {type(layer) for layer in new_cache(config).layers}
+    return DynamicLayer in types and types <= {DynamicLayer, StateLayer}
 
 
 @dataclass
 class _Rows:
-    """Where the rows of the batch are. n: samples a prompt; padded (B, 1, 1, L): True where a prompt is; slots (R,): each row's
-    place in B x n, None: all places, in order. Apart, because a cache and layers that hold each other are freed late."""
+    """Which prompt each row of the batch belongs to. n: samples a prompt; padded (B, 1, 1, L): True where a prompt is
+    padded; slots (R,): each row's index in B x n, None: all of them, in order. A separate object, because a cache and
+    layers that hold each other are freed late."""
     n: int
     padded: torch.Tensor
     slots: torch.Tensor | None = None
 
 
 class SharedPrefix(DynamicCache):
-    """A prefilled cache of B prompts, from now on read by n samples of each. mask (B, L): False where a prompt is padded."""
+    """A prefilled cache of B prompts, read by n samples of each. mask (B, L): False where a prompt is padded."""
 
     def __init__(self, cache, mask, n):
         super().__init__()
         self.rows = _Rows(n, ~mask.bool()[:, None, None])
-        self.layers = [_Layer(layer, self.rows) for layer in cache.layers]
+        self.layers = [_Layer(layer, self.rows) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        for layer in self._state_layers():          # states cannot be shared: every word changes them
+            layer.batch_repeat_interleave(n)
+
+    def _state_layers(self):
+        return [layer for layer in self.layers if not isinstance(layer, _Layer)]
 
     def batch_select_indices(self, rows):
         """Only these rows (ascending) stay; a prompt leaves with its last row."""
-        own = self.rows
-        places = rows if own.slots is None else own.slots[rows]
-        prompts, which, counts = torch.unique_consecutive(places // own.n, return_inverse=True, return_counts=True)
-        own.n = int(counts.max())
-        first = counts.cumsum(0) - counts                                                     # (B,) each prompt's first row
-        own.slots = None if len(rows) == len(prompts) * own.n else \
-            which * own.n + torch.arange(len(rows), device=rows.device) - first[which]
-        own.padded = own.padded[prompts]
-        for layer in self.layers:
+        index = self.rows
+        slots = rows if index.slots is None else index.slots[rows]
+        prompts, which, counts = torch.unique_consecutive(slots // index.n, return_inverse=True, return_counts=True)
+        index.n = int(counts.max())
+        first = counts.cumsum(0) - counts                                           # (B,) each prompt's first row
+        index.slots = None if len(rows) == len(prompts) * index.n else \
+            which * index.n + torch.arange(len(rows), device=rows.device) - first[which]
+        index.padded = index.padded[prompts]
+        for layer in self._state_layers():
+            layer.batch_select_indices(rows)
+        for layer in (layer for layer in self.layers if isinstance(layer, _Layer)):
             layer.keys, layer.values = layer.keys[prompts], layer.values[prompts]
-            if layer.own is not None:       # None: these rows leave with their first word
-                layer.own = [part[rows, :, :layer.length] for part in layer.own]
+            if layer.sample_kv is not None:         # None: no row has read a word yet
+                layer.sample_kv = [tensor[rows, :, :layer.length] for tensor in layer.sample_kv]
 
 
 class _Layer(DynamicLayer):
-    """keys, values (B, H, L, d) of the prompts; own: two (R, H, room, d), of each sample's words, `length` of them so far."""
+    """keys, values (B, H, L, d) of the prompts; sample_kv: keys and values (R, H, room, d) of each sample's words, of
+    which the first `length` are set."""
 
     def __init__(self, layer, rows):
         super().__init__()
         self.rows, self.keys, self.values, self.is_initialized = rows, layer.keys, layer.values, True
-        self.own, self.length = None, 0
+        self.sample_kv, self.length = None, 0
 
     def update(self, keys, values, *args, **kwargs):
-        """keys, values (R, H, 1, d) of the newest words -> this layer, which `attend` takes in place of both."""
-        new = (keys, values)
-        if self.own is None or self.length == self.own[0].shape[2]:
+        """keys, values (R, H, 1, d) of the newest words -> this layer, twice: `attend` takes it in place of both."""
+        newest = (keys, values)
+        if self.sample_kv is None or self.length == self.sample_kv[0].shape[2]:
             room = max(ROOM, self.length)
-            more = [part.new_empty(*part.shape[:2], room, part.shape[3]) for part in new]
-            self.own = more if self.own is None else [torch.cat(parts, 2) for parts in zip(self.own, more)]
-        for whole, part in zip(self.own, new):
-            whole[:, :, self.length] = part[:, :, 0]
+            more = [tensor.new_empty(*tensor.shape[:2], room, tensor.shape[3]) for tensor in newest]
+            self.sample_kv = more if self.sample_kv is None else [torch.cat(pair, 2) for pair in zip(self.sample_kv, more)]
+        for stored, tensor in zip(self.sample_kv, newest):
+            stored[:, :, self.length] = tensor[:, :, 0]
         self.length += 1
         return self, self
 
@@ -76,14 +94,15 @@ class _Layer(DynamicLayer):
         return self.keys.shape[2] + self.length
 
 
-def attend(module, query, layer, _, attention_mask=None, scaling=None, sliding_window=None, softcap=None, s_aux=None, **kwargs):
-    """query (R, Hq, 1, d) -> attention to the prompt and to the row's own words (R, 1, Hq, d). An AttentionInterface."""
+def attend(module, query, layer, _, attention_mask=None, scaling=None, sliding_window=None, softcap=None, s_aux=None,
+           **kwargs):
+    """query (R, Hq, 1, d) -> attention to the prompt and to the row's words (R, 1, Hq, d). An AttentionInterface."""
     if sliding_window is not None or softcap is not None or s_aux is not None:
         raise NotImplementedError("attention with a window, a soft cap or sinks")
     shared, (rows, _, _, width) = layer.rows, query.shape
     prompts, heads, length, _ = layer.keys.shape
     scaling = width**-0.5 if scaling is None else scaling
-    own_keys, own_values = (part[:, :, :layer.length] for part in layer.own)                  # (R, H, t, d)
+    keys, values = (tensor[:, :, :layer.length] for tensor in layer.sample_kv)                # (R, H, t, d)
     q = query.reshape(rows, heads, -1, width) * scaling                                       # (R, H, r, d), r = Hq / H
     shape = (prompts, shared.n, heads, q.shape[2])
 
@@ -97,10 +116,10 @@ def attend(module, query, layer, _, attention_mask=None, scaling=None, sliding_w
         return x if shared.slots is None else x[shared.slots]
 
     to_prompt = (by_prompt(q) @ layer.keys.transpose(2, 3)).masked_fill(shared.padded, -torch.inf)
-    scores = torch.cat([by_row(to_prompt), q @ own_keys.transpose(2, 3)], -1)                 # (R, H, r, L + t)
+    scores = torch.cat([by_row(to_prompt), q @ keys.transpose(2, 3)], -1)                     # (R, H, r, L + t)
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-    seen = by_row(by_prompt(weights[..., :length]) @ layer.values) + weights[..., length:] @ own_values
-    return seen.reshape(rows, 1, -1, width), None
+    output = by_row(by_prompt(weights[..., :length]) @ layer.values) + weights[..., length:] @ values
+    return output.reshape(rows, 1, -1, width), None
 
 
 AttentionInterface.register(NAME, attend)
@@ -109,7 +128,7 @@ AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)      # the c
 
 @contextmanager
 def attention_of(decoder, name=NAME):
-    """Within it the decoder's layers attend by the AttentionInterface of this name."""
+    """Inside, the decoder's layers use the AttentionInterface of this name."""
     configs = {id(module.config): module.config for module in decoder.modules() if hasattr(module, "config")}.values()
     before = [config._attn_implementation for config in configs]
     for config in configs:
@@ -117,5 +136,5 @@ def attention_of(decoder, name=NAME):
     try:
         yield
     finally:
-        for config, own in zip(configs, before):
-            config._attn_implementation = own
+        for config, original in zip(configs, before):
+            config._attn_implementation = original

@@ -79,7 +79,7 @@ def stored_scales(paths):
     last which one has, as it was fitted on the base."""
     files = [Path(path) / "confidence.json" for path in paths]
     found = [json.loads(file.read_text()) if file.is_file() else {} for file in files]
-    found = [scale if scale.get("judged") == "topk" else None for scale in found]
+    found = [scale if scale and scale.get("judged", "topk") == "topk" else None for scale in found]
     known = next(filter(None, reversed(found)), None)
     return [scale or (known and metrics.as_fitted(known)) for scale in found]
 

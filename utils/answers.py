@@ -1,0 +1,521 @@
+r"""Two answers as text: numbers with units, names, lists, sets, intervals, formulas, words. Are they the same?
+
+    same_answer("1/2", r"\frac{1}{2}")        # True
+    quantity("50 cm")                         # Quantity(number=Fraction(50, 1), unit="cm", places=0)
+
+| kind     | the same                                                  | not the same                    |
+|----------|-----------------------------------------------------------|---------------------------------|
+| number   | 7 = 7.0, 1/2 = .5, 1/3 = .333, 1,234 = 1 234              | 1/3, .3; 2^-60, 2^-61; 0, 1e-15 |
+| unit     | 5 cm = 5, 50% = .5 = 50, 41 pct = 41%, 1.5 million        | 5 cm, 5 m; 50%, .5%             |
+| name     | x = 5, 5 = x, P(A) = 5 and x \approx 5 are 5              | 4x + y = 5 is not 5             |
+| equation | 5 = 4x + y, 4x + y - 5 = 0                                | x = 5, y = 5; 5 = 2a, 2a        |
+| relation | 7 <= x, x >= 7; x != 6, x \neq 6                          | x < 3, x <= 3                   |
+| interval | 0 < x < 7, (0, 7); x \in [0, .5], [0, 1/2]                | [0, 5), [0, 5]                  |
+| list     | [1, 2] = 1, 2 = 1 and 2                                   | (1, 2), (2, 1)                  |
+| set      | {4, 1} = {1, 4}; x = 3 or x = -4, -4 or 3; \pm 2, {-2, 2} | {1, 4}, (4, 1)                  |
+| algebra  | x/2 = \frac{x}{2}, 4 + x^2 = x^2 + 4, \sqrt{y}, sqrt(y)   | AB', A'B; A-B-C, A-C-B          |
+| text     | yes = Yes. = true, \mbox{red} = red, the cat = cat        | Aa, AA; mW, MW                  |
+
+Numbers are exact but for roots and pi. Formulas are compared by their values at a few rational points. There is no
+`eval`, and nothing raises. Texts are short here (judge.MAX_ANSWER), and formulas shorter (MAX_FORMULA).
+"""
+import math
+import re
+import unicodedata
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+MAX_FORMULA = 100      # characters of a formula, which bounds its nesting too
+MAX_SET = 20           # items of a list whose order does not count
+CLOSE = Fraction(1, 10**6)  # relative, never absolute: all of physics is below 1e-12
+
+# ---- Plain text: one spelling of LaTeX and Unicode
+
+_CHARACTERS = str.maketrans("−–—⁄÷×·‘’′“”⩽⩾", "---//**'''\"\"≤≥") | {
+    ord("√"): r"\sqrt", ord("π"): r"\pi", ord("∞"): r"\infty"}
+_COMMANDS = dict(pair.split(":") for pair in (
+    r"times:* cdot:* div:/ infty:infinity Omega:Ω ohm:Ω mu:μ dfrac:\frac tfrac:\frac cfrac:\frac leq:≤ le:≤ leqslant:≤ "
+    r"geq:≥ ge:≥ geqslant:≥ lt:< gt:> neq:≠ ne:≠ in:∈ cup:∪ approx:≈ simeq:≈ degree:° degrees:° pm:± lbrace:\{ "
+    r"rbrace:\} varnothing:∅ emptyset:∅").split()) | {"pi": "pi ", "quad": " ", "qquad": " "}
+_REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"\\\\(?![a-zA-Z])", ";"),                                                          # the rows of a matrix
+    (r"\*\*|`|\\(?:left|right|[bB]igg?[lr]?|displaystyle|boxed|textdollar)(?![a-zA-Z])|\\[()\[\]!]", ""),
+    (r"\\?[$€£¥₹]|\\(?=%)", ""),
+    (r"\\(?:text|math|operatorname|mbox|hbox|boldsymbol)\w*\s*\{([^{}]*)\}", r" \1"),    # \mbox{red}
+    (r"\\(?:text|math)[a-z]+|\\[\s,;:]|~", " "),                                         # 54\,321
+    (r"\{,\}", ","),                                                                     # 54{,}321
+    (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
+    (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
+    (rf"\\({'|'.join(_COMMANDS)})(?![a-zA-Z])", lambda command: _COMMANDS[command[1]]),
+    (r"<=|=<", "≤"), (r">=", "≥"), (r"!=", "≠"),
+    (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"),                                                 # 2x10^3
+    (r"\\sqrt\s*\[(\w)\]", r"\\root{\1}"),                                               # \sqrt[3]{8}
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),                                        # \frac12
+    (r"^\s*(?:(?:about|approximately|around|roughly)\s|≈)\s*|\s\((?:approximately|approx\.?|roughly)\)$", ""))]
+
+
+@lru_cache(2**12)      # an answer meets every option, item by item
+def plain(text):
+    """A text in plain characters: dress of LaTeX is gone, and signs have one spelling each."""
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", r"^(\g<0>)", text.replace("º", "°"))
+    text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)).translate(_CHARACTERS)
+    text = " ".join(text.split())  # no run of blanks for a pattern to backtrack over
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    return " ".join(text.split())
+
+
+# ---- The kinds
+
+EQUALS = re.compile(r"\s*(?:[=≈]|∈(?=\s*\\?\{))\s*")                                     # x = 5, x ≈ 5, x ∈ {5}
+LABEL = re.compile(  # a letter, its dress, and what follows: "(B)", "b.", "Option B: red circle"
+    r"(?i:option|choice|answer|step|point|figure)?\s*[(\[{]*([A-Za-z])([)\]}.:,;]*(?:\s-)?)(?:\s(\S.*))?", re.DOTALL)
+_FUNCTION = re.compile(r"\b([fghpq]|[A-Z]|[A-Za-z]{2,}\d?)'?\([^()]*\)")                  # f(-1), P(X > 2)
+_RELATION = re.compile(r"\s*([<>≤≥≠∈])\s*")
+_MIRRORED = str.maketrans("<>≤≥", "><≥≤")
+_INTERVAL = re.compile(  # [0, 5), x ∈ ]0, 5[
+    r"(?:([^∈,;]{1,40}?)\s?∈\s?)?([(\[\]])([^,;]*)[,;]([^,;]*)([)\]\[])")
+_LIST_TOKEN = re.compile(r"[(\[{]|[)\]}]|\s*(?:(?:,\s*)?\b(?:and|(?P<either>or))\b|[,;])\s*")
+_TIME = re.compile(r"0?(\d{1,2}):(\d\d)(?:\s?([ap])\.?m\.?)?")  # 3:45 against 1:15: where both fit, no ratios
+
+
+def same_answer(a, b):
+    """Whether two answers are the same, as in the table above. Symmetric."""
+    if a == b:
+        return True
+    a, b = _unnamed(plain(a), plain(b))
+    same = _same_region(a, b)
+    return _same_item(a, b) or _same_list(a, b) if same is None else same
+
+
+def _unnamed(a, b):
+    """The values of "x = 5" (or "5 = x") and "5", or of two equations of one name. The names, where they differ."""
+    (name, value), (other, other_value) = _named_value(a), _named_value(b)
+    if name and other:
+        return (value, other_value) if _same_letters(name, other) else (name, other)
+    equations = EQUALS.search(a) and EQUALS.search(b) and not has_names(a) and not has_names(b)
+    return (a, b) if equations else (value, other_value)
+
+
+def _named_value(text):
+    """("x", "5") of "x = 5" and of "5 = x"; (None, text) where no name stands alone on a side: "4x + y = 5"."""
+    sides = EQUALS.split(text)
+    if len(sides) == 1 or has_names(text):
+        return None, text
+    if is_name(sides[0]):
+        return sides[0], EQUALS.split(text, maxsplit=1)[1]
+    return (sides[1], sides[0]) if len(sides) == 2 and is_name(sides[1]) else (None, text)
+
+
+def is_name(side):
+    r"""Whether a side of an equation names its value: x_1, AB, \angle ABC, f(2), (u, v), total area; not 2x, xy, a + b."""
+    side = _FUNCTION.sub(r"\1", side.replace("{", "").replace("}", ""))
+    name = re.fullmatch(r"[(|]?[^\W\d][^-+*/^=<>≤≥≠±!]{0,39}|\\(?!frac|sqrt|root|int|sum)[a-z]+[\w\s]{0,20}", side)
+    return name is not None and not re.fullmatch(r"[a-z]{2}|.*\W\d.*", side)
+
+
+def has_names(text):
+    """Whether a text is a list with a name before each value: "x = 3, y = 4"."""
+    items, _ = _items(text)
+    return len(items) > 1 and all(map(EQUALS.search, items))
+
+
+def _same_region(a, b):
+    """For intervals and inequalities, whether they are the same; None where both sides are neither."""
+    unions = [[_interval(piece) for piece in re.split(r"\s*(?:∪|\bor\b)\s*", side)] for side in (a, b)]
+    if all(map(all, unions)):
+        return _same_items(*unions, _same_interval, any_order=True)
+    if not _RELATION.search(a + b):
+        return None
+    sides = [_RELATION.split(side) for side in (a, b)]
+    sides = [[term.translate(_MIRRORED) for term in side[::-1]] if side[1:2] in ([">"], ["≥"]) else side for side in sides]
+    (terms, signs), (others, other_signs) = ((side[::2], side[1::2]) for side in sides)
+    if signs != other_signs:
+        return False
+    return (all(map(_same_item, terms, others))
+            or len(signs) == 1 and _same_difference(terms, others, either_sign=signs == ["≠"]))
+
+
+def _interval(text):
+    """(name or None, low end, closed?, high end, closed?) of "[0, 5)", "0 <= x < 5" or "x >= 0"; None if it is neither."""
+    if match := _INTERVAL.fullmatch(text):
+        name, left, low, high, right = match.groups()
+        return name, low.strip(), left == "[", high.strip().lstrip("+"), right == "]"
+    terms = _RELATION.split(text)
+    if terms[1:2] in ([">"], ["≥"]):
+        terms = [term.translate(_MIRRORED) for term in terms[::-1]]
+    if len(terms) == 3 and is_name(terms[0]) != is_name(terms[2]):
+        terms = ["-infinity", "<", *terms] if is_name(terms[0]) else [*terms, "<", "infinity"]
+    if len(terms) != 5 or not is_name(terms[2]) or not {*terms[1::2]} <= {"<", "≤"}:
+        return None
+    return terms[2], terms[0], terms[1] == "≤", terms[4], terms[3] == "≤"
+
+
+def _same_interval(a, b):
+    """The same names where both have one, the same ends, and the same ends closed."""
+    return ((a[0] == b[0] or None in (a[0], b[0])) and a[2::2] == b[2::2]
+            and all(x == y or _same_item(x, y) for x, y in zip(a[1::2], b[1::2])))
+
+
+def _items(text):
+    """(items, bracket) of "[1, 2]", "{1, 2}", "1 and 2" or "1 or 2", which has the bracket of a set; else one item."""
+    text = text.replace("\\{", "{").replace("\\}", "}")
+    tokens, depths, depth = list(_LIST_TOKEN.finditer(text)), [], 0
+    for token in tokens:
+        depth += (token[0] in "([{") - (token[0] in ")]}")
+        depths.append(depth)
+    wrapped = text[:1] + text[-1:] in ("()", "[]", "{}") and 0 not in depths[:-1]
+    cuts = [token for token, depth in zip(tokens, depths) if depth == wrapped and token[0] not in "([{)]}"]
+    items = [text[start:end] for start, end in zip([int(wrapped)] + [cut.end() for cut in cuts],
+                                                   [cut.start() for cut in cuts] + [len(text) - wrapped])]
+    either = any(cut["either"] for cut in cuts) and all(re.search(r"\d", item) for item in items)
+    return items, text[:1] if wrapped else "{" if either else ""
+
+
+def _same_list(a, b, depth=0):
+    """Whether two lists hold the same items. In any order: {1, 2}, "1 or 2", "x = 1, y = 2", the roots x = 1, x = 2."""
+    (items, bracket), (others, other_bracket) = _items(a), _items(b)
+    if len(items) == 1 and len(others) == 2:                                             # ±2 is 2, -2
+        items, bracket = _signs(items, bracket)
+    elif len(others) == 1 and len(items) == 2:
+        others, other_bracket = _signs(others, other_bracket)
+    if len(items) != len(others) or len(items) == 1 or depth > 2:
+        return False
+    names = [[_named_value(item)[0] for item in side] for side in (items, others)]
+    all_named = None not in names[0] + names[1]
+    roots = any(None not in side and len(set(side)) == 1 for side in names)
+    mixed = not all_named and any(len(set(side)) > 1 for side in names)                  # x = 1, y = 2 and {1, 2}
+    brackets = {bracket, other_bracket}
+    return _same_items(items, others, lambda x, y: _same_item(x, y) or _same_list(x, y, depth + 1),
+                       any_order=not brackets & {"(", "["} and ("{" in brackets or all_named or roots) and not mixed)
+
+
+def _signs(items, bracket):
+    return ([items[0].replace("±", sign) for sign in "+-"], "{") if items[0].count("±") == 1 else (items, bracket)
+
+
+def _same_items(items, others, same, any_order):
+    """Whether items match one to one, in this order or in any. Symmetric if `same` is."""
+    def matched(side, rest):
+        rest = list(rest)
+        for item in side:
+            match = next((i for i, other in enumerate(rest) if same(item, other)), None)
+            if match is None:
+                return False
+            rest.pop(match)
+        return True
+
+    if len(items) != len(others):
+        return False
+    if any_order and len(items) <= MAX_SET:
+        return matched(items, others) or matched(others, items)
+    return all(map(same, items, others))
+
+
+def _same_item(a, b):
+    """Whether two items of lists, or whole answers that are no lists, are the same."""
+    a, b = _unnamed(a, b)
+    times = [_TIME.fullmatch(side.lower()) for side in (a, b)]
+    if all(times):
+        return all(x == y or not (x and y) for x, y in zip(*(time.groups() for time in times)))
+    if same_text(a, b):
+        return True
+    if 1 in (len(_canonical(a)), len(_canonical(b))) and bare_letter(a) and bare_letter(a) == bare_letter(b):
+        return True
+    quantities = quantity(a), quantity(b)
+    if all(quantities):
+        return _same_quantity(*quantities)
+    sides = EQUALS.split(a), EQUALS.split(b)
+    return _same_formula(a, b) or len(sides[0]) == len(sides[1]) == 2 and _same_difference(*sides, either_sign=True)
+
+
+# ---- Words
+
+def bare_letter(text):
+    """The letter, upper case, that a text is or opens with: "(B)", "b.", "option B", "B) red circle"; else None."""
+    match = LABEL.fullmatch(plain(text))
+    dressed = (match and match[1].isupper() and re.match(r"[)\]}.:]", match[2])
+               and not re.search(r"\b[A-Z]\)", match[3] or ""))
+    return match[1].upper() if match and (dressed or not match[3]) else None
+
+
+def _canonical(text):
+    """What is compared of words: no article, double or outer quotes, end marks, brackets around one. The braces
+    of a formula stay, for \\frac{1}{23} is not \\frac{12}{3}."""
+    text = re.sub(r"^(?:the|an?)\s(?=\w\w)", "", plain(text), flags=re.IGNORECASE)
+    text = re.sub(r"(?<=[_^a-zA-Z}])\s?\{(\w)\}(?!\w)", r"\1", text)
+    braces = "" if re.search(r"[\\^_][^{}]*\{[^{}]", re.sub(r"\\(?=[{}])", "", text)) else "{}_"
+    text = re.sub(rf"[{braces}\\\"]|(?<=[a-z]{{2}})!", "", text).strip(" .,;:?*")
+    return re.sub(r"^(?:'(.*)'|[(\[]([^()\[\],;]*)[)\]])$", r"\1\2", text).strip()
+
+
+def same_text(a, b):
+    """The same words. Against a bare yes or no (or true or false), "yes, it does" is a yes; "yes, 3" is not "yes, 4"."""
+    a, b = _canonical(a), _canonical(b)
+    verdicts = [re.match(r"(yes|no|true|false)(?=$|\s?[.,;:!]|\s-)", side, re.IGNORECASE) for side in (a, b)]
+    if all(verdicts) and (verdicts[0][0] == a or verdicts[1][0] == b):
+        first, second = (verdict[0].lower().replace("true", "yes").replace("false", "no") for verdict in verdicts)
+        return first == second
+    return a != "" and _same_letters(a, b)
+
+
+def _same_letters(a, b):
+    """Equal but for case, and for spaces except in "1 2". A word of one or two letters may differ in case only where one
+    side is all lower case: "b" is B, but Aa is not AA, and mW is not MW."""
+    first, second = (re.sub(r"(?<!\d)\s|\s(?!\d)", "", side).lower() for side in (a, b))
+    words = zip(*(re.findall(r"[^\W\d_]+", side) for side in (a, b)))
+    return first == second and not any(
+        p != q and p.lower() == q.lower() and len(p) < 3 and not p.islower() and not q.islower() for p, q in words)
+
+
+# ---- Numbers with their units
+
+class Quantity(NamedTuple):
+    number: Fraction | float  # as written: 50 for "50%"; exact but for roots and pi
+    unit: str
+    places: int  # decimals of a literal that may be a rounded value, else 0
+
+
+_NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+            "seventeen eighteen nineteen").split()
+_NUMBERS += [f"{ten} {one}".removesuffix(" zero")
+             for ten in "twenty thirty forty fifty sixty seventy eighty ninety".split() for one in _NUMBERS[:10]]
+NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(_NUMBERS[::-1])})\b".replace(" ", "[ -]"), re.IGNORECASE)
+_SAID_TWICE = re.compile(rf"({NUMBER_WORD.pattern})\s\((\d+)\)|\b(\d+)\s\(({NUMBER_WORD.pattern})\)", re.IGNORECASE)
+_FRACTIONS = dict(zip("half third fourth fifth sixth seventh eighth ninth tenth".split(), range(2, 11))) | {"quarter": 4}
+_FRACTION_WORD = re.compile(  # "one third of the cake"; "twenty third" is none
+    rf"(?:(an?|{'|'.join(_NUMBERS[1:10])})[ -])?({'|'.join(_FRACTIONS)})s?(?=$|\sof\b)", re.IGNORECASE)
+_HUNDRED = re.compile(r"\b(?:(?:(\d)|an?)\s)?hundred\b(?:\s(?:and\s)?(\d\d?)\b)?", re.IGNORECASE)
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_EQUAL_PAIR = re.compile(r"(.+?)(?:\s\(|\s*[=≈]\s*)(?:or )?(.+?)\)?")                     # 5 (five), 1/6 ≈ 0.17
+_THOUSANDS = re.compile(                                                                 # 1,234, 1 234; not 1 200/300
+    r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\d.,])[1-9]\d{0,2}(?:\s\d{3})+(?![\d,]|\s?/|\s\d)")
+_MIXED = re.compile(r"(?<![\d.])(\d+)(?:\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s+(\d+)\s*/\s*(\d+))")      # 2 1/2
+SEQUENCE = re.compile(r"\d+(?:\s*[-/:]\s*\d+){2,}|\d+\s*-\s*\d+")  # 5-4-3-2-1, a date, a range: no arithmetic
+_UNIT = re.compile(  # a symbol, or a word after a space, and what follows it up to an exponent
+    r"\s*|\s*(?:[%°'\"]|[^\x00-\x7f±]|(?:[pnμcdmkMGT]?(?:m|g|s|[lL]|A|V|W|N|J|F|Ω|Pa|Hz)|[KC]|in|ft|h|hr|min|sq)\b"
+    r"|(?<=\s)(?!(?:and|not|than|more|less|plus|minus|over)\b)[^\W\d_]{3,})[^\d\\]*(?:\^?\(?-?\d\)?)?")
+_UNIT_NAMES = dict(pair.split(":") for pair in (
+    "meter:m metre:m gram:g second:s sec:s liter:L litre:L amp:A ampere:A volt:V watt:W newton:N joule:J farad:F ohm:Ω "
+    "hertz:Hz pascal:Pa inch:in inche:in foot:ft feet:ft hour:h hr:h minute:min percent:% percentage:% pct:% degree:° "
+    "celsius:C unit: per:/ ':ft \":in").split())
+_UNIT_NAMES |= {prefix + name: short + symbol for name, symbol in _UNIT_NAMES.items() for prefix, short in (
+    ("kilo", "k"), ("centi", "c"), ("milli", "m"), ("micro", "μ"), ("mega", "M"))}
+
+
+@lru_cache(2**12)
+def quantity(text):
+    """A number with or without a unit, else None."""
+    if len(text) > MAX_FORMULA:
+        return None
+    text = said_once(plain(text).rstrip(" .,;:"))
+    pair = _EQUAL_PAIR.fullmatch(text)
+    if pair and pair[1] != pair[2]:  # not "5 (5)", which is 25
+        first, second = quantity(pair[1]), quantity(pair[2])
+        if first and second and _same_quantity(first, second):
+            return first
+    if fraction := _FRACTION_WORD.match(text):
+        text = _fraction_word(fraction) + text[fraction.end():]
+    text = _HUNDRED.sub(lambda word: str(100 * int(word[1] or 1) + int(word[2] or 0)), NUMBER_WORD.sub(_number_word, text))
+    if re.search(r"/|%|frac", text):
+        text = re.sub(r"\sof\s\D*$", "", text)  # "1/2 of the cake"; "one of them" is no 1
+    text = _arithmetic(text)
+    tokens, end = _tokens(text, _TOKEN)
+    literal = re.fullmatch(r"-?\s*(\d*)\.(\d\d+)", text[:end].strip())
+    places = len(literal[2]) if literal and len((literal[1] + literal[2]).lstrip("0")) >= 2 else 0
+    number = None if SEQUENCE.fullmatch(text) else _value(tokens)
+    return Quantity(number, _unit(text[end:]), places) if number is not None and _UNIT.fullmatch(text, end) else None
+
+
+def _unit(text):
+    """A unit in symbols: "square centimeters" is cm2, "feet per second" ft/s; any other word loses its plural."""
+    def symbol(word):
+        singular = word[0].removesuffix("s") if len(word[0]) > 3 else word[0]
+        return _UNIT_NAMES.get(word[0].lower(), _UNIT_NAMES.get(singular.lower(), singular))
+
+    text = re.sub(r"\b(?:square|sq\.?|(cubic))\s(\w+)", lambda power: power[2] + ("3" if power[1] else "2"), text)
+    text = re.sub(r"[\s^()]", "", re.sub(r"[^\W\d_]+|['\"]", symbol, text))
+    return text if text.strip("23") else ""
+
+
+def said_once(text):
+    """A number that is said in words and in digits, once: "seven (7) cubes" is "7 cubes"; "six (7)" stays."""
+    def digits(pair):
+        word, number = (pair[1], pair[2]) if pair[1] else (pair[4], pair[3])
+        return number if NUMBER_WORD.sub(_number_word, word) == number else pair[0]
+
+    return _SAID_TWICE.sub(digits, text)
+
+
+def _number_word(word):
+    name = word[0].lower().replace("-", " ")  # "fıve" matches, but is none
+    return str(_NUMBERS.index(name)) if name in _NUMBERS else word[0]
+
+
+def _fraction_word(words):
+    """"one third" as 1/3. "Third" alone is a place, and "three quarters" may be coins."""
+    numerator, name = (words[1] or "").lower(), words[2].lower()
+    if name not in _FRACTIONS or numerator not in ("", "a", "an", *_NUMBERS):
+        return words[0]
+    if numerator in ("", "a", "an"):
+        return f"1/{_FRACTIONS[name]}" if numerator or name == "half" else words[0]
+    return words[0] if name == "quarter" else f"{_NUMBERS.index(numerator)}/{_FRACTIONS[name]}"
+
+
+def _scaled(number):
+    """"1.5 million cars" as 1500000 cars, which is then exact; None where there is no such word."""
+    for word, scale in _SCALES.items():
+        if re.match(rf"{word}(?!th)", number.unit, re.IGNORECASE):
+            return Quantity(number.number * scale, number.unit[len(word):], 0)
+    return None
+
+
+def _same_quantity(a, b):
+    scaled = _scaled(a), _scaled(b)
+    if any(scaled) and _same_quantity(scaled[0] or a, scaled[1] or b):
+        return True
+    if a.unit and b.unit and not _same_letters(a.unit, b.unit):
+        return False
+    if b.unit == "%" and not a.unit:
+        a, b = b, a
+    for factor in (1, 100) if a.unit == "%" and not b.unit else (1,):
+        x, y = a.number, b.number * factor
+        integers = x == int(x) and y == int(y)
+        if x == y or (not integers and abs(x - y) <= CLOSE * max(abs(x), abs(y))):
+            return True
+        half_a, half_b = (Fraction(1, 2 * 10**side.places) if side.places else 0 for side in (a, b))
+        if abs(x - y) <= max(half_a, factor * half_b) * (1 + 1e-9):
+            return True
+    return False
+
+
+# ---- Formulas
+
+_TOKEN = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?|[-+*/:^()]|\\frac|\\root|\\?sqrt|pi\b)")
+_VARIABLE = re.compile(  # x, x_1, x1, \theta
+    r"\s*(\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|rho|sigma|tau|phi|omega)(?![a-z])"
+    r"|[^\W\d_](?:_?\d+|_\(\w+\)|_\w)?)")
+_NO_FORMULA = re.compile(  # a word or sin, a prime or a ratio, "1/2x", which is read in two ways
+    r"(?<!\\)\b(?!sqrt)[^\W\d_]{3,}|\\(?:sin|cos|tan|log|ln)|[':]|/\s*\d+[^\W\d_(]")
+_CHAIN = re.compile(r"[A-Z](?:\s?[-/*]?\s?[A-Z])*")  # AB, A-B-C: names of points, whose order counts
+_POINTS = [[Fraction(sign * p, q + 2 * i) for i, p in enumerate((7, 19, 31, 47, 61, 83, 103, 131))] for sign, q in (
+    (1, 5), (1, 11), (1, 23), (-1, 17), (1, 41), (-1, 29))]
+_BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, ":": 2, "^": 3}
+
+
+def _arithmetic(text):
+    """Digits without separators, mixed numbers as sums, every bracket round."""
+    text = _THOUSANDS.sub(lambda number: re.sub(r"[,\s]", "", number[0]), text)
+    text = _MIXED.sub(lambda mixed: "({}+{}/{})".format(*filter(None, mixed.groups())), text)
+    return text.translate(str.maketrans("{}[]", "()()"))
+
+
+def _tokens(text, *patterns):
+    """The tokens that a text begins with, and their end."""
+    tokens, end = [], 0
+    while token := next(filter(None, (pattern.match(text, end) for pattern in patterns)), None):
+        tokens.append(token[1])
+        end = token.end()
+    return tokens, end
+
+
+def _formula(text):
+    """(tokens, names of the variables) of a formula in letters, else (None, None)."""
+    text = _arithmetic(text)
+    tokens, end = _tokens(text, _TOKEN, _VARIABLE)
+    names = {token for token in tokens if _VARIABLE.fullmatch(token) and token != "pi"}
+    sound = end == len(text) <= MAX_FORMULA and 0 < len(names) <= len(_POINTS[0])
+    return (tokens, names) if sound and not _NO_FORMULA.search(text) and not _CHAIN.fullmatch(text) else (None, None)
+
+
+def _values(a, b):
+    """The pairs of values of two formulas in the same variables at the points; None if they are none, or one lacks one."""
+    (tokens, names), (others, other_names) = _formula(a), _formula(b)
+    if not tokens or names != other_names:
+        return None
+    points = [dict(zip(sorted(names), point)) for point in _POINTS]
+    pairs = [pair for point in points if (pair := (_value(tokens, point), _value(others, point))) != (None, None)]
+    return pairs if len(pairs) > 1 and not any(None in pair for pair in pairs) else None
+
+
+def _close(x, y):
+    return x == y if isinstance(x, Fraction) and isinstance(y, Fraction) else math.isclose(x, y, rel_tol=1e-9)
+
+
+def _same_formula(a, b):
+    r"""Whether two formulas have the same values: x/2 and \frac{x}{2}. AB and BA are names: they lack an operator."""
+    operators = re.search(r"[-+*/^\\]", a + b) or (a[:1].isdigit() and b[:1].isdigit())
+    pairs = _values(a, b) if operators else None
+    return pairs is not None and all(_close(*pair) for pair in pairs)
+
+
+def _same_difference(sides, others, either_sign):
+    """Whether the two sides of each differ by the same but for a factor, which is 1 or -1 if there is one variable."""
+    difference, other = ("({})-({})".format(*pair) for pair in (sides, others))
+    pairs = _values(difference, other)
+    if not pairs or not all(x and y for x, y in pairs):  # no point lies on either curve
+        return False
+    ratio = pairs[0][1] / pairs[0][0]
+    several = len(_formula(difference)[1]) > 1
+    return ((either_sign or ratio > 0) and (several or _close(abs(ratio), Fraction(1)))
+            and all(_close(x * ratio, y) for x, y in pairs))
+
+
+def _value(tokens, variables=None):
+    """A formula's value, or None: off the grammar, cut short, a division by zero, 9^9^9, beyond a float."""
+    tokens = list(tokens)
+    try:
+        number = _evaluate(tokens, variables or {})
+        return number if not tokens and math.isfinite(number) else None
+    except (ValueError, LookupError, ArithmeticError):
+        return None
+
+
+def _evaluate(tokens, variables, floor=0):
+    r"""Precedence climbing over + - * / : ^, brackets, \frac, \sqrt, pi and implied products; consumes `tokens`.
+
+    Stops before an operator that binds no tighter than `floor`; 9 reads one operand. Errors: see the caller.
+    """
+    token = tokens.pop(0)
+    if token in ("+", "-"):
+        value = _evaluate(tokens, variables, 2) * (-1 if token == "-" else 1)
+    elif token == "(":
+        value = _evaluate(tokens, variables)
+        if tokens.pop(0) != ")":
+            raise ValueError("unbalanced brackets")
+    elif token == "\\frac":
+        value = _evaluate(tokens, variables, 9) / _evaluate(tokens, variables, 9)
+    elif token == "\\root":
+        index = _evaluate(tokens, variables, 9)
+        value = math.pow(_evaluate(tokens, variables, 9), 1 / index)
+    elif token.endswith("sqrt"):
+        value = math.sqrt(_evaluate(tokens, variables, 9))
+    elif token in variables:
+        value = variables[token]
+    else:
+        value = math.pi if token == "pi" else Fraction(token)
+    while tokens and tokens[0] != ")":
+        operator = tokens[0] if tokens[0] in _BINDING else "*"
+        if _BINDING[operator] <= floor:
+            break
+        if tokens[0] in _BINDING:
+            tokens.pop(0)
+        elif tokens[0][0] in ".0123456789":
+            raise ValueError("two numbers in a row are no product")
+        right = _evaluate(tokens, variables, 2 if operator == "^" else _BINDING[operator])  # powers group to the right
+        if operator in "+-":
+            value += right if operator == "+" else -right
+        elif operator == "^":
+            value = _power(value, right)
+        else:
+            value = value * right if operator == "*" else value / right
+    return value
+
+
+def _power(base, exponent):
+    """Exact for an integer exponent, as long as the result stays small."""
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
+        if abs(exponent) * max(base.numerator.bit_length(), base.denominator.bit_length()) < 20_000:
+            return base ** int(exponent)
+    return math.pow(base, exponent)
