@@ -426,7 +426,7 @@ def build(args, settings, model=None):
         return Server(url, name, os.environ.get(key) or None, args.timeout, args.retries, args.cache)
 
     distributed.start_ranks()                      # before a model is loaded: each rank to a GPU of its own
-    clip = noise.ClipAttention.from_pretrained(args.clip)
+    clip = noise.ClipAttention.from_pretrained(args.clip, kind=args.clip_map)
     if re.match("https?:", model):
         vlm = ServerVLM(server(model, args.model_name, "MODEL_API_KEY"), Rollout)
     else:
@@ -461,7 +461,7 @@ def answer_many(args, settings, defaults):
 
     defaults: the flags' (Namespace). A flag that an older file does not name had its default.
     """
-    samples = data.load(args.data, "test", args.limit, args.data_seed, args.strict)
+    samples = data.load(args.data, "test", args.limit, args.data_seed, args.strict, allow_outside=args.allow_outside)
     controller = build(args, settings)
 
     def answer_batch(batch):

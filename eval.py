@@ -319,7 +319,7 @@ def main(argv=None):
     args.t = ts = sorted({0, *(parse_t(t)[0] for t in args.t)})
     args.regions = [region for region in MODES if region in args.regions]
     output, samples = Path(args.output), data.load(args.data or "synthetic", "test", args.limit, args.data_seed, args.strict,
-                                                   answered=True)
+                                                   answered=True, allow_outside=args.allow_outside)
     paths = list(filter(None, (args.baseline, args.model)))
     names = [Path(path).name for path in paths] if len({Path(path).name for path in paths}) == len(paths) else paths
     votes, probes, corrupted = {}, {}, {}
@@ -369,7 +369,7 @@ def main(argv=None):
     threshold = tables["abstention"][names[-1]] | {"settings": results_file.threshold_settings(settings),
                                                    "sources": results_file.source_fingerprint(args)}
     cli.write_atomically(output / "threshold.json", cli.strict_json(threshold, indent=1))
-    clip = controller.clip or ClipAttention.from_pretrained(args.clip)
+    clip = controller.clip or ClipAttention.from_pretrained(args.clip, kind=args.clip_map)
     (output / "report.html").write_text(report.build(
         tables, cases(votes[names[-1]], settings, samples, clip, threshold["method"]),
         {name: training_log(path) for name, path in zip(names, paths)}, about), encoding="utf-8")
@@ -489,7 +489,7 @@ def corrupter(vlm, clip, names, mass, n, seed, **sampling):
         for place, masks in (("key", keys), ("all", [[None] * len(some) for some in pictures])):
             for name in names:
                 for severity in corruptions.SEVERITIES:
-                    images = [[corruptions.corrupt(image, name, severity, noise.diffuse, mask=mask, seed=zlib.crc32(
+                    images = [[corruptions.corrupt(image, name, severity, noise.NoisedPicture, mask=mask, seed=zlib.crc32(
                         f"{seed} {s.id} {i}".encode())) for i, (image, mask) in enumerate(zip(some, own))]
                         for s, some, own in zip(batch, pictures, masks)]
                     label = f"{name}, {place}, {severity}"

@@ -21,6 +21,7 @@ from utils.caches import StateLayer, new_cache
 from utils.cli import InputError
 from utils.distributed import GIB, choices, describe, device_memory, dtype_of, parameters, state_bytes
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
+from utils.preflight import PromptLengths, check_questions
 
 ASKED = 32              # questions whose tokens are counted
 
@@ -105,7 +106,11 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
 
     image_id = next((getattr(vlm.model.config, name) for name in ("image_token_id", "image_token_index")
                      if isinstance(getattr(vlm.model.config, name, None), int)), -1)
-    chosen = [samples[i] for i in random.Random(0).sample(range(len(samples)), min(ASKED, len(samples)))]
+    if isinstance(samples, list):           # of a file: all are counted, and the longest are looked at
+        counts = check_questions(PromptLengths(vlm), samples, prompt_of, args.max_new_tokens, vlm.context)
+        chosen = [sample for *_, sample in sorted(counts, key=lambda count: -count[0])[:4]]
+    else:                                   # built-in questions are alike
+        chosen = [samples[i] for i in random.Random(0).sample(range(len(samples)), min(ASKED, len(samples)))]
     text, sight = vlm.text_config, vlm.model.config.vision_config
     counts = []
     for s in chosen:

@@ -25,6 +25,8 @@ def agreed(check):
     except InputError as error:
         fault = str(error)
     faults = [text for text in gathered([fault]) if text is not None]
+    if fault is not None and fault != faults[0]:
+        print(f"also: {fault}", file=sys.stderr)
     if faults:
         raise InputError(faults[0])
     return result
@@ -74,6 +76,13 @@ class PromptLengths:
         except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError):      # a class that only inherits it
             self.arithmetic = None
             return None
+
+
+def tower_pixels(vlm):
+    """How many pixels of a large picture reach the vision tower, tiles and thumbnail together (int)."""
+    inputs = vlm.encode([[Image.new("RGB", (4096, 4096))]], ["?"])
+    name = next(name for name in inputs if name.startswith("pixel_values"))
+    return vlm.sight.levels(inputs[name].cpu())[:, 0].size
 
 
 def check_questions(lengths, samples, prompt_of, max_new_tokens, context):

@@ -148,7 +148,7 @@ def read_threshold(settings, sources=None):
 
 
 # What may change between a run and its continuation.
-FREE = ("output", "strict", "batch_size", "limit", "json", "timeout", "retries", "cache")
+FREE = ("output", "strict", "allow_outside", "batch_size", "limit", "json", "timeout", "retries", "cache")
 
 
 def run_fingerprint(args, leave_out=(), **changed):
