@@ -1,11 +1,13 @@
-"""What a picture costs: decoded, its noised twin, encoded for the model; and how long a step waits for pictures.
+"""What a picture costs: decoded, its noised twin, encoded for the model; and how long a step waits for
+pictures.
 
-    python benchmarks/pictures.py                           # Qwen2-VL's default: at most 1,003,520 pixels reach the tower
+    python benchmarks/pictures.py  # Qwen2-VL's default: at most 1,003,520 pixels reach the tower
     python benchmarks/pictures.py --pixels 262144           # 512 x 512
 
-Seconds of one core a picture, medians. `twin + encode`: the key region by CLIP, and both views through the processor, the
-twin noised at the tower's resolution. Goals: .35 s (12 MP JPEG), .12 s (2 MP PNG), .03 s (512-pixel PNG). The CLIP is the
-built-in one; ViT-L/14-336 adds about a second a picture on a core, or its kept map (--clip_cache) nothing.
+Seconds of one core a picture, medians. `twin + encode`: the key region by CLIP, and both views through the
+processor, the twin noised at the tower's resolution. Goals: .35 s (12 MP JPEG), .12 s (2 MP PNG), .03 s
+(512-pixel PNG). The CLIP is the built-in one; ViT-L/14-336 adds about a second a picture on a core, or its
+kept map (--clip_cache) nothing.
 """
 import argparse
 import io
@@ -69,8 +71,8 @@ def measure(vlm, clip, content, pixels, repeats):
 
 
 def waiting(clip, content, pixels, seconds, photos=16, steps=5):
-    """The share of a step that waits for decoded pictures and their regions, made one step ahead (float). The step itself is
-    a wait of so many seconds, as a GPU's is."""
+    """The share of a step that waits for decoded pictures and their regions, made one step ahead (float). The
+    step itself is a wait of so many seconds, as a GPU's is."""
     def make(step):
         samples = [data.Sample(f"{step} {i}", [content], QUESTION, enough=pixels) for i in range(photos)]
         pictures = prefetch.decode_all(samples)
@@ -89,9 +91,11 @@ def waiting(clip, content, pixels, seconds, photos=16, steps=5):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pixels", type=int, default=1280 * 28 * 28, help="that reach the vision tower at most")
+    parser.add_argument("--pixels", type=int, default=1280 * 28 * 28, help="that reach the vision tower at "
+                                                                           "most")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--step_seconds", type=float, default=5.0, help="what a step of 16 photos takes beside pictures")
+    parser.add_argument("--step_seconds", type=float, default=5.0, help="what a step of 16 photos takes "
+                                                                        "beside pictures")
     args = parser.parse_args()
     torch.set_num_threads(1)
     clip = noise.ClipAttention.from_pretrained(device="cpu")
@@ -100,7 +104,8 @@ def main():
         rows = {name: measure(vlm, clip, file_of(*shape), args.pixels, args.repeats) for name, shape in FILES.items()}
     print(f"seconds of one core a picture; at most {args.pixels:,} pixels reach the tower\n{cli.table(rows)}")
     share = waiting(clip, file_of(*FILES["12 MP JPEG"]), args.pixels, args.step_seconds)
-    print(f"\na step of 16 photos of 12 MP and {args.step_seconds:g} s waits for pictures {share:.1%} of its time")
+    print(f"\na step of 16 photos of 12 MP and {args.step_seconds:g} s waits for pictures {share:.1%} of "
+          f"its time")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""How a training starts on people's rows: refused as a whole, held out by picture, gone on with from a checkpoint."""
+"""How a training starts on people's rows: refused as a whole, held out by picture, gone on with from a
+checkpoint."""
 import json
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def test_a_run_goes_on_with_another_lr_and_says_so(tmp_path, capsys):
         train(*common, "--steps", 4, "--group_size", 4, "--resume", "from")
     train(*common, "--steps", 4, "--lr", 1e-5, "--resume", "from")
     assert "goes on from step 2 with steps 2 -> 4, lr 0.0001 -> 1e-05" in capsys.readouterr().out
-    train(*common, "--steps", 4, "--lr", 1e-5)                  # the same command again: nothing is moved aside
+    train(*common, "--steps", 4, "--lr", 1e-5)  # the same command again: nothing is moved aside
     settings = json.loads((tmp_path / "run" / "args.json").read_text())
     assert settings["history"] == [{"step": 2, "changes": {"steps": [2, 4], "lr": [1e-4, 1e-5]}}]
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -64,12 +65,13 @@ def test_a_run_goes_on_with_another_lr_and_says_so(tmp_path, capsys):
 
 
 def test_two_ranks_refuse_together_and_move_nothing(rows, tmp_path):
-    """The broken picture is in the second rank's share; an earlier run with other settings stands in the folder."""
+    """The broken picture is in the second rank's share; an earlier run with other settings stands in the
+    folder."""
     train("--data", rows, "--output", tmp_path / "run", "--steps", 1, "--eval_size", 0)
     before = sorted(path.name for path in tmp_path.iterdir())
     (tmp_path / "0.png").write_bytes(b"no picture")
     lines = rows.read_text().splitlines()
-    rows.write_text("\n".join([lines[1 + 1], lines[0]] + lines[3:]))            # the only row about it is the second
+    rows.write_text("\n".join([lines[1 + 1], lines[0]] + lines[3:]))  # the only row about it is the second
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                            str(ROOT / "train_cdrl.py"), *SMALL, "--data", str(rows), "--output", str(tmp_path / "run"),
                            "--steps", "1", "--eval_size", "0", "--lr", "1e-5"], capture_output=True, text=True, cwd=ROOT,

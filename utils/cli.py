@@ -131,8 +131,8 @@ def _expected(least, above, most, below):
 @dataclass
 class RunOptions:
     """How a training is run: memory, ranks, checkpoints. None of it changes the method; see also `checkpoint.FREE`."""
-    resume: str = option("auto", "auto: go on where the run folder stopped; from: go on from its newest checkpoint with another "
-                         "lr, steps or batch size; no: move an earlier run aside", ("auto", "from", "no"))
+    resume: str = option("auto", "auto: go on where the run folder stopped; from: go on from its newest checkpoint with "
+                         "another lr, steps or batch size; no: move an earlier run aside", ("auto", "from", "no"))
     clip_cache: str = option("", "folder that keeps CLIP's maps for further epochs and runs; empty: none is kept")
     micro_batch: int = option(8, "questions a forward pass when learning; less saves memory, the gradient is the same", least=1)
     micro_tokens: int = option(0, "and at most so many tokens, prompts and all completions on each view, padding included; "

@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 class Ahead:
     """Makes batches in a thread, one ahead: `ahead(step)` is make(step).
 
-    make: a pure function of the step, so that results do not depend on what was made ahead. Pillow's decoders and resizing,
-    numpy and torch leave the interpreter free for the step that runs. last: no step from there on is made ahead. What make
-    raises is raised by the call for its own step.
+    make: a pure function of the step, so that results do not depend on what was made ahead. Pillow's decoders
+    and resizing, numpy and torch leave the interpreter free for the step that runs. last: no step from there
+    on is made ahead. What make raises is raised by the call for its own step.
     """
 
     def __init__(self, make, last):
@@ -25,7 +25,7 @@ class Ahead:
 
 
 def decode_all(samples, workers=2):
-    """`pictures()` of several samples, decoded side by side -> list of lists of PIL images. The first sample's InputError
-    is raised."""
+    """`pictures()` of several samples, decoded side by side -> list of lists of PIL images. The first
+    sample's InputError is raised."""
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda sample: sample.pictures(), samples))
