@@ -58,7 +58,7 @@ def hold_out(samples, size, seed):
         if len(chosen) + len(group) <= size:
             chosen += group
     if size and not chosen:
-        raise InputError(f"no {size} questions can be held out: the pictures are shared by too many "
+        raise InputError(f"none of {size} questions can be held out: the pictures are shared by too many "
                          f"questions, the fewest by "
                          f"{min(map(len, groups))}; raise --eval_size, or set it to 0")
     chosen = {*chosen}
