@@ -265,12 +265,12 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
     images, prompts = [p for view in views for p in view.images], [p for view in views for p in view.prompts]
     completions = [r.tokens for view in views for group in view.rollouts for r in group]
     sizes = [view.confidence.numel() for view in views]
-    inputs = original.inputs and original.inputs.rows([row for view in views for row in view.rows])
-    scores = policy.score(images, prompts, completions, temperature=args.temperature, inputs=inputs).split(sizes)
+    encoded = {"inputs": original.inputs, "rows": [row for view in views for row in view.rows]}
+    scores = policy.score(images, prompts, completions, temperature=args.temperature, **encoded).split(sizes)
     ref_scores = [None] * len(views)
     if reference is not None:
         with torch.no_grad():
-            ref_scores = reference.score(images, prompts, completions, temperature=args.temperature, inputs=inputs).split(sizes)
+            ref_scores = reference.score(images, prompts, completions, temperature=args.temperature, **encoded).split(sizes)
     loss, sums = 0.0, dict.fromkeys(logs.LOSS_SUMS, 0.0)
 
     # ---- the clipped policy gradient of GRPO

@@ -36,7 +36,7 @@ class Toy:
         logits = self.logits(theta, view, words)
         return logits.log_softmax(-1)[range(len(words)), words], -logits.log_softmax(-1).amax(-1)        # Eq. 3 with k = 1
 
-    def score(self, images, prompts, completions, temperature, inputs):
+    def score(self, images, prompts, completions, temperature, inputs, rows):
         group, width = len(completions) // len(images), max(map(len, completions))
         words = torch.stack([torch.nn.functional.pad(w, (0, width - len(w))) for w in completions])      # (B, T)
         mask = torch.arange(width) < torch.tensor([len(w) for w in completions])[:, None]

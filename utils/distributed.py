@@ -141,9 +141,10 @@ class Policy(nn.Module):
     def forward(self, *args, **kwargs):
         return self._vlm[0].score(*args, **kwargs) if args else None
 
-    def score(self, *args, **kwargs):
-        """`VLM.score`, with gradient."""
-        return self(*args, **kwargs)
+    def score(self, images, prompts, completions, *, temperature=1.0, inputs=None, rows=None):
+        """`VLM.score`, with gradient. inputs: `VLM.encode` of these prompts and others, of which they are `rows` (indices)."""
+        inputs = inputs and inputs.rows(rows)               # here: FSDP makes a plain dict of it on the way
+        return self(images, prompts, completions, temperature=temperature, inputs=inputs)
 
     @contextmanager
     def unsharded(self):
