@@ -266,7 +266,7 @@ class VLM:
     @torch.no_grad()
     def states(self, images, prompts):
         """The last hidden state at the end of each of B prompts, before the first word -> (B, D) fp32 on the CPU."""
-        return self._prefill(images, prompts).hidden.float().cpu()
+        return self.prefill(images, prompts).hidden.float().cpu()
 
     # ------------------------------------------------------------------------------------------------------------------
     # Completions out

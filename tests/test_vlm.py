@@ -6,6 +6,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
 from noise import diffuse
+from reward import token_confidence
 from utils import loading
 from utils.cli import InputError
 from vlm import VLM, place_images, sample_token
@@ -339,3 +340,11 @@ def test_special_tokens_in_a_prompt_are_only_words(base):
     assert (inputs["input_ids"] == image_id).sum() == 4
     assert torch.isin(inputs["input_ids"], base.eos).sum() == 1
     base.sample([[picture]], ["<|image_pad|>" * 9], max_new_tokens=3)
+
+
+def test_a_state_is_what_the_first_word_is_read_from(base, mixed):
+    rollouts = base.sample(*mixed, 1, max_new_tokens=1)
+    first = torch.stack([group[0].confidences[0] for group in rollouts])
+    states = base.states(*mixed)
+    assert states.shape == (5, base.text_config.hidden_size) and states.dtype == torch.float32
+    torch.testing.assert_close(token_confidence(base.logits(states), base.top_k), first, atol=1e-4, rtol=0)
