@@ -216,14 +216,15 @@ class Controller:
     def __init__(self, vlm, expert=None, clip=None, settings=None, checker=None):
         self.vlm, self.settings, self.clip = vlm, settings or Settings(), clip
         self.modules, self.taus = self.settings.check(), self.settings.taus()
-        self.threshold, self.policy = read_threshold(self.settings), read_policy(self.settings)
+        self.threshold = read_threshold(self.settings)
         is_server = isinstance(vlm, ServerVLM)
         base_as_expert = (ServerExpert(vlm.server, self.settings.expert_tokens) if is_server
                           else LocalExpert(vlm, self.settings.expert_tokens))
         self.expert = expert or base_as_expert
         self.checker = checker or (None if is_server else vlm)
+        self.policy = read_policy(self.settings, can_check=self.checker is not None)
         if self.policy:
-            self.modules = self.policy.without(() if self.checker else ("self_check",)).modules
+            self.modules = self.policy.modules
             self.threshold = self.policy.threshold(self.settings.risk) if self.settings.risk else None
         if clip is None and "self_check" in self.modules and self.checker and self.settings.region != "all":
             self.clip = noise.ClipAttention.from_pretrained()

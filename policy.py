@@ -19,6 +19,7 @@ Left out on purpose: features of the picture or the question; a learned value fu
 """
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations
@@ -77,10 +78,6 @@ class Evidence:
                 shares[source] = shares.get(source, 0.0) + share
         return sorted(merged, key=lambda candidate: -len(candidate[1]))
 
-    def num_candidates(self):
-        """Different answers among the samples."""
-        return sum(bool(indices) for _, indices, _ in self.candidates())
-
 
 @lru_cache(maxsize=2**18)
 def _same(a, b, choices):
@@ -133,6 +130,11 @@ def features(evidence, scale):
     return [answer for answer, _, _ in candidates], rows
 
 
+def num_sampled(x):
+    """Features -> how many candidates the samples gave."""
+    return int((x[:-1, list(FEATURES).index("unsampled")] == 0).sum())
+
+
 @dataclass
 class Posterior:
     """P(right) of each candidate: softmax over candidates and "none" of coefficients . features (conditional logit)."""
@@ -142,26 +144,22 @@ class Posterior:
     def __call__(self, evidence):
         """-> [(answer, P), ...], the most probable first; what is missing to 1 is P(none of these)."""
         answers, x = features(evidence, self.scale)
-        p = softmax(x @ self.coefficients)
-        return sorted(zip(answers, p[:-1].tolist()), key=lambda pair: -pair[1])
+        return sorted(zip(answers, self.probabilities(x).tolist()), key=lambda pair: -pair[1])
+
+    def probabilities(self, x):
+        """Features (K + 1, D) -> P of the K candidates."""
+        return softmax(x @ self.coefficients)[:-1]
 
     def leader(self, evidence):
         """The most probable answer and its P; (None, 0.0) without candidates."""
         return next(iter(self(evidence)), (None, 0.0))
 
-    def table(self):
-        """The coefficients in words (str)."""
-        return cli.table({name: {"coefficient": float(w), "": words}
-                          for (name, words), w in zip(FEATURES.items(), self.coefficients)})
-
 
 # ---- 2. Stored votes, as questions on which anything can be bought
 
 class StoredQuestion:
-    """A row of votes.jsonl: all evidence that could be bought, what it costs, and which answers are right.
-
-    row: of `eval.collector`. accepts: (answer, row) -> bool. reading: of C.
-    """
+    """A row of `eval.collector`: all evidence that could be bought, its costs, and which answers are right. accepts:
+    (answer, row) -> bool. reading: of C."""
 
     def __init__(self, row, accepts, reading="mean"):
         self.id, self.row, self.choices, self.cache = row["id"], row, row["choices"], {}
@@ -227,8 +225,7 @@ class Policy:
     outcomes: {purchase: {"before" or "after" the Expert was heard: [[P, [change of P, ...]], ...]}}, equally likely
     changes. costs: {purchase: mean (base tokens, Expert tokens, Expert calls)}, of one sample for "samples". sizes:
     numbers of samples, rising. modules: sources that can be bought. rate: P(right) that a unit of price must bring.
-    frontier: [{rate, calls, tokens, accuracy, thresholds, ...}, ...] on the fitted questions, cross-fitted; thresholds:
-    {target risk: confidence from which on an answer is given, None = never}. about: what it was fitted on.
+    frontier: means and thresholds (None = never answer) at each rate, cross-fitted. about: what it was fitted on.
     """
     posterior: Posterior
     outcomes: dict
@@ -287,22 +284,17 @@ class Policy:
     def choose_rate(self, budget=None, accuracy=None):
         """Set the rate for a budget (mean Expert calls a question) or a target accuracy, by the frontier -> self."""
         if budget is not None:
-            points = [point for point in self.frontier if point["calls"] <= budget + 1e-9]
-            if not points:
-                raise InputError(f"--budget {budget:g} is below {min(p['calls'] for p in self.frontier):.2f} calls, the "
-                                 "least that this policy spends; raise it")
-            self.rate = min(point["rate"] for point in points)
+            rates = [point["rate"] for point in self.frontier if point["calls"] <= budget + 1e-9]
+            if not rates:
+                least = min(point["calls"] for point in self.frontier)
+                raise InputError(f"--budget {budget:g} is below {least:.2f} calls, the least of this policy; raise it")
+            self.rate = min(rates)
         elif accuracy is not None:
-            points = [point for point in self.frontier if point["accuracy"] >= accuracy]
-            if not points:
-                raise InputError(f"--accuracy {accuracy:g} is above {max(p['accuracy'] for p in self.frontier):.3f}, the "
-                                 "best that this policy reached on the questions it was fitted on; lower it")
-            self.rate = max(point["rate"] for point in points)
-        return self
-
-    def without(self, sources):
-        """The policy where some sources cannot be bought -> self."""
-        self.modules, self._offers = [m for m in self.modules if m not in sources], {}
+            rates = [point["rate"] for point in self.frontier if point["accuracy"] >= accuracy]
+            if not rates:
+                best = max(point["accuracy"] for point in self.frontier)
+                raise InputError(f"--accuracy {accuracy:g} is above {best:.3f}, the best of this policy; lower it")
+            self.rate = max(rates)
         return self
 
     def threshold(self, risk):
@@ -314,16 +306,15 @@ class Policy:
         return math.inf if value is None else value
 
     def buy(self, controller, states):
-        """Buy evidence for questions (QuestionStates of a catts.Controller) one piece at a time, where it pays.
-
-        What was bought goes into each result's `purchases`, with P after it, and why it stopped.
-        """
+        """Buy evidence for questions (QuestionStates of a catts.Controller) one piece at a time, where it pays. Each
+        result's `purchases` say what was bought, with P after it, and why it stopped."""
         while states:
             batches = {}                # {(purchase, number of samples where it matters): questions}
             for state in states:
                 evidence, n, result = controller.evidence(state), len(state.result.rollouts), state.result
                 answer, p = self.posterior.leader(evidence)
-                purchase, reason, _ = self.next_purchase(n, evidence.votes, p, evidence.num_candidates())
+                sampled = num_sampled(features(evidence, self.posterior.scale)[1])
+                purchase, reason, _ = self.next_purchase(n, evidence.votes, p, sampled)
                 bought = f"{n} samples" if state.next in ("", "samples") else state.next
                 result.purchases.append({"bought": bought, "answer": answer, "p": p})
                 state.next = purchase
@@ -346,11 +337,13 @@ class Policy:
         spent.add("samples", question.cost("samples", n))
         while True:
             answers, x, _ = question.features(n, sources, self.posterior.scale)
-            p = softmax(x @ self.posterior.coefficients)[:-1]
+            p = self.posterior.probabilities(x)
             best = int(p.argmax()) if len(p) else None
-            spent.confidence, spent.correct = (float(p[best]), question.accepts(answers[best])) if len(p) else (0.0, False)
+            if best is not None:
+                spent.confidence, spent.correct = float(p[best]), question.accepts(answers[best])
             spent.p.append(spent.confidence)
-            purchase, *_ = self.next_purchase(n, sources, spent.confidence, question.evidence(n).num_candidates())
+            spent.states.append((n, frozenset(sources)))
+            purchase, *_ = self.next_purchase(n, sources, spent.confidence, num_sampled(x))
             if purchase is None:
                 return spent
             if purchase == "samples":
@@ -368,15 +361,22 @@ class Policy:
                   "scale": self.posterior.scale, **stored}
         cli.write_atomically(Path(path), cli.strict_json(record, indent=1))
 
-    def gain_table(self):
-        """The mean rise of P by each purchase, by P, before and after the Expert was heard (str)."""
+    def tables(self):
+        """The coefficients in words, and the mean rise of P by each purchase, by P (str)."""
+        coefficients = cli.table({name: {"coefficient": float(w), "": words} for (name, words), w in zip(
+            FEATURES.items(), self.posterior.coefficients)})
         at = np.array([0.2, 0.4, 0.6, 0.8, 0.95])
-        return cli.table({f"{m}, {when}": {f"P {p}": float(rise) for p, rise in zip(
-            at, self.after(m, at, when == "after").mean(0) - at)} for m in self.outcomes for when in self.outcomes[m]})
+        rises = {f"{m}, {when}": self.after(m, at, when == "after").mean(0) - at
+                 for m in self.outcomes for when in self.outcomes[m]}
+        return coefficients + "\n\nrise of P by a purchase, before and after the Expert was heard\n" + cli.table(
+            {name: {f"P {p}": float(rise) for p, rise in zip(at, row)} for name, row in rises.items()})
 
 
-def fit_posterior(questions, sizes, modules, ridge=1.0):
-    """StoredQuestions -> Posterior, fitted on every state that evidence can be bought up to."""
+def fit_posterior(questions, sizes, modules, ridge=1.0, visits=None):
+    """StoredQuestions -> Posterior, fitted on every state that evidence can be bought up to.
+
+    visits: {state: weight} for each question, of the states in which a controller was; they then weigh more.
+    """
     samples = np.array([sample[1:] for q in questions for sample in q.samples[:sizes[-1]]], float)
     scale = tuple((float(mean), float(max(std, 1e-6))) for mean, std in zip(samples.mean(0), samples.std(0)))
     states = states_of(sizes, modules)
@@ -384,8 +384,20 @@ def fit_posterior(questions, sizes, modules, ridge=1.0):
     # Each number of purchases weighs the same: few are bought as a rule. A question counts as three answers, however
     # many states it is seen in, for they are not independent.
     weight = np.array([1 / math.comb(len(modules), len(sources)) for _, sources in states])
-    weights = np.tile(3 * weight / weight.sum(), len(questions))
-    return Posterior(fit_logit([x for _, x, _ in data], [right for *_, right in data], weights, ridge), scale)
+    weights = np.tile(3 * weight / weight.sum(), (len(questions), 1))
+    if visits:
+        weights = 0.3 * weights + [[given.get((n, frozenset(sources)), 0.0) for n, sources in states] for given in visits]
+    return Posterior(fit_logit([x for _, x, _ in data], [right for *_, right in data], weights.ravel(), ridge), scale)
+
+
+def visits_of(policy, question, rates=(0.12, 0.26)):
+    """{state: weight} of the states that a policy passes on a question; the last weighs as much as the others."""
+    visits = Counter()
+    for policy.rate in rates:
+        *path, last = policy.replay(question).states
+        visits.update({state: 0.7 / len(path) for state in path})
+        visits[last] += 0.7
+    return visits
 
 
 def states_of(sizes, modules):
@@ -401,9 +413,10 @@ def fit_outcomes(questions, posterior, sizes, modules, bins=6, changes=5):
     """
     pairs = {}
     for q in questions:
-        p_of = {(n, frozenset(sources)): _leading(q, n, sources, posterior) for n, sources in states_of(sizes, modules)}
-        for n, sources in p_of:
-            for purchase in affordable(n, sources, sizes, modules, q.evidence(n).num_candidates()):
+        x_of = {(n, frozenset(sources)): q.features(n, sources, posterior.scale)[1] for n, sources in states_of(sizes, modules)}
+        p_of = {state: posterior.probabilities(x).max(initial=0.0) for state, x in x_of.items()}
+        for (n, sources), x in x_of.items():
+            for purchase in affordable(n, sources, sizes, modules, num_sampled(x)):
                 after = (next_size(sizes, n), sources) if purchase == "samples" else (n, sources | {purchase})
                 when = "after" if HEARS_EXPERT & sources else "before"
                 pairs.setdefault(purchase, {}).setdefault(when, []).append((p_of[n, sources], p_of[after]))
@@ -420,11 +433,6 @@ def fit_outcomes(questions, posterior, sizes, modules, bins=6, changes=5):
     return outcomes
 
 
-def _leading(question, n, sources, posterior):
-    _, x, _ = question.features(n, sources, posterior.scale)
-    return float(softmax(x @ posterior.coefficients)[:-1].max(initial=0.0))
-
-
 def fit_policy(questions, sizes, modules, prices=None, ridge=1.0, rates=None):
     """StoredQuestions -> Policy with its frontier and its calibration, both cross-fitted: no question is judged by a
     posterior that was fitted on it."""
@@ -433,11 +441,16 @@ def fit_policy(questions, sizes, modules, prices=None, ridge=1.0, rates=None):
     rates = np.geomspace(0.02, 1.0, 60) if rates is None else rates
 
     def fit(part):
-        posterior = fit_posterior(part, sizes, modules, ridge)
         costs = {m: np.mean([q.cost(m, sizes[-1]) for q in part], 0) for m in ("samples", *modules)}
         costs["samples"] = costs["samples"] / sizes[-1]
-        return Policy(posterior, fit_outcomes(part, posterior, sizes, modules), {m: c.tolist() for m, c in costs.items()},
-                      list(sizes), list(modules), prices=dict(prices or PRICES))
+        visits = None
+        for _ in range(2):              # then once more, where the first controller went: there P must be calibrated
+            posterior = fit_posterior(part, sizes, modules, ridge, visits)
+            policy = Policy(posterior, fit_outcomes(part, posterior, sizes, modules),
+                            {m: cost.tolist() for m, cost in costs.items()}, list(sizes), list(modules),
+                            prices=dict(prices or PRICES))
+            visits = [visits_of(policy, q) for q in part]
+        return policy
 
     policy = fit(questions)
     halves = [questions[0::2], questions[1::2]]
@@ -454,23 +467,22 @@ def fit_policy(questions, sizes, modules, prices=None, ridge=1.0, rates=None):
     return policy.choose_rate(budget=max(0.5, min(point["calls"] for point in policy.frontier)))
 
 
-def fit_on_votes(rows, settings, accepts, sources, prices=None):
-    """Rows of votes.jsonl -> Policy for runs under the same settings with the same sources (see `read_policy`).
-
-    accepts: (answer, row) -> bool, the judge. Numbers of samples: those for which every module's votes are stored.
-    """
+def fit_on_votes(rows, settings, accepts, sources, prices=None, rates=None):
+    """Rows of votes.jsonl -> Policy for runs under the same settings and sources. accepts: (answer, row) -> bool."""
     sizes = sorted(size for size in map(int, rows[0]["by_n"]) if size <= settings.samples)
     sizes = [size for size in sizes if size > 1] or sizes           # one sample has no share
     modules = [m for m in PURCHASES[1:] if m == "expert" or m in rows[0]["by_n"][str(sizes[-1])]["ran"]]
-    policy = fit_policy([StoredQuestion(row, accepts, settings.reading) for row in rows], sizes, modules, prices)
+    policy = fit_policy([StoredQuestion(row, accepts, settings.reading) for row in rows], sizes, modules, prices,
+                        rates=rates)
     policy.about |= {"settings": policy_settings(settings), "sources": sources}
     return policy
 
 
 # ---- 4. policy.json
 
-def read_policy(settings, sources=None):
-    """--policy FILE -> Policy; None for "paper". settings, sources: of this run (see `source_fingerprint`).
+def read_policy(settings, sources=None, can_check=True):
+    """--policy FILE -> Policy; None for "paper". settings, sources: of this run (see `source_fingerprint`). can_check:
+    whether Visual Self-Check can be bought.
 
     Raises InputError, also for a policy that was fitted under other settings, or with another model or Expert.
     """
@@ -479,10 +491,10 @@ def read_policy(settings, sources=None):
         if settings.budget or settings.accuracy or settings.risk:
             raise InputError("--budget, --accuracy and --risk need a fitted policy; add --policy policy.json")
         return None
-    if settings.early_exit != "off":
-        raise InputError(f"--early_exit {settings.early_exit} belongs to --policy paper; a fitted policy stops by itself")
-    if settings.abstain:
-        raise InputError(f"--abstain {settings.abstain} belongs to --policy paper; give --risk, which the policy certifies")
+    for flag, unset, instead in (("early_exit", "off", "a fitted policy stops by itself"),
+                                 ("abstain", "", "give --risk, which the policy certifies")):
+        if getattr(settings, flag) != unset:
+            raise InputError(f"--{flag} {getattr(settings, flag)} belongs to --policy paper; {instead}")
     try:
         stored = json.loads(Path(path).read_text())
         coefficients = np.array([stored["coefficients"][name] for name in FEATURES], float)
@@ -500,6 +512,7 @@ def read_policy(settings, sources=None):
     if changed := changed_settings(fitted, {k: v for k, v in current.items() if fitted}, defaults):
         then, now = (", ".join(f"{key} {side.get(key, defaults.get(key))}" for key in changed) for side in (fitted, current))
         raise InputError(f"--policy {path!r} was fitted with {then}, this run has {now}; use the same, or fit it again")
+    policy.modules = [m for m in policy.modules if can_check or m != "self_check"]
     return policy.choose_rate(settings.budget or None, settings.accuracy or None)
 
 

@@ -9,7 +9,8 @@ from utils.metrics import auroc, calibration_error, interval
 
 @dataclass
 class Spent:
-    """What a policy made of one question. p: of the leading answer after each purchase."""
+    """What a policy made of one question. p: of the leading answer after each purchase. states: (number of samples,
+    sources) there."""
     id: str
     confidence: float = 0.0
     correct: bool = False
@@ -18,6 +19,7 @@ class Spent:
     calls: float = 0
     bought: list = field(default_factory=list)
     p: list = field(default_factory=list)
+    states: list = field(default_factory=list)
 
     def add(self, purchase, cost):
         self.bought.append(purchase)
