@@ -141,6 +141,11 @@ class Policy(nn.Module):
             unit.set_requires_all_reduce(now, recurse=False)
 
 
+def needs_fsdp(world, spread, offload, compute, dtype):
+    """Whether a model is wrapped. dtype: of the weights between steps; FSDP2 makes the copies in the computation's dtype."""
+    return world > 1 or spread or offload or compute != dtype
+
+
 def shard(vlm, device, compute, spread, offload=False, trains=True):
     """Wrap a model that lies on `device` -> Policy.
 
@@ -149,8 +154,9 @@ def shard(vlm, device, compute, spread, offload=False, trains=True):
     """
     policy = Policy(vlm)
     world = dist.get_world_size() if dist.is_initialized() else 1
-    if world == 1 and not spread and not offload and compute == torch.float32:
-        return policy.float()
+    adapted = lora.is_adapted(vlm.model)
+    if not needs_fsdp(world, spread, offload, compute, vlm.model.dtype if adapted else torch.float32):
+        return policy if adapted else policy.float()
     if not dist.is_initialized():               # one process that was not started by torchrun
         dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (world,) if spread else (world, 1),
@@ -160,7 +166,7 @@ def shard(vlm, device, compute, spread, offload=False, trains=True):
     for block in blocks(vlm.model):
         fully_shard(block, **settings)
     fully_shard(policy, **settings)
-    if trains and not lora.is_adapted(vlm.model):       # an adapter is fp32 already, its base stays as it is
+    if trains and not adapted:                          # an adapter is fp32 already, its base stays as it is
         policy.float()
     for unit in policy.units:                   # sums, not means: the loss is divided by the global count already
         unit.set_gradient_divide_factor(1.0)
