@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
-from reward import token_confidence, token_entropy, top_k_for
+from reward import token_confidence, top_k_for
 from utils import loading, lora, shared_prefix
 from utils.caches import has_states, new_cache
 from utils.cli import InputError, reason
@@ -39,20 +39,18 @@ class Rollout:
     """One sampled completion.
 
     tokens (T,) int64, with EOS; logprobs (T,) in nats, of the raw logits at temperature 1; confidences (T,), Eq. 3 for
-    each token; finished: it ended with EOS and was not cut at max_new_tokens; entropies (T,) in nats, on request."""
+    each token; finished: it ended with EOS and was not cut at max_new_tokens."""
     text: str
     tokens: torch.Tensor
     logprobs: torch.Tensor
     confidences: torch.Tensor
     finished: bool
-    entropies: torch.Tensor | None = None
 
 
 class Scores(NamedTuple):
-    """logprobs, confidence, entropy (B, T) fp32, zero where padded; mask (B, T) bool, True on completion tokens."""
+    """logprobs, confidence (B, T) fp32, zero where padded; mask (B, T) bool, True on completion tokens."""
     logprobs: torch.Tensor
     confidence: torch.Tensor
-    entropy: torch.Tensor
     mask: torch.Tensor
 
     def split(self, sizes):
@@ -266,23 +264,22 @@ class VLM:
 
     @torch.no_grad()
     def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, greedy=False, seed=0,
-               first=0, entropy=False, inputs=None):
+               inputs=None):
         """n completions for each of B prompts -> list (B) of lists (n) of Rollout.
 
         images: list (B) of lists of PIL images. temperature and top_k (0 = off) shape what is drawn; log-probs and
-        confidences come from the raw logits. greedy: argmax (lowest id on a tie). seed: an int, or one for each prompt.
-        A prompt's random numbers are drawn before decoding, from its own seed: they depend neither on the other prompts
-        of the batch nor on the number of ranks. first: how many samples of this seed to skip (8 samples are 5, and then
-        3 with first = 5). inputs: what `encode` made of these prompts, where it is at hand.
+        confidences come from the raw logits. greedy: argmax (lowest id on a tie). seed: an int or a string, or one for
+        each prompt. A prompt's random numbers are drawn before decoding, from its own seed: they depend neither on the
+        other prompts of the batch nor on the number of ranks. inputs: what `encode` made of these prompts, where it is at hand.
         """
         def choose(logits, uniform):
             allowed = logits.masked_fill(self.banned, -torch.inf)
             return allowed.argmax(-1) if greedy else sample_token(allowed, uniform, temperature, top_k)
 
         seeds = seed if isinstance(seed, list | tuple) else [f"{seed} {b}" for b in range(len(prompts))]
-        uniform = torch.stack([torch.rand(first + n, max_new_tokens, generator=_generator(s), dtype=torch.float64)[first:]
-                               for s in seeds]).flatten(0, 1).to(self.device)                       # (B*n, T)
-        rollouts = self._decode([self.prefill(images, prompts, inputs)], choose, n, max_new_tokens, uniform, entropy)
+        uniform = torch.cat([torch.rand(n, max_new_tokens, generator=generator(s), dtype=torch.float64)
+                             for s in seeds]).to(self.device)                                       # (B*n, T)
+        rollouts = self._decode([self.prefill(images, prompts, inputs)], choose, n, max_new_tokens, uniform)
         return [rollouts[b * n:(b + 1) * n] for b in range(len(prompts))]
 
     @torch.no_grad()
@@ -308,7 +305,7 @@ class VLM:
         nothing_drawn = torch.zeros(len(prompts), max_new_tokens, device=self.device)
         return self._decode(states, choose, 1, max_new_tokens, nothing_drawn)
 
-    def _decode(self, states, choose, n, max_new_tokens, uniform, entropy=False):
+    def _decode(self, states, choose, n, max_new_tokens, uniform):
         """n completions for each prompt of `states` (one Prefill a view, one shared text) -> flat list of Rollout.
 
         choose(logits of each view (R, V) raw, uniform (R,)) -> tokens (R,). The first view's logits are recorded.
@@ -316,21 +313,20 @@ class VLM:
         for state in states:
             state.share(n) if self.shares_prefix else state.repeat(n)
         with shared_prefix.attention_of(self.model.get_decoder()) if self.shares_prefix else nullcontext():
-            fields = self._decoding_loop(states, choose, max_new_tokens, uniform, entropy)
-        tokens, logprobs, confidences, *entropies = (field.cpu() for field in fields)
+            fields = self._decoding_loop(states, choose, max_new_tokens, uniform)
+        tokens, logprobs, confidences = (field.cpu() for field in fields)
         eos, rollouts = set(self.eos.tolist()), []
         for row, length in enumerate((tokens >= 0).sum(-1).tolist()):
             ids = tokens[row, :length]
             rollouts.append(Rollout(self.tokenizer.decode(ids, skip_special_tokens=True), ids, logprobs[row, :length],
-                                    confidences[row, :length], int(ids[-1]) in eos,
-                                    *(field[row, :length] for field in entropies)))
+                                    confidences[row, :length], int(ids[-1]) in eos))
         return rollouts
 
-    def _decoding_loop(self, states, choose, max_new_tokens, uniform, entropy):
-        """-> tokens (R, T), -1 after the end; logprobs, confidences and, if asked for, entropies (R, T)."""
+    def _decoding_loop(self, states, choose, max_new_tokens, uniform):
+        """-> tokens (R, T), -1 after the end; logprobs, confidences (R, T)."""
         total = len(states[0].hidden)
         tokens = torch.full((total, max_new_tokens), -1, device=self.device)                        # (R, T), -1 = none
-        logprobs, confidences, *entropies = torch.zeros(2 + entropy, total, max_new_tokens, device=self.device)
+        logprobs, confidences = torch.zeros(2, total, max_new_tokens, device=self.device)
         rows = torch.arange(total, device=self.device)              # the rows still in the batch
         ended = torch.zeros(total, dtype=torch.bool, device=self.device)
         pending = []                        # (tokens (R,), logits (R, V)) of the newest words, not recorded yet
@@ -345,8 +341,6 @@ class VLM:
             normalizer = logits.logsumexp(-1)                                                       # (R, P)
             logprobs[rows, at] = logits.gather(-1, words[..., None])[..., 0] - normalizer
             confidences[rows, at] = token_confidence(logits, self.top_k, normalizer)
-            if entropy:
-                entropies[0][rows, at] = token_entropy(logits, normalizer)
             pending.clear()
             return ended | eos.any(1)
 
@@ -369,14 +363,14 @@ class VLM:
                 if t < max_new_tokens - 1:
                     for state in states:
                         self.read(state, token)
-        return tokens, logprobs, confidences, *entropies
+        return tokens, logprobs, confidences
 
     def score(self, images, prompts, completions, *, temperature=1.0, inputs=None):
-        """Log-probs, confidence and entropy of given completions, with gradient -> Scores, (B*n, T) each.
+        """Log-probs and confidence of given completions, with gradient -> Scores, (B*n, T) each.
 
         completions: B*n lists of token ids, n in a row for each of the B prompts (n = 1: one each). A prompt is read
-        once. temperature divides the logits of `logprobs` only; confidence and entropy stay raw. inputs: what `encode`
-        made of these prompts, where it is at hand. The head sees completion tokens only, in chunks; with more than one
+        once. temperature divides the logits of `logprobs` only; confidence stays raw. inputs: what `encode` made of these
+        prompts, where it is at hand. The head sees completion tokens only, in chunks; with more than one
         chunk, logits are computed again in the backward pass. ValueError for uneven or empty completions.
         """
         n, rest = divmod(len(completions), len(prompts))
@@ -406,12 +400,12 @@ class VLM:
         return Scores(*fields, mask)
 
     def _head_scores(self, hidden, targets, temperature):
-        """(N, D), (N,) -> log-prob of the target, confidence, entropy, (N,) each."""
+        """(N, D), (N,) -> log-prob of the target and confidence, (N,) each."""
         logits = self.logits(hidden)                                                                # (N, V)
         normalizer = logits.logsumexp(-1)                                                           # (N,)
         logprobs = logits.gather(-1, targets[:, None])[:, 0] / temperature
         logprobs = logprobs - (normalizer if temperature == 1 else (logits / temperature).logsumexp(-1))
-        return logprobs, token_confidence(logits, self.top_k, normalizer), token_entropy(logits, normalizer)
+        return logprobs, token_confidence(logits, self.top_k, normalizer)
 
 
 def load_model(path, device, compute):
@@ -440,8 +434,11 @@ def place_images(prompt, count):
     return [{"type": "image"} for _ in front] + pieces, front + order
 
 
-def _generator(seed):
-    """A CPU generator from any seed. A string is hashed, so that neighbouring seeds share nothing."""
+def generator(seed):
+    """A CPU generator from any seed, or the seed itself if it is one. A string is hashed, so that neighbouring seeds share
+    nothing."""
+    if isinstance(seed, torch.Generator):
+        return seed
     return torch.Generator().manual_seed(random.Random(str(seed)).getrandbits(63))
 
 
