@@ -8,7 +8,8 @@ import data
 from noise import diffuse
 from utils import loading
 from utils.cli import InputError
-from vlm import VLM, place_images, sample_token
+from utils.prompts import place_images
+from vlm import VLM, sample_token
 
 
 def flat(groups):
