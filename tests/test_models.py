@@ -582,7 +582,7 @@ def test_the_state_of_training_comes_back_where_some_weights_never_had_a_gradien
     """As LLaVA's last vision layer: two steps are one, a checkpoint, and another one."""
     def start():
         policy = distributed.Policy(VLM.load(path, "cpu"))
-        return policy, distributed.adamw(list(policy.parameters()), 1e-3)
+        return policy, torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
 
     def step(policy, optimiser):
         policy.score(IMAGES, PROMPTS, [r.tokens for r in rollouts]).logprobs.mean().backward()
