@@ -665,6 +665,7 @@ def test_real_questions_run_through(real, tmp_path):
             if not row["source"].startswith(("MathVision", "MathVista")):
                 images = row["image"] if isinstance(row["image"], list) else [row["image"]]
                 file.write(json.dumps({**row, "image": [str(real / image) for image in images]}) + "\n")
-    train_cdrl.main(["--data", str(path), "--allow_outside", "--output", str(tmp_path / "run"), "--steps", "2", "--batch_size", "4",
+    train_cdrl.main(["--data", str(path), "--allow_outside", "--output", str(tmp_path / "run"), "--steps",
+                     "2", "--batch_size", "4",
                      "--group_size", "2", "--eval_size", "4", "--max_new_tokens", "16", "--scale_questions", "4"])
     assert len(log(tmp_path / "run")) == 2
