@@ -46,19 +46,10 @@ def token_confidence(logits, k=20, normaliser=None):
     return (logits.logsumexp(-1) if normaliser is None else normaliser) - top.mean(-1)
 
 
-def token_entropy(logits, normaliser=None):
-    """Shannon entropy of the next token: (..., V) raw logits -> (...) fp32, nats, in [0, log V]. normaliser: as above.
-
-    Its negative is the `entropy` confidence. As log Z - E[logit] the gradient stays finite where a probability is 0.
-    """
-    logits = logits.float()
-    return (logits.logsumexp(-1) if normaliser is None else normaliser) - (logits.softmax(-1) * logits).sum(-1)
-
-
 def sequence_confidence(token_conf, mask, reading="mean", window=32):
     """One confidence per sequence, (B, T) and (B, T) -> (B,) fp32: the mean of Eq. 3, or a trace reading of DeepConf.
 
-    token_conf: `token_confidence`, or log-probs (`logprob`: exp of the mean is in (0, 1]), or negative entropies.
+    token_conf: `token_confidence`, or log-probs (exp of their mean is in (0, 1]).
     mask: bool or 0/1, true on generated tokens, EOS included, padding on either side excluded.
     reading: mean | tail: the last `window` tokens | min: the lowest sliding window | bottom: the lowest 10% of them, at
     least one. A sequence shorter than `window` is one window. ValueError on an unknown reading or an empty row.

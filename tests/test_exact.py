@@ -44,8 +44,8 @@ class Toy:
         last = torch.cat([torch.full((len(words), 1), 3), words[:, :-1]], 1)
         logits = torch.einsum("btvd,bd->btv", self.maps[view[:, None], last], self.copies[question])
         logprobs = (logits / temperature).log_softmax(-1).gather(-1, words[..., None])[..., 0]
-        confidence, entropy = reward.token_confidence(logits), reward.token_entropy(logits)
-        return Scores(*(x.masked_fill(~mask, 0) for x in (logprobs, confidence, entropy)), mask)
+        confidence = reward.token_confidence(logits)
+        return Scores(*(x.masked_fill(~mask, 0) for x in (logprobs, confidence)), mask)
 
     def sum_gradients(self, last):
         pass
