@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from utils import corruptions
 from utils.cli import TINY, InputError, reason
 from utils.clip_files import MapCache, open_clip
 from utils.loading import ATTENTION
@@ -307,14 +306,12 @@ def make_pair(images, question, clip, t=(999, 999), mode="key", mass=0.5, seed=0
     return make_pairs([images], [question], clip, t, [mode], mass, [seed])[0]
 
 
-def make_pairs(images, questions, clip, t, modes, mass, seeds, corruption="noise"):
+def make_pairs(images, questions, clip, t, modes, mass, seeds):
     """The noised twins i' of Q questions' images (paper 3.2.1): Q lists of PIL images -> Q lists of
     `NoisedPicture`s.
 
     clip: a ClipAttention, unused where the mode is "all". t: (low, high), one step drawn for each question,
     both included. modes, seeds: Q each; a seed is any value, from which noise, step and random region follow.
-    corruption: "noise", or "mixed": for each question one of the five of `corruptions`, at one of the three
-    upper severities where it is not the noise.
     """
     image_question_pairs = [(_shrunk(image), question) for pictures, question, mode
                             in zip(images, questions, modes, strict=True) if mode != "all" for image in pictures]
@@ -323,8 +320,6 @@ def make_pairs(images, questions, clip, t, modes, mass, seeds, corruption="noise
     for pictures, mode, seed in zip(images, modes, seeds, strict=True):
         rng = random.Random(f"pair {seed}")
         step = rng.randint(*t)
-        other = random.Random(f"corruption {seed}")
-        kind, severity = (other.choice(corruptions.NAMES), other.randint(3, 5)) if corruption == "mixed" else ("noise", 5)
         noised.append([])
         for image in pictures:
             image_seed = rng.getrandbits(63)
@@ -333,8 +328,6 @@ def make_pairs(images, questions, clip, t, modes, mass, seeds, corruption="noise
             twin = NoisedPicture(image, step, mask, image_seed)
             if mode == "random":
                 twin.overlap = overlap(mask, attention, mass)
-            if kind != "noise":
-                twin = corruptions.corrupt(image, kind, severity, diffuse, mask=twin.mask_at(*image.size), seed=image_seed)
             noised[-1].append(twin)
     return noised
 

@@ -46,19 +46,10 @@ def token_confidence(logits, k=20, normaliser=None):
     return (logits.logsumexp(-1) if normaliser is None else normaliser) - top.mean(-1)
 
 
-def token_entropy(logits, normaliser=None):
-    """Shannon entropy of the next token: (..., V) raw logits -> (...) fp32, nats, in [0, log V]. normaliser: as above.
-
-    Its negative is the `entropy` confidence. As log Z - E[logit] the gradient stays finite where a probability is 0.
-    """
-    logits = logits.float()
-    return (logits.logsumexp(-1) if normaliser is None else normaliser) - (logits.softmax(-1) * logits).sum(-1)
-
-
 def sequence_confidence(token_conf, mask, reading="mean", window=32):
     """One confidence per sequence, (B, T) and (B, T) -> (B,) fp32: the mean of Eq. 3, or a trace reading of DeepConf.
 
-    token_conf: `token_confidence`, or log-probs (`logprob`: exp of the mean is in (0, 1]), or negative entropies.
+    token_conf: `token_confidence`, or log-probs (exp of their mean is in (0, 1]).
     mask: bool or 0/1, true on generated tokens, EOS included, padding on either side excluded.
     reading: mean | tail: the last `window` tokens | min: the lowest sliding window | bottom: the lowest 10% of them, at
     least one. A sequence shorter than `window` is one window. ValueError on an unknown reading or an empty row.
@@ -90,20 +81,6 @@ def rollout_confidence(groups):
 # ----------------------------------------------------------------------------------------------------------------------
 # The terms of Eq. 4. Tensors that broadcast; `correct` is R_out in {0, 1}.
 
-def calibration_rank(c, correct, slope):
-    """Are right answers more confident than wrong ones to the same question? (Q, G) -> (Q, G) in [0, 1].
-
-    As in RAC (arXiv 2605.16999): the mean of sigmoid(slope (C_right - C_wrong)) over an answer's pairs, 1/2 where it has
-    none. It says nothing about the level of C, and nothing to groups whose answers are all right or all wrong.
-    """
-    right = correct.bool()
-    sign = torch.where(right, 1.0, -1.0)[..., None]                                             # (Q, G, 1)
-    ordered = torch.sigmoid(slope * sign * (c[..., None] - c[..., None, :]))                    # (Q, G, G)
-    pairs = (right[..., None] != right[..., None, :]).to(c)                                     # (Q, G, G)
-    count = pairs.sum(-1)
-    return torch.where(count > 0, (ordered * pairs).sum(-1) / count.clamp(min=1), 0.5)
-
-
 def calibration_reward(c, correct, confidence_map, args):
     """The calibration term: it holds each answer's C against R_out -> (Q, G), in [-1, 1] or [0, 1].
 
@@ -111,7 +88,7 @@ def calibration_reward(c, correct, confidence_map, args):
     min-max or the base's percentiles (`--cnorm`). Improper: it is linear in Cnorm, so 0 or 1 is always the best bet.
     brier, log: proper scores of c = sigmoid(slope * C + intercept) (RLCR, arXiv 2507.16806), whose expectation peaks where
     c is the true rate. The log score clips c to [.01, .99], without gradient outside, and is mapped affinely to [0, 1].
-    rank: `calibration_rank`. none: 0.
+    none: 0.
     """
     if args.calibration == "none":
         return torch.zeros_like(c)
@@ -121,8 +98,6 @@ def calibration_reward(c, correct, confidence_map, args):
             (torch.full_like(c, confidence_map[end]) for end in ("lo", "hi"))
         c_norm = torch.where(hi > lo, ((c - lo) / torch.where(hi > lo, hi - lo, 1)).clamp(0, 1), 0.5)     # a tied group: 0.5
         return (2 * right - 1) * c_norm
-    if args.calibration == "rank":
-        return calibration_rank(c, correct, confidence_map["slope"])
     prob = torch.sigmoid(confidence_map["slope"] * c + confidence_map["intercept"])
     if args.calibration == "brier":
         return 1 - (prob - right) ** 2

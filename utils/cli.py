@@ -139,6 +139,7 @@ class RunOptions:
                                "0 = no limit", least=0)
     save_every: int = option(20, "steps between checkpoints", least=1)
     keep: int = option(2, "newest checkpoints that stay", least=1)
+    allow_outside: bool = option(False, "pictures of --data may lie outside its folder")
     eval_size: int = option(200, "held-out questions for the table before and after; 0 = no table", least=0)
     dtype: str = option("auto", "of the computation, auto: bfloat16 on a GPU, else float32; weights stay float32 beside it",
                         ("auto", "float32", "bfloat16"))
@@ -154,7 +155,6 @@ class RunOptions:
     merge: bool = option(False, "with --lora_rank: the final model is the merged weights, its adapter a folder beside them")
     clip_map: str = option("auto", "CLIP's map: attention (the paper), contribution (for a CLIP not trained to point); auto: "
                            "attention for the built-in one alone", ("auto", "attention", "contribution"))
-    allow_outside: bool = option(False, "pictures of --data may lie outside its folder")
     patience: int = option(20, "steps in a row that teach nothing (none right, all cut off, all groups tied) end the run; "
                            "0: never", least=0)
     dry_run: bool = option(False, "print parameters, tokens and memory, and stop; refuses what cannot fit")

@@ -70,7 +70,10 @@ def patches(pixels, config):
 
 
 def key_values(config, repeated=False):
-    """Numbers that one layer's cache holds for a token; repeated: a copy for each head of the queries."""
+    """Numbers that one layer's cache holds for a token; repeated: a copy for each head of the queries. Of layers that differ
+    (Gemma 4): the largest."""
+    if getattr(config, "is_heterogeneous", False):
+        return max(key_values(layer, repeated) for layer in config.per_layer_config)
     heads = None if repeated else getattr(config, "num_key_value_heads", None)
     heads = heads or getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or config.hidden_size // (getattr(config, "num_attention_heads", None) or 1)
@@ -84,12 +87,13 @@ def cache_bytes(config, size):
     last words, and a matrix a head in fp32 (48 MiB a row for Qwen3.5-9B)."""
     layers = new_cache(config).layers
     linear = sum(isinstance(layer, StateLayer) for layer in layers)
-    attending = sum(isinstance(layer, DynamicLayer) for layer in layers)
+    configs = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config] * len(layers)
+    numbers = sum(key_values(of) for layer, of in zip(layers, configs) if isinstance(layer, DynamicLayer))
     heads, width = getattr(config, "linear_num_value_heads", 0), getattr(config, "linear_value_head_dim", 0)
     key_width = getattr(config, "linear_key_head_dim", 0)
     convolved = 2 * key_width * getattr(config, "linear_num_key_heads", 0) + heads * width or config.hidden_size
     kernel = getattr(config, "linear_conv_kernel_dim", None) or getattr(config, "conv_L_cache", 0)
-    return size * attending * key_values(config), linear * (size * convolved * kernel + 4 * heads * key_width * width)
+    return size * numbers, linear * (size * convolved * kernel + 4 * heads * key_width * width)
 
 
 def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
@@ -102,7 +106,8 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
     total, trained = parameters(vlm, args.freeze_vision, args.run.lora_rank, args.run.lora_target)
     vision = sum(p.numel() for p in loading.vision_parameters(vlm))
     ranks, size = (world if sharded_state else 1), compute.itemsize
-    sharded = sharded_state or world > 1 or args.run.offload or compute != torch.float32         # see parallel.shard
+    sharded = distributed.needs_fsdp(world, sharded_state, args.run.offload, compute,
+                                     vlm.model.dtype if args.run.lora_rank else torch.float32)
 
     image_id = next((getattr(vlm.model.config, name) for name in ("image_token_id", "image_token_index")
                      if isinstance(getattr(vlm.model.config, name, None), int)), -1)
@@ -166,7 +171,7 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
             "learning": 1.1 * (held + sum(learning.values())) / GIB}
     active = loading.active_parameters(vlm.model)
     print(f"{cli.shown(args.model)}: {total:,} parameters ({vision:,} of them vision), {trained:,} train"
-          + f", {active:,} are active for a token" * (active < total))
+          + f", {active:,} are active for a token" * (loading.experts(text)[0] > 1))
     print(f"{describe(compute, sharded_state, again, world)}{', offload' if args.run.offload else ''}")
     print(f"tokens: longest of {len(chosen)} prompts {prompt}, {picture} of them pictures; completion {args.max_new_tokens}")
     a_rank = questions * views * args.group_size
