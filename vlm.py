@@ -99,7 +99,7 @@ class VLM:
         self.text_config = model.config.get_text_config()
         self.vocabulary = self.head.weight.shape[0]
         self.top_k = top_k_for(self.vocabulary)
-        self.eos = loading.eos_ids(model, self.tokenizer).to(self.device)
+        self.eos = loading.eos_ids(model, self.tokenizer, processor.apply_chat_template).to(self.device)
         self.banned = loading.banned_ids(model, self.tokenizer, self.eos)
         self.special_tokens = loading.special_token_pattern(self.tokenizer)
         # transformers 5.20 renamed past_key_values to cache.

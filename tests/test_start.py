@@ -1,6 +1,7 @@
 """How a training starts on people's rows: refused as a whole, held out by picture, gone on with from a
 checkpoint."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from test_preflight import questions
 import data
 import train_cdrl
 from utils.cli import InputError
+from vlm import VLM
 
 SMALL = ["--batch_size", "4", "--group_size", "2", "--scale_questions", "4", "--max_new_tokens", "4", "--save_every", "2"]
 
@@ -62,6 +64,18 @@ def test_a_run_goes_on_with_another_lr_and_says_so(tmp_path, capsys):
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == [0, 1, 2, 3] and not (tmp_path / "run-1").exists()
     assert metrics[1]["lr"] > 5 * metrics[2]["lr"]
+
+
+def test_a_stop_token_that_generation_config_leaves_out_still_stops(base, tmp_path):
+    """The built-in template ends turns with <|im_end|>; the copy's generation_config names the pad token instead."""
+    shutil.copytree(ROOT / "tiny" / "base", tmp_path / "m")
+    path = tmp_path / "m" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 0}))
+    vlm, s = VLM.load(tmp_path / "m", "cpu"), data.synthetic("val", 0, 0)
+    end = base.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in vlm.eos.tolist() and not vlm.banned[end] and base.eos.tolist() == [end]
+    (group,) = vlm.sample([s.pictures()], [data.prompt(s)], n=4, max_new_tokens=64, seed=0)
+    assert all(r.finished for r in group)
 
 
 def test_two_ranks_refuse_together_and_move_nothing(rows, tmp_path):

@@ -224,10 +224,26 @@ def refusal(model, why):
 # ----------------------------------------------------------------------------------------------------------------------
 # What differs between classes
 
-def eos_ids(model, tokenizer):
-    """The ids that end a completion -> (E,) int64."""
+def eos_ids(model, tokenizer, template_of=None):
+    """The ids that end a completion -> (E,) int64: those of generation_config, the tokenizer's, the template's end of turn.
+
+    A checkpoint often names only one of them, and a model that may not sample what its template ends turns with never stops.
+    template_of: the processor's `apply_chat_template`."""
     ids = model.generation_config.eos_token_id
-    return torch.tensor(ids if isinstance(ids, list) else [ids if ids is not None else tokenizer.eos_token_id])
+    ids = [*ids] if isinstance(ids, list) else [ids]
+    ids += [tokenizer.eos_token_id, end_of_turn(tokenizer, template_of)]
+    return torch.tensor(list(dict.fromkeys(i for i in ids if i is not None)))
+
+
+def end_of_turn(tokenizer, template_of):
+    """The special token that a chat template writes after an assistant's words -> its id, or None."""
+    try:
+        turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in (("user", "a"), ("assistant", "@@"))]
+        tail = template_of(turns, tokenize=False).rpartition("@@")[2].lstrip()
+    except Exception:           # templates fail in any way on roles that they do not know
+        return None
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((special[token] for token in sorted(special, key=len, reverse=True) if tail.startswith(token)), None)
 
 
 def banned_ids(model, tokenizer, eos):
