@@ -238,7 +238,8 @@ def eos_ids(model, tokenizer, template_of=None):
 def end_of_turn(tokenizer, template_of):
     """The special token that a chat template writes after an assistant's words -> its id, or None."""
     try:
-        turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in (("user", "a"), ("assistant", "@@"))]
+        turns = [{"role": role, "content": [{"type": "text", "text": text}]}
+                 for role, text in (("user", "a"), ("assistant", "@@"))]
         tail = template_of(turns, tokenize=False).rpartition("@@")[2].lstrip()
     except Exception:           # templates fail in any way on roles that they do not know
         return None
