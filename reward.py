@@ -125,10 +125,10 @@ def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
 
 def format_reward(text, finished):
     r"""R_format in {0., 1.}: one well-formed, non-empty `\boxed{}`, words before it, and `finished` (ended by EOS)."""
-    found = boxes(text)
-    if not finished or len(found) != 1 or text.count("\\boxed") != 1:
+    boxed = boxes(text)
+    if not finished or len(boxed) != 1 or text.count("\\boxed") != 1:
         return 0.0
-    start, content = found[0]
+    start, content = boxed[0]
     return float(text[content].strip() != "" and re.search(r"\w", text[:start]) is not None)
 
 

@@ -174,8 +174,8 @@ def add_options(parser, settings):
 
 def reason(error):
     """The first line of what an error says, its class where it says nothing, or not a word (str)."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return said if " " in said else f"{type(error).__name__} {said}".strip()
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return message if " " in message else f"{type(error).__name__} {message}".strip()
 
 
 def shown(path):

@@ -112,21 +112,21 @@ def gathered(items):
     """Concatenate a list over ranks, in the order of ranks."""
     if not dist.is_initialized():
         return items
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+    items_by_rank = [None] * dist.get_world_size()
+    dist.all_gather_object(items_by_rank, items)
+    return [item for rank_items in items_by_rank for item in rank_items]
 
 
 def blocks(model):
     """The repeated blocks of a model: the members of every list of two or more modules of one class, outermost lists
     only."""
-    found, inside = [], set()
+    repeated, inside = [], set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(block) for block in module}) == 1 \
                 and module not in inside:
-            found += list(module)
+            repeated += list(module)
             inside.update(inner for block in module for inner in block.modules())
-    return found
+    return repeated
 
 
 class Policy(nn.Module):
@@ -213,12 +213,12 @@ def full_state_dict(policy, dtype, frozen=False):
     call it. A weight that two modules share (a head tied to the word embeddings) is there once, by its first name.
     frozen: of an adapted model all weights, else its adapter alone. An adapter is fp32 in any case."""
     adapter_only = lora.is_adapted(policy.model) and not frozen
-    found = get_model_state_dict(policy.model, options=StateDictOptions(
+    state = get_model_state_dict(policy.model, options=StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter_only))
     names, first = ({name for name, _ in policy.model.named_parameters(remove_duplicate=once)} for once in (False, True))
     # popped: two copies of one weight at a time
-    return {name: found.pop(name).to(torch.float32 if ".lora_" in name else dtype)
-            for name in list(found) if name not in names - first}
+    return {name: state.pop(name).to(torch.float32 if ".lora_" in name else dtype)
+            for name in list(state) if name not in names - first}
 
 
 def _state(policy, optimizer):
