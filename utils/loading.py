@@ -81,6 +81,11 @@ class _ImagesOnly(ProcessorMixin):
         return super().from_args_and_dict([by_name.get(name) for name in super().get_attributes()], *rest, **kwargs)
 
 
+def torchvision_advice():
+    """The torchvision that fits this torch (2.0 goes with 0.15, 2.1 with 0.16, ...), in words (str)."""
+    return f'pip install "torchvision==0.{int(torch.__version__.split(".")[1]) + 15}.*" from the index that torch came from'
+
+
 def load_processor(path):
     """AutoProcessor. Where it insists on a video processor, which needs torchvision: the same class without one."""
     blind = InputError(f"model {str(path)!r} has no image processor that can be opened; a vision-language model with "
@@ -92,7 +97,7 @@ def load_processor(path):
     def cannot_open(what, error, class_name):
         why = reason(error)
         if re.search("torchvision|video_processor", str(error), re.IGNORECASE):
-            why = f"{class_name} needs torchvision; pip install torchvision, or use another model"
+            why = f"{class_name} needs torchvision; {torchvision_advice()}, or use another model"
         return InputError(f"model {str(path)!r} has {what} that cannot be opened here: {why}")
     try:
         processor = AutoProcessor.from_pretrained(path)
@@ -217,7 +222,7 @@ def refusal(model, why):
     """The InputError for a class that cannot work here. why: words, or the error that it failed with."""
     why = reason(why)
     if "no attribute 'video_processor'" in why:
-        why = "its processor needs one for videos, even for pictures, which takes torchvision; pip install torchvision"
+        why = f"its processor needs one for videos, even for pictures, which takes torchvision; {torchvision_advice()}"
     return InputError(f"model class {type(model).__name__} cannot be used here: {why}")
 
 
