@@ -36,7 +36,7 @@ def open_data(args):
     if args.data == "synthetic":
         held_out = load("synthetic", "test", args.run.eval_size, args.seed) if args.run.eval_size else []
         return load("synthetic", "train", None, args.seed), held_out
-    samples = list(load(args.data, answered=True, allow_outside=getattr(args, "allow_outside", False)))
+    samples = list(load(args.data, answered=True, allow_outside=args.run.allow_outside))
     for sample in samples:
         if not sample.images:
             raise InputError(f"question {sample.id!r} has no picture; training noises one, give it or remove the row")

@@ -8,6 +8,7 @@ show the effect is about evidence and not about noise: `random` (the same shape,
 attended). `ClipAttention.from_pretrained(cache=FOLDER)` keeps its maps on disk for further epochs and runs.
 """
 import argparse
+import math
 import os
 import random
 from functools import lru_cache
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from utils import corruptions
 from utils.cli import TINY, InputError, reason
 from utils.clip_files import MapCache, open_clip
 from utils.loading import ATTENTION
@@ -26,7 +26,7 @@ from utils.pictures import UNREADABLE, load_picture
 KINDS = ("auto", "attention", "contribution")
 LATE_LAYERS = 4                 # that write nearly all of the embedding directly (Gandelsman et al., Figure 2)
 STEPS = 1000
-REGION_SIDE = 448               # pixels; CLIP sees 224 or 336
+REGION_SIDE = 224               # pixels; CLIP tells at most 24 x 24 patches apart
 SHIFTS = 32                     # of which a random region takes the one that spares the evidence best
 MODES = ("key", "all", "random", "inverse")
 CLIP = str(TINY / "clip")
@@ -69,8 +69,8 @@ def diffuse(image, t, *, mask=None, seed=0):
 
 def add_noise(x, eps, t, mask=None):
     """The forward process on values in [-1, 1], shown where mask (broadcastable, in [0, 1]) is 1, clamped; as x."""
-    level = signal_levels()[int(t)]
-    noised = np.sqrt(level) * x + np.sqrt(1 - level) * eps
+    level = float(signal_levels()[int(t)])
+    noised = math.sqrt(level) * x + math.sqrt(1 - level) * eps
     if mask is not None:
         noised = x + (noised - x) * mask
     return noised.clip(-1, 1)
@@ -90,25 +90,28 @@ class NoisedPicture(Image.Image):
         self.source, self.t, self.mask, self.seed = source, t, mask, seed
         self.overlap = None             # of a random region: the share of the key region that it covers all the same
 
-    def mask_at(self, width, height):
-        """The mask as (height, width) float array in [0, 1]."""
+    def mask_picture(self, size):
+        """The mask as an 8-bit grey picture of a size (width, height)."""
         if self.mask is None:
-            return np.ones((height, width))
-        if self.mask.shape == (height, width):
+            return Image.new("L", size, 255)
+        mask = Image.fromarray(np.rint(self.mask * 255).astype(np.uint8))
+        return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
+
+    def mask_at(self, width, height):
+        """The mask as (height, width) float array in [0, 1], None for everywhere."""
+        if self.mask is None or self.mask.shape == (height, width):
             return self.mask
-        small = Image.fromarray(self.mask.astype(np.float32))
-        return np.asarray(small.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float64)
+        return np.asarray(self.mask_picture((width, height)), dtype=np.float64) / 255
 
     def load(self):
         if self._im is None:
-            mask = None if self.mask is None else self.mask_at(*self.size)
-            self.im = diffuse(self.source, self.t, mask=mask, seed=self.seed).im
+            self.im = diffuse(self.source, self.t, mask=self.mask_at(*self.size), seed=self.seed).im
         return super().load()
 
     def noised_values(self, x, mask):
         """x (n, 3) float32 in [-1, 1], the values that a vision tower gets; mask (n, 1) in [0, 1] -> noised, as x."""
         eps = np.random.default_rng(self.seed).standard_normal(x.shape, dtype=np.float32)
-        return x if self.t == 0 else add_noise(x, eps, self.t, mask).astype(np.float32)
+        return add_noise(x, eps, self.t, mask)
 
     def __reduce__(self):                   # to another process without its pixels
         return NoisedPicture, (self.source, self.t, self.mask, self.seed)
@@ -285,12 +288,11 @@ def make_pair(images, question, clip, t=(999, 999), mode="key", mass=0.5, seed=0
     return make_pairs([images], [question], clip, t, [mode], mass, [seed])[0]
 
 
-def make_pairs(images, questions, clip, t, modes, mass, seeds, corruption="noise"):
+def make_pairs(images, questions, clip, t, modes, mass, seeds):
     """The noised twins i' of Q questions' images (paper 3.2.1): Q lists of PIL images -> Q lists of `NoisedPicture`s.
 
     clip: a ClipAttention, unused where the mode is "all". t: (low, high), one step drawn for each question, both included.
-    modes, seeds: Q each; a seed is any value, from which noise, step and random region follow. corruption: "noise", or "mixed":
-    for each question one of the five of `corruptions`, at one of the three upper severities where it is not the noise.
+    modes, seeds: Q each; a seed is any value, from which noise, step and random region follow.
     """
     image_question_pairs = [(_shrunk(image), question) for pictures, question, mode
                             in zip(images, questions, modes, strict=True) if mode != "all" for image in pictures]
@@ -299,8 +301,6 @@ def make_pairs(images, questions, clip, t, modes, mass, seeds, corruption="noise
     for pictures, mode, seed in zip(images, modes, seeds, strict=True):
         rng = random.Random(f"pair {seed}")
         step = rng.randint(*t)
-        other = random.Random(f"corruption {seed}")
-        kind, severity = (other.choice(corruptions.NAMES), other.randint(3, 5)) if corruption == "mixed" else ("noise", 5)
         noised.append([])
         for image in pictures:
             image_seed = rng.getrandbits(63)
@@ -309,8 +309,6 @@ def make_pairs(images, questions, clip, t, modes, mass, seeds, corruption="noise
             twin = NoisedPicture(image, step, mask, image_seed)
             if mode == "random":
                 twin.overlap = overlap(mask, attention, mass)
-            if kind != "noise":
-                twin = corruptions.corrupt(image, kind, severity, diffuse, mask=twin.mask_at(*image.size), seed=image_seed)
             noised[-1].append(twin)
     return noised
 

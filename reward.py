@@ -46,19 +46,10 @@ def token_confidence(logits, k=20, normaliser=None):
     return (logits.logsumexp(-1) if normaliser is None else normaliser) - top.mean(-1)
 
 
-def token_entropy(logits, normaliser=None):
-    """Shannon entropy of the next token: (..., V) raw logits -> (...) fp32, nats, in [0, log V]. normaliser: as above.
-
-    Its negative is the `entropy` confidence. As log Z - E[logit] the gradient stays finite where a probability is 0.
-    """
-    logits = logits.float()
-    return (logits.logsumexp(-1) if normaliser is None else normaliser) - (logits.softmax(-1) * logits).sum(-1)
-
-
 def sequence_confidence(token_conf, mask, reading="mean", window=32):
     """One confidence per sequence, (B, T) and (B, T) -> (B,) fp32: the mean of Eq. 3, or a trace reading of DeepConf.
 
-    token_conf: `token_confidence`, or log-probs (`logprob`: exp of the mean is in (0, 1]), or negative entropies.
+    token_conf: `token_confidence`, or log-probs (exp of their mean is in (0, 1]).
     mask: bool or 0/1, true on generated tokens, EOS included, padding on either side excluded.
     reading: mean | tail: the last `window` tokens | min: the lowest sliding window | bottom: the lowest 10% of them, at
     least one. A sequence shorter than `window` is one window. ValueError on an unknown reading or an empty row.
@@ -90,28 +81,14 @@ def rollout_confidence(groups):
 # ----------------------------------------------------------------------------------------------------------------------
 # The terms of Eq. 4. Tensors that broadcast; `correct` is R_out in {0, 1}.
 
-def calibration_rank(c, correct, slope):
-    """Are right answers more confident than wrong ones to the same question? (Q, G) -> (Q, G) in [0, 1].
-
-    As in RAC (arXiv 2605.16999): the mean of sigmoid(slope (C_right - C_wrong)) over an answer's pairs, 1/2 where it has
-    none. It says nothing about the level of C, and nothing to groups whose answers are all right or all wrong.
-    """
-    right = correct.bool()
-    sign = torch.where(right, 1.0, -1.0)[..., None]                                             # (Q, G, 1)
-    ordered = torch.sigmoid(slope * sign * (c[..., None] - c[..., None, :]))                    # (Q, G, G)
-    pairs = (right[..., None] != right[..., None, :]).to(c)                                     # (Q, G, G)
-    count = pairs.sum(-1)
-    return torch.where(count > 0, (ordered * pairs).sum(-1) / count.clamp(min=1), 0.5)
-
-
 def calibration_reward(c, correct, confidence_map, args):
-    """The calibration term: it holds each answer's C against R_out -> (Q, G), about [-1, 1] or [0, 1]; args.conf_weight times.
+    """The calibration term: it holds each answer's C against R_out -> (Q, G), in [-1, 1] or [0, 1].
 
     c, correct (Q, G). --calibration linear: (2R - 1) * Cnorm, the second term of Eq. 4, with Cnorm in [0, 1] by the group's
     min-max or the base's percentiles (`--cnorm`). Improper: it is linear in Cnorm, so 0 or 1 is always the best bet.
     brier, log: proper scores of c = sigmoid(slope * C + intercept) (RLCR, arXiv 2507.16806), whose expectation peaks where
     c is the true rate. The log score clips c to [.01, .99], without gradient outside, and is mapped affinely to [0, 1].
-    rank: `calibration_rank`. none: 0.
+    none: 0.
     """
     if args.calibration == "none":
         return torch.zeros_like(c)
@@ -120,19 +97,17 @@ def calibration_reward(c, correct, confidence_map, args):
         lo, hi = (c.amin(-1, keepdim=True), c.amax(-1, keepdim=True)) if args.cnorm == "group" else \
             (torch.full_like(c, confidence_map[end]) for end in ("lo", "hi"))
         c_norm = torch.where(hi > lo, ((c - lo) / torch.where(hi > lo, hi - lo, 1)).clamp(0, 1), 0.5)     # a tied group: 0.5
-        return args.conf_weight * (2 * right - 1) * c_norm
-    if args.calibration == "rank":
-        return args.conf_weight * calibration_rank(c, correct, confidence_map["slope"])
+        return (2 * right - 1) * c_norm
     prob = torch.sigmoid(confidence_map["slope"] * c + confidence_map["intercept"])
     if args.calibration == "brier":
-        return args.conf_weight * (1 - (prob - right) ** 2)
+        return 1 - (prob - right) ** 2
     prob = prob.clamp(LOG_FLOOR, 1 - LOG_FLOOR)
     score = torch.where(correct.bool(), prob, 1 - prob).log()                                               # (Q, G)
-    return args.conf_weight * (score - math.log(LOG_FLOOR)) / (math.log(1 - LOG_FLOOR) - math.log(LOG_FLOOR))
+    return (score - math.log(LOG_FLOOR)) / (math.log(1 - LOG_FLOOR) - math.log(LOG_FLOOR))
 
 
 def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
-    """R_conf = alpha * tanh(beta * (C - C')) + (2R - 1) * Cnorm (Eq. 4), times --conf_weight -> its two terms (Q, G).
+    """R_conf = alpha * tanh(beta * (C - C')) + (2R - 1) * Cnorm (Eq. 4) -> its two terms (Q, G).
 
     c (Q, G): C of the answers on original pictures, `correct` their R_out. c_noised (Q, G): C' of their pairs, None where
     no picture was noised. is_control (Q,) bool: pairs whose noise spares the evidence earn no perception term.
@@ -141,7 +116,7 @@ def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
     perception = torch.zeros_like(c)
     if args.alpha and c_noised is not None:
         term = args.alpha * torch.tanh(args.beta * (c - c_noised))                              # within +-alpha
-        perception = args.conf_weight * term.masked_fill(is_control[:, None].to(c.device), 0)
+        perception = term.masked_fill(is_control[:, None].to(c.device), 0)
     return perception, calibration_reward(c, correct, confidence_map, args)
 
 
@@ -150,10 +125,10 @@ def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
 
 def format_reward(text, finished):
     r"""R_format in {0., 1.}: one well-formed, non-empty `\boxed{}`, words before it, and `finished` (ended by EOS)."""
-    found = boxes(text)
-    if not finished or len(found) != 1 or text.count("\\boxed") != 1:
+    boxed = boxes(text)
+    if not finished or len(boxed) != 1 or text.count("\\boxed") != 1:
         return 0.0
-    start, content = found[0]
+    start, content = boxed[0]
     return float(text[content].strip() != "" and re.search(r"\w", text[:start]) is not None)
 
 

@@ -60,7 +60,7 @@ class Args:
     seed: int = option(0, "decides questions, noise and samples")
     # Scale
     steps: int = option(500, "optimizer steps", least=1)
-    batch_size: int = option(32, "questions a step, over all ranks", least=1)
+    batch_size: int = option(24, "questions a step, over all ranks", least=1)
     group_size: int = option(4, "rollouts a question on each view, G (the paper: 4 pairs)")
     max_new_tokens: int = option(64, "longest completion", least=1)
     # Optimization (GRPO; DAPO's clipping)
@@ -80,16 +80,13 @@ class Args:
     mass: float = option(0.5, "share of CLIP's attention that the key region holds", above=0, most=1)
     controls: float = option(0.0, "share of the pairs whose noise goes on a random region of the same area. They earn no "
                              "perception term: C should fall with the evidence, not with noise", least=0, most=1)
-    corruption: str = option("noise", "what the noised pictures have: DDPM noise, or one of five corruptions drawn for each",
-                             ("noise", "mixed"))
     # Reward (paper Eq. 4)
-    conf_weight: float = option(1.0, "weight of the confidence reward, both terms, beside outcome and format", least=0)
     alpha: float = option(0.25, "weight of the perception term tanh(beta (C - C')); 0 = no term", least=0)
     beta: float = option(0.5, "slope of the tanh, per nat", above=0)
     cnorm: str = option("group", "scale of C in the linear term: min-max of the group, or the base's 5th-95th percentile",
                         ("group", "range"))
     calibration: str = option("linear", "calibration term: the paper's linear one, a proper score of c = sigmoid(aC + b), "
-                              "the order of right and wrong answers, none", ("linear", "brier", "log", "rank", "none"))
+                              "or none", ("linear", "brier", "log", "none"))
     scale_questions: int = option(256, "questions of the first steps. The base's answers to them give the scale of C and the "
                                   "map from C to c", least=1)
     pathwise: float = option(0.0, "weight of the reward's own gradient, through C and C'; 1 = exact with --adv_norm loo, 0 = "
@@ -186,7 +183,7 @@ def make_image_pairs(images, samples, clip, step, args):
     is_control = [random.Random(f"control {args.seed} {step} {s.id}").random() < args.controls for s in samples]
     regions = ["random" if control else args.region for control in is_control]
     noised_images = noise.make_pairs(images, [s.question for s in samples], clip, noise.parse_t(args.noise_t), regions,
-                                     args.mass, [f"{args.seed} {step} {s.id}" for s in samples], corruption=args.corruption)
+                                     args.mass, [f"{args.seed} {step} {s.id}" for s in samples])
     return noised_images, torch.tensor(is_control)
 
 
@@ -259,8 +256,8 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
     Exact (tests/test_exact.py, by enumeration): with --adv_norm loo, --pathwise 1, --mu 1 and --kl_beta 0 the expected
     gradient, before the division by the tokens, is the gradient of that objective. With --noised_policy 1 both views'
     answers are drawn from the policy. With 0, or where one view learns, the noised answers are data: their probability is
-    held, C' on them is not. --conf_weight, --alpha, --beta, --calibration and --controls choose the reward, and
-    any value is exact. --cnorm group and --calibration rank are not: a reward then holds the C of the other answers.
+    held, C' on them is not. --alpha, --beta, --calibration and --controls choose the reward, and
+    any value is exact. --cnorm group is not: a reward then holds the C of the other answers.
     Not exact: --adv_norm none scales the policy gradient by (G - 1) / G. std divides each group by its own std; the pathwise
     term is then divided by the batch's mean std, because a tied group's own is 0. Other weights, and clipping, leave it too.
     """
@@ -268,12 +265,12 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
     images, prompts = [p for view in views for p in view.images], [p for view in views for p in view.prompts]
     completions = [r.tokens for view in views for group in view.rollouts for r in group]
     sizes = [view.confidence.numel() for view in views]
-    inputs = original.inputs and original.inputs.rows([row for view in views for row in view.rows])
-    scores = policy.score(images, prompts, completions, temperature=args.temperature, inputs=inputs).split(sizes)
+    encoded = {"inputs": original.inputs, "rows": [row for view in views for row in view.rows]}
+    scores = policy.score(images, prompts, completions, temperature=args.temperature, **encoded).split(sizes)
     ref_scores = [None] * len(views)
     if reference is not None:
         with torch.no_grad():
-            ref_scores = reference.score(images, prompts, completions, temperature=args.temperature, inputs=inputs).split(sizes)
+            ref_scores = reference.score(images, prompts, completions, temperature=args.temperature, **encoded).split(sizes)
     loss, sums = 0.0, dict.fromkeys(logs.LOSS_SUMS, 0.0)
 
     # ---- the clipped policy gradient of GRPO

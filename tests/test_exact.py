@@ -36,7 +36,7 @@ class Toy:
         logits = self.logits(theta, view, words)
         return logits.log_softmax(-1)[range(len(words)), words], -logits.log_softmax(-1).amax(-1)        # Eq. 3 with k = 1
 
-    def score(self, images, prompts, completions, temperature, inputs):
+    def score(self, images, prompts, completions, temperature, inputs, rows):
         group, width = len(completions) // len(images), max(map(len, completions))
         words = torch.stack([torch.nn.functional.pad(w, (0, width - len(w))) for w in completions])      # (B, T)
         mask = torch.arange(width) < torch.tensor([len(w) for w in completions])[:, None]
@@ -44,8 +44,8 @@ class Toy:
         last = torch.cat([torch.full((len(words), 1), 3), words[:, :-1]], 1)
         logits = torch.einsum("btvd,bd->btv", self.maps[view[:, None], last], self.copies[question])
         logprobs = (logits / temperature).log_softmax(-1).gather(-1, words[..., None])[..., 0]
-        confidence, entropy = reward.token_confidence(logits), reward.token_entropy(logits)
-        return Scores(*(x.masked_fill(~mask, 0) for x in (logprobs, confidence, entropy)), mask)
+        confidence = reward.token_confidence(logits)
+        return Scores(*(x.masked_fill(~mask, 0) for x in (logprobs, confidence)), mask)
 
     def sum_gradients(self, last):
         pass
@@ -102,11 +102,11 @@ def true_gradient(toy, args, longest):
                      "brier": 1 - (probability - right) ** 2,
                      "log": 1 + (probability if right else 1 - probability).clamp(0.01, 0.99).div(0.99).log() / math.log(99),
                      }[args.calibration]
-            values.append((c, args.conf_weight * score + right + format_of(words, longest)))
+            values.append((c, score + right + format_of(words, longest)))
             logprob.append(logprobs.sum())
         if not (args.learn_noised and args.noised_policy):
             logprob[1] = logprob[1].detach()
-        perception = args.conf_weight * args.alpha * torch.tanh(args.beta * (values[0][0] - values[1][0]))
+        perception = args.alpha * torch.tanh(args.beta * (values[0][0] - values[1][0]))
         total = total + sum(logprob).exp() * (perception + values[0][1] + (values[1][1] if args.learn_noised else 0))
     return torch.autograd.grad(total, theta)[0]
 
@@ -118,7 +118,7 @@ def both(longest, **settings):
 
 
 @pytest.mark.parametrize("calibration", ["linear", "brier", "log"])
-@pytest.mark.parametrize("weights", [{"alpha": 0.0}, {"alpha": 0.5}, {"alpha": 0.25, "conf_weight": 3.5}])
+@pytest.mark.parametrize("weights", [{"alpha": 0.0}, {"alpha": 0.5}])
 @pytest.mark.parametrize("group, longest", [(3, 1), (2, 2)])
 @pytest.mark.parametrize("noised", [{"learn_noised": True}, {"learn_noised": True, "noised_policy": 0.0},
                                     {"learn_noised": False}])

@@ -194,16 +194,6 @@ def test_command_writes_a_sheet(tmp_path):
             noise.main(argv)
 
 
-def test_mixed_corruptions_are_drawn_by_question_and_seed(clip):
-    images, asked = [[data.synthetic("train", 3, i).pictures()[0]] for i in range(24)], ["How many?"] * 24
-    made = [noise.make_pairs(images, asked, clip, (999, 999), ["key"] * 24, 0.5, seeds, corruption="mixed")
-            for seeds in (range(24), range(24), range(24, 48))]
-    assert made[0] == made[1] != made[2]
-    noised = noise.make_pairs(images, asked, clip, (999, 999), ["key"] * 24, 0.5, range(24))
-    same = sum(a == b for a, b in zip(made[0], noised))         # one of five kinds is the noise of the default
-    assert 0 < same < 15 and all(a != b for a, b in zip(made[0], images))
-
-
 # ---- The map for a CLIP that was not trained to point
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def test_the_tower_gets_exactly_diffuse_where_it_is_noised(vlm):
     wanted = noise.add_noise(x, eps, 600, m)
     changed = np.abs(noised - clean).max(1) > 1e-4
     assert changed.sum() <= (m > 0).sum() and changed.sum() > 0.9 * (m > 0.5).sum()
-    assert 0.35 < m.mean() < 0.65                                               # half of the picture, in every tile
+    assert 0.2 < changed.mean() < 0.65                                          # half of the picture, and padding
     np.testing.assert_allclose(np.sort(noised.transpose(0, 2, 1)[changed].ravel())[::97],
                                np.sort(wanted[np.abs(wanted - x).max(1) > 1e-4].ravel())[::97], atol=2e-3)
 
@@ -97,7 +97,7 @@ def test_several_pictures_in_a_prompt_are_noised_each_with_its_own_mask(vlm):
     plain, noised = (vlm.sight.levels(pixels_of(vlm.encode([pictures], prompt))) for pictures in (images, twins))
     changed = (np.abs(plain - noised) > 0.01).any(1)
     # a class that pads before it resizes blends the mask with the padding, a pixel wide
-    assert np.median(calls[0][1]) > 0.99 and calls[0][1].mean() > 0.9 and calls[1][1].max() < 0.1
+    assert np.median(calls[0][1]) > 0.99 and calls[0][1].mean() > 0.9 and calls[1][1].max(initial=0) < 0.1
     assert 0.9 * len(calls[0][0]) < changed.sum() <= 1.2 * len(calls[0][0])
 
 
@@ -122,6 +122,12 @@ def test_no_evidence_returns_when_a_processor_shrinks(base):
         return abs(np.corrcoef(clean.ravel(), values.ravel())[0, 1])
     assert not base.sight.unchanged[1792, 1792]
     assert seen(shrunk) > 3 * seen(noised)
+
+
+def test_step_zero_is_the_picture_itself(base):
+    image = photo(1792, 1792)
+    a, b = (base.encode([[picture]], ["?"])["pixel_values"] for picture in (image, noise.NoisedPicture(image, 0, None, 3)))
+    assert torch.equal(a, b)
 
 
 def test_a_twin_travels_to_another_process_without_its_pixels():

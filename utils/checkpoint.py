@@ -141,8 +141,8 @@ def load_checkpoint(checkpoint, policy, optimizer):
     InputError, in a sentence, for a checkpoint that has been damaged since it was written.
     """
     try:
-        found = torch.load(checkpoint / "training.pt", weights_only=True)
-        if distributed.checksums(checkpoint / "state") != found["checksums"]:
+        stored = torch.load(checkpoint / "training.pt", weights_only=True)
+        if distributed.checksums(checkpoint / "state") != stored["checksums"]:
             raise ValueError("other bytes than were written")
         distributed.load_state(policy, optimizer, checkpoint / "state")
     except torch.OutOfMemoryError:
@@ -153,5 +153,5 @@ def load_checkpoint(checkpoint, policy, optimizer):
                 "there is none before it, so start again with --resume no")
         raise InputError(f"{cli.shown(checkpoint)} is damaged ({cli.reason(error)}); {then}") from error
     rank = dist.get_rank() if dist.is_initialized() else 0
-    torch.set_rng_state(found["rng"][rank % len(found["rng"])])
-    return found["step"], found["scale"]
+    torch.set_rng_state(stored["rng"][rank % len(stored["rng"])])
+    return stored["step"], stored["scale"]

@@ -135,6 +135,7 @@ class RunOptions:
                                "0 = no limit", least=0)
     save_every: int = option(20, "steps between checkpoints", least=1)
     keep: int = option(2, "newest checkpoints that stay", least=1)
+    allow_outside: bool = option(False, "pictures of --data may lie outside its folder")
     eval_size: int = option(200, "held-out questions for the table before and after; 0 = no table", least=0)
     dtype: str = option("auto", "of the computation, auto: bfloat16 on a GPU, else float32; weights stay float32 beside it",
                         ("auto", "float32", "bfloat16"))
@@ -165,8 +166,8 @@ def add_options(parser, settings):
 
 def reason(error):
     """The first line of what an error says, its class where it says nothing, or not a word (str)."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return said if " " in said else f"{type(error).__name__} {said}".strip()
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return message if " " in message else f"{type(error).__name__} {message}".strip()
 
 
 def shown(path):

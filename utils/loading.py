@@ -147,6 +147,7 @@ def check(vlm):
     InputError for a class that differs. Decides whether samples share their prompt (`vlm.shares_prefix`)."""
     try:
         images, prompts, inputs = trial(vlm)
+        inputs = cast_pixels(inputs, vlm.head.weight.dtype)
         outputs = vlm.model.generate(**inputs, max_new_tokens=3, do_sample=False, cache_implementation="dynamic",
                                      return_dict_in_generate=True, output_logits=True)
         tokens = outputs.sequences[:, inputs["input_ids"].shape[1]:]                           # (2, T)
