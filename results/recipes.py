@@ -77,7 +77,6 @@ ROWS = {
     "ours, lr 1e-4": "--lr 1e-4",
     "ours, advantages by mean": "--adv_norm none",
     "ours, exact": "--pathwise 1",
-    "ours, exact, confidence weighs 3.5": "--pathwise 1 --conf_weight 3.5",
     "ours, log": "--calibration log",
     "ours, no calibration": "--calibration none",
     "ours, alpha 0": "--alpha 0",
