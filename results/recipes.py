@@ -77,7 +77,6 @@ ROWS = {
     "ours, lr 1e-4": "--lr 1e-4",
     "ours, advantages by mean": "--adv_norm none",
     "ours, exact": "--pathwise 1",
-    "ours, exact, confidence weighs 3.5": "--pathwise 1 --conf_weight 3.5",
     "ours, log": "--calibration log",
     "ours, no calibration": "--calibration none",
     "ours, alpha 0": "--alpha 0",
@@ -85,9 +84,7 @@ ROWS = {
     "ours, noised policy gradient": "--noised_policy 1",
     "ours, noise everywhere": "--region all --controls 0",
     "ours, random regions": "--region random --controls 0",
-    "ours, mixed corruptions": "--corruption mixed",
     "ours, 16 questions x 8": "--batch_size 16 --group_size 8",
-    "rank": "--calibration rank",
     "hacked: the gap alone": "--calibration none --alpha 1 --beta 1 --controls 0",
 }
 HEADLINE = ("base", "grpo", "paper", "ours")
