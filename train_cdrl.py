@@ -39,7 +39,19 @@ from reward import (
     rollout_confidence,
     sequence_confidence,
 )
-from utils import checkpoint, cli, clip_files, distributed, loading, logs, lora, memory, preflight, report
+from utils import (
+    checkpoint,
+    cli,
+    clip_files,
+    distributed,
+    explain,
+    loading,
+    logs,
+    lora,
+    memory,
+    preflight,
+    report,
+)
 from utils.batches import QuestionOrder, micro_batches
 from utils.cli import TINY, InputError, RunOptions, option
 from utils.preflight import agreed
@@ -82,7 +94,7 @@ class Args:
     controls: float = option(0.0, "share of the pairs whose noise goes on a random region of the same area. They earn no "
                              "perception term: C should fall with the evidence, not with noise", least=0, most=1)
     # Reward (paper Eq. 4)
-    alpha: float = option(0.25, "weight of the perception term tanh(beta (C - C')); 0 = no term", least=0)
+    alpha: float = option(0.2, "weight of the perception term tanh(beta (C - C')); 0 = no term", least=0)
     beta: float = option(0.5, "slope of the tanh, per nat", above=0)
     cnorm: str = option("group", "scale of C in the linear term: min-max of the group, or the base's 5th-95th percentile",
                         ("group", "range"))
@@ -110,7 +122,7 @@ class Args:
 RECIPES = {
     "paper": {},
     "grpo": dict(alpha=0.0, calibration="none", lr=3e-4),
-    "ours": dict(adv_norm="loo", calibration="brier", pathwise=3.5, controls=0.3, lr=3e-4),
+    "ours": dict(adv_norm="loo", calibration="brier", pathwise=3.5, controls=0.4, lr=3e-4),
 }
 
 
@@ -385,6 +397,10 @@ def train(args):
     clip = agreed(lambda: noise.ClipAttention.from_pretrained(args.clip, device, args.run.clip_map, args.run.clip_cache))
     compute = distributed.dtype_of(args.run, device)
     vlm = agreed(lambda: load_model(args.model, device, compute))
+    if args.run.explain:
+        stages = (fit_map_on_base, make_image_pairs, roll_out, add_rewards, cdrl_loss)
+        policy = distributed.shard(vlm, device, compute, sharded=False)
+        return explain.print_step(args, vlm, policy, clip, order, held_out, stages)
     if isinstance(train_set, list):         # of a file: decoded no larger than the vision tower can use
         enough = preflight.tower_pixels(vlm)
         for sample in (*train_set, *held_out):

@@ -1,4 +1,4 @@
-"""The memory that runs/*.sh and the README state is what --dry_run computes from the models' settings."""
+"""The memory that runs/*.sh and runs/README.md state is what --dry_run computes from the models' settings."""
 import json
 import os
 import re
@@ -61,7 +61,7 @@ def test_the_stated_memory_is_what_a_dry_run_computes(name, offloaded, tmp_path,
     peak = round(max(map(float, re.search(r"peak: ([\d.]+) GiB while rolling out, ([\d.]+)", printed).groups())))
     waiting = round(float(re.search(r"([\d.]+) of the CPU's memory", printed)[1]))
     said = " ".join(line.lstrip("# ") for line in script.read_text().splitlines())
-    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `runs/{name}.sh"))
+    row = next(line for line in (ROOT / "runs" / "README.md").read_text().splitlines() if line.startswith(f"| `runs/{name}.sh"))
     if offloaded:
         assert f"--offload: {peak} GiB on the GPU, {waiting} GiB in the CPU's memory" in said
         assert f"`--offload`: {peak} and {waiting} GiB of the CPU's memory" in row

@@ -76,7 +76,7 @@ def named_cells(sample):
 
 def counted_out(sample):
     """A worked solution that, where it counts, says what stands in every cell and keeps count: place to thing is looked up
-    all but without fail, thing to places is a cell or more off in four boards of ten (see the log in results/README.md)."""
+    all but without fail, thing to places is a cell or more off in four boards of ten (see results/log.md)."""
     if sample.meta["skill"] != "count":
         return sample.meta["solution"]
     wanted = dict(named_cells(sample))[sample.meta["solution"].split()[1].strip(",")]

@@ -93,13 +93,14 @@ def command(name, function):
         raise SystemExit(130) from None
 
 
-def option(default, text, choices=None, *, least=None, above=None, most=None, below=None):
+def option(default, text, choices=None, *, least=None, above=None, most=None, below=None, bare=None):
     """A dataclass field that is also a command-line flag: its default, a sentence of help, what it may be.
 
-    choices: the words it may be. least, most: bounds that are allowed values; above, below: bounds that are not.
+    choices: the words it may be. least, most: bounds that are allowed values; above, below: bounds that are not. bare: the
+    value of the flag without one.
     """
     bounds = {"least": least, "above": above, "most": most, "below": below}
-    return field(default=default, metadata={"help": text, "choices": choices, "bounds": bounds})
+    return field(default=default, metadata={"help": text, "choices": choices, "bounds": bounds, "bare": bare})
 
 
 def check_bounds(settings):
@@ -157,6 +158,8 @@ class RunOptions:
                            "attention for the built-in one alone", ("auto", "attention", "contribution"))
     patience: int = option(20, "steps in a row that teach nothing (none right, all cut off, all groups tied) end the run; "
                            "0: never", least=0)
+    explain: str = option("", "print one question's whole step in real numbers, and stop; an id, else one of the first step",
+                          bare="first")
     dry_run: bool = option(False, "print parameters, tokens and memory, and stop; refuses what cannot fit")
     memory: float = option(0.0, "GiB of a device for --dry_run and --shard auto; 0 = what the GPU says", least=0)
 
@@ -168,6 +171,7 @@ def add_options(parser, settings):
             continue
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         kind |= {"choices": f.metadata["choices"]} if f.metadata["choices"] else {}
+        kind |= {"nargs": "?", "const": f.metadata["bare"]} if f.metadata.get("bare") else {}
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"),
                             default=f.default if parser.argument_default is None else parser.argument_default, **kind)
 

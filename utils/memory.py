@@ -134,7 +134,8 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
     rollouts, length = questions * args.group_size * 2, prompt + args.max_new_tokens
     micro_batch = min(questions, args.run.micro_batch)
     if args.run.micro_tokens:
-        micro_batch = max(1, min(micro_batch, args.run.micro_tokens // (views * (prompt + args.group_size * args.max_new_tokens))))
+        fitting = args.run.micro_tokens // (views * (prompt + args.group_size * args.max_new_tokens))
+        micro_batch = max(1, min(micro_batch, fitting))
     block = max(sum(p.numel() for p in b.parameters()) for b in distributed.blocks(vlm.model)) if sharded else 0
     left = total - sum(p.numel() for b in distributed.blocks(vlm.model) for p in b.parameters()) if sharded else 0
     state = state_bytes(total, trained, ranks, args.run.offload, vlm.model.dtype.itemsize if args.run.lora_rank else 4)
@@ -151,7 +152,8 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
     tokens = micro_batch * views * (prompt + args.group_size * args.max_new_tokens)
     learning = {"weights of two blocks and the rest, gathered": size * (2 * block + left),
                 "gradients of a block or the rest, before they are summed": (size + 4) * max(block, left),
-                "activations, language": activations(text, tokens, size, gradient_checkpointing, micro_batch * views * args.group_size * length),
+                "activations, language": activations(text, tokens, size, gradient_checkpointing,
+                                                      micro_batch * views * args.group_size * length),
                 "activations, vision": 0 if args.freeze_vision else activations(
                     sight, micro_batch * views * vision_tokens, size, gradient_checkpointing, 0),
                 "vocabulary head, one chunk": 16 * min(CHUNK_LOGITS, tokens * vlm.vocabulary)}
@@ -188,7 +190,8 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
           + f"; {waiting:.2f} of the CPU's memory")
     if memory and max(peak.values()) > memory:
         more = [flag for flag, used in (("--shard fsdp over more ranks", False), ("--offload", args.run.offload),
-                                        ("--activation_checkpointing on", gradient_checkpointing), ("--freeze_vision", args.freeze_vision),
+                                        ("--activation_checkpointing on", gradient_checkpointing),
+                                        ("--freeze_vision", args.freeze_vision),
                                         ("--micro_batch 1", micro_batch == 1)) if not used]
         raise InputError(f"{max(peak.values()):.2f} GiB a rank do not fit into {memory:g}; try {', '.join(more)}, or a smaller "
                          "--batch_size, --group_size or --max_new_tokens")
