@@ -29,7 +29,7 @@ from utils.results_file import run_resumable
 from vlm import VLM
 
 FOLDER, SIZES, BUDGETS = ROOT / "results" / "policy", [2, 4, 8], (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.3)
-RATES = np.geomspace(0.02, 0.8, 30)
+RATES = np.geomspace(0.03, 0.6, 16)
 
 
 def collect(name, path, split, seed, number):
@@ -106,7 +106,7 @@ def replays(policy, questions):
 
 
 def report(name):
-    """Tables of one model -> (text, curves for the picture)."""
+    """Tables of one model -> (text, curves for the picture, list of Spent at half a call)."""
     held_out, fresh = load(name, "val"), load(name, "test")
     policy = policies.fit_policy(held_out, SIZES, policies.PURCHASES[1:], rates=RATES)
     known, points = rivals(fresh), replays(policy, fresh)
@@ -140,16 +140,12 @@ def report(name):
                           "auroc": auroc(confidence, right)} | dict.fromkeys(("calls", "tokens", "base_tokens"), float("nan"))
     text += ["The final confidence:", "", "```", cli.table(quality), "```", "", "```", policy.tables(), "```", ""]
     curves["CA-TTS, tau = .5"] = [(float(known["CA-TTS calls"].mean()), float(known["CA-TTS"].mean()))]
-    return "\n".join(text), curves
+    return "\n".join(text), curves, half[2]
 
 
-def abstention(name, draws=10, number=300):
-    """Thresholds certified on draws of held-out questions, their risk and coverage on the others -> rows of a table."""
-    questions = load(name, "val") + load(name, "test")
-    rows, rng = {}, np.random.default_rng(0)
-    policy = policies.fit_policy(load(name, "val"), SIZES, policies.PURCHASES[1:], rates=RATES).choose_rate(0.5)
-    spent = [policy.replay(q) for q in questions[len(load(name, "val")):]]
-    confidence, correct = frontier.confidences(spent)
+def abstention(name, spent, draws=10, number=300):
+    """Thresholds certified on draws of the questions, their risk and coverage on the others -> rows of a table."""
+    (confidence, correct), rows, rng = frontier.confidences(spent), {}, np.random.default_rng(0)
     for risk in (0.05, 0.1):
         risks, coverage = [], []
         for _ in range(draws):
@@ -211,11 +207,11 @@ def main():
     names = [path.name.split("-val-")[0] for path in sorted(FOLDER.glob("*-val-0.jsonl.gz"))]
     texts, curves, kept, few = [], {}, {}, {}
     for name in names:
-        text, curves[name] = report(name)
+        text, curves[name], spent = report(name)
         texts.append(text)
-        kept |= abstention(name)
+        kept |= abstention(name, spent)
         few |= few_questions(name)
-        print(text)
+        print(text, flush=True)
     tail = "\n".join(["## Abstention at about half a call a question", "", "```", cli.table(kept), "```", "",
                       "## Fitted on 100 questions, at most one call a question", "", "```", cli.table(few), "```", ""])
     print(tail)
