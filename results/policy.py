@@ -174,6 +174,33 @@ def few_questions(name, number=100, draws=5):
     return rows
 
 
+def other_experts(name):
+    """An Expert that answers at random in every role, and one that is always right -> rows of a table."""
+    rows, rng = {}, np.random.default_rng(0)
+
+    def changed(question, expert):
+        row = json.loads(json.dumps(question.row))
+        row["expert"]["answer"] = row["gold"] if expert == "perfect" else golds[rng.integers(len(golds))]
+        for run in row["by_n"].values() if expert == "useless" else ():
+            shares = rng.dirichlet([1] * (len(run["votes"]["voter"]) or 1)).tolist()
+            run["votes"]["voter"] = [[answer, x] for (answer, _), x in zip(run["votes"]["voter"], shares)]
+            run["votes"]["self_reflection"] = [[golds[rng.integers(len(golds))], 1.0]]
+        return policies.StoredQuestion(row, judge)
+
+    held_out, fresh = load(name, "val"), load(name, "test", 0)
+    golds = [q.row["gold"] for q in held_out]
+    majority = rivals(fresh)["majority"]
+    for expert in ("useless", "real", "perfect"):
+        train, test = ([q if expert == "real" else changed(q, expert) for q in part] for part in (held_out, fresh))
+        policy = policies.fit_controller(train, SIZES, policies.PURCHASES[1:])
+        policy.rate = 0.2
+        spent = [policy.replay(q) for q in test]
+        right = np.array([s.correct for s in spent], float)
+        rows[f"{name}, {expert} Expert"] = {"accuracy": float(right.mean()), "calls": float(np.mean([s.calls for s in spent])),
+                                            "minus majority": frontier.paired_difference(majority, right)}
+    return rows
+
+
 def draw(curves, path):
     import matplotlib
     matplotlib.use("Agg")
@@ -205,15 +232,17 @@ def main():
         for split, seed in [("val", 0)] + [("test", seed) for seed in range(args.seeds)]:
             collect(*args.collect, split, seed, args.questions)
     names = [path.name.split("-val-")[0] for path in sorted(FOLDER.glob("*-val-0.jsonl.gz"))]
-    texts, curves, kept, few = [], {}, {}, {}
+    texts, curves, kept, few, others = [], {}, {}, {}, {}
     for name in names:
         text, curves[name], spent = report(name)
         texts.append(text)
         kept |= abstention(name, spent)
         few |= few_questions(name)
+        others |= other_experts(name)
         print(text, flush=True)
     tail = "\n".join(["## Abstention at about half a call a question", "", "```", cli.table(kept), "```", "",
-                      "## Fitted on 100 questions, at most one call a question", "", "```", cli.table(few), "```", ""])
+                      "## Fitted on 100 questions, at most one call a question", "", "```", cli.table(few), "```", "",
+                      "## Another Expert, at the same rate (.2 of P a call)", "", "```", cli.table(others), "```", ""])
     print(tail)
     page = ROOT / "results" / "policy.md"
     head = page.read_text().split("<!-- measured -->")[0]
