@@ -62,7 +62,7 @@ class Settings:
     tau1: float = option(0.5, "weight of the Voter", least=0)
     tau2: float = option(0.5, "weight of Self-Reflection", least=0)
     tau3: float = option(0.5, "weight of Visual Self-Check", least=0)
-    order: str = option("auto", "of the modules: names with commas, planner (asks the Expert, a call a question), "
+    order: str = option("auto", "of the modules: names with commas, planner (asks the Expert, one more call), "
                         "or auto: cheapest first. It changes the cost of --early_exit exact, and no vote")
     early_exit: str = option("off", "exact: stop when nothing left can change the answer", ("off", "exact"))
     check_alpha: float = option(0.5, "contrast of Visual Self-Check", least=0)
@@ -71,8 +71,8 @@ class Settings:
     region: str = option("key", "where that noise goes", noise.MODES)
     mass: float = option(0.5, "share of CLIP's attention that the key region holds", above=0, most=1)
     expert_tokens: int = option(256, "longest reply of the Expert", least=1)
-    policy: str = option("paper", "paper: every module, fixed weights; or a policy.json that eval.py has fitted")
-    budget: float = option(0.0, "mean Expert calls a question that --policy FILE spends; 0 = as fitted", least=0)
+    policy: str = option("paper", "paper: every module, fixed weights; or a policy.json, fitted by eval.py")
+    budget: float = option(0.0, "mean Expert calls a question of --policy FILE; 0 = as fitted", least=0)
     accuracy: float = option(0.0, "or the accuracy that it aims at; 0 = as fitted", least=0, below=1)
     risk: float = option(0.0, "it abstains so that at most this share of its answers is wrong; 0 = never",
                          least=0, below=1)
@@ -299,7 +299,7 @@ class Controller:
     def draw(self, states, n):
         """Draw samples until every question has n; all have equally many so far.
 
-        A question's seed fixes its samples: the first k of n are those of a draw of k. A server draws others.
+        A question's seed fixes its samples: the first k of n are those of a draw of k, unless a server draws.
         """
         first = len(states[0].result.rollouts) if states else 0
         settings = self.settings

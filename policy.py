@@ -433,35 +433,33 @@ def fit_outcomes(questions, posterior, sizes, modules, bins=6, changes=5):
     return outcomes
 
 
+def fit_controller(questions, sizes, modules, prices=None, ridge=1.0):
+    """StoredQuestions -> Policy without a frontier."""
+    costs = {m: np.mean([q.cost(m, sizes[-1]) for q in questions], 0) for m in ("samples", *modules)}
+    costs["samples"] = costs["samples"] / sizes[-1]
+    costs, visits = {m: cost.tolist() for m, cost in costs.items()}, None
+    for _ in range(2):              # then once more, where the first controller went: there P must be calibrated
+        posterior = fit_posterior(questions, sizes, modules, ridge, visits)
+        outcomes = fit_outcomes(questions, posterior, sizes, modules)
+        policy = Policy(posterior, outcomes, costs, list(sizes), list(modules), prices=dict(prices or PRICES))
+        visits = [visits_of(policy, q) for q in questions]
+    return policy
+
+
 def fit_policy(questions, sizes, modules, prices=None, ridge=1.0, rates=None):
-    """StoredQuestions -> Policy with its frontier and its calibration, both cross-fitted: no question is judged by a
-    posterior that was fitted on it."""
+    """StoredQuestions -> Policy. Its frontier's accuracy is cross-fitted: no fit judges a question that it has seen."""
     if len(questions) < 20:
         raise InputError(f"{len(questions)} questions are too few to fit a policy on; give at least 20")
-    rates = np.geomspace(0.02, 1.0, 60) if rates is None else rates
-
-    def fit(part):
-        costs = {m: np.mean([q.cost(m, sizes[-1]) for q in part], 0) for m in ("samples", *modules)}
-        costs["samples"] = costs["samples"] / sizes[-1]
-        visits = None
-        for _ in range(2):              # then once more, where the first controller went: there P must be calibrated
-            posterior = fit_posterior(part, sizes, modules, ridge, visits)
-            policy = Policy(posterior, fit_outcomes(part, posterior, sizes, modules),
-                            {m: cost.tolist() for m, cost in costs.items()}, list(sizes), list(modules),
-                            prices=dict(prices or PRICES))
-            visits = [visits_of(policy, q) for q in part]
-        return policy
-
-    policy = fit(questions)
+    rates = np.geomspace(0.02, 1.0, 40) if rates is None else rates
     halves = [questions[0::2], questions[1::2]]
-    fitted = [fit(halves[1]), fit(halves[0])]
+    policy, *fitted = (fit_controller(part, sizes, modules, prices, ridge) for part in (questions, halves[1], halves[0]))
     for rate in map(float, rates):
-        spent = []
-        for half, judge in zip(halves, fitted):
-            judge.rate = rate
-            spent += [judge.replay(q) for q in half]
+        policy.rate = fitted[0].rate = fitted[1].rate = rate
+        spent = [judge.replay(q) for half, judge in zip(halves, fitted) for q in half]
+        costs = means([policy.replay(q) for q in questions])            # they need no labels, so no cross-fitting
+        costs = {name: costs[name] for name in ("calls", "tokens", "base_tokens")}
         thresholds = {f"{risk:g}": certified_threshold(*confidences(spent), risk) for risk in RISKS}
-        policy.frontier.append({"rate": rate, **means(spent), "thresholds": {
+        policy.frontier.append({"rate": rate, **means(spent), **costs, "thresholds": {
             risk: None if value == math.inf else value for risk, value in thresholds.items()}})
     policy.about = {"questions": len(questions)}
     return policy.choose_rate(budget=max(0.5, min(point["calls"] for point in policy.frontier)))

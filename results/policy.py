@@ -29,7 +29,7 @@ from utils.results_file import run_resumable
 from vlm import VLM
 
 FOLDER, SIZES, BUDGETS = ROOT / "results" / "policy", [2, 4, 8], (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.3)
-RATES = np.geomspace(0.02, 0.8, 30)
+RATES = np.geomspace(0.03, 0.6, 16)
 
 
 def collect(name, path, split, seed, number):
@@ -106,7 +106,7 @@ def replays(policy, questions):
 
 
 def report(name):
-    """Tables of one model -> (text, curves for the picture)."""
+    """Tables of one model -> (text, curves for the picture, list of Spent at half a call)."""
     held_out, fresh = load(name, "val"), load(name, "test")
     policy = policies.fit_policy(held_out, SIZES, policies.PURCHASES[1:], rates=RATES)
     known, points = rivals(fresh), replays(policy, fresh)
@@ -140,16 +140,12 @@ def report(name):
                           "auroc": auroc(confidence, right)} | dict.fromkeys(("calls", "tokens", "base_tokens"), float("nan"))
     text += ["The final confidence:", "", "```", cli.table(quality), "```", "", "```", policy.tables(), "```", ""]
     curves["CA-TTS, tau = .5"] = [(float(known["CA-TTS calls"].mean()), float(known["CA-TTS"].mean()))]
-    return "\n".join(text), curves
+    return "\n".join(text), curves, half[2]
 
 
-def abstention(name, draws=10, number=300):
-    """Thresholds certified on draws of held-out questions, their risk and coverage on the others -> rows of a table."""
-    questions = load(name, "val") + load(name, "test")
-    rows, rng = {}, np.random.default_rng(0)
-    policy = policies.fit_policy(load(name, "val"), SIZES, policies.PURCHASES[1:], rates=RATES).choose_rate(0.5)
-    spent = [policy.replay(q) for q in questions[len(load(name, "val")):]]
-    confidence, correct = frontier.confidences(spent)
+def abstention(name, spent, draws=10, number=300):
+    """Thresholds certified on draws of the questions, their risk and coverage on the others -> rows of a table."""
+    (confidence, correct), rows, rng = frontier.confidences(spent), {}, np.random.default_rng(0)
     for risk in (0.05, 0.1):
         risks, coverage = [], []
         for _ in range(draws):
@@ -175,6 +171,33 @@ def few_questions(name, number=100, draws=5):
         right = np.array([s.correct for s in spent], float)
         rows[f"{name}, draw {draw}"] = {"policy": float(right.mean()), "calls": float(np.mean([s.calls for s in spent])),
                                         "policy - CA-TTS": frontier.paired_difference(fixed, right)}
+    return rows
+
+
+def other_experts(name):
+    """An Expert that answers at random in every role, and one that is always right -> rows of a table."""
+    rows, rng = {}, np.random.default_rng(0)
+
+    def changed(question, expert):
+        row = json.loads(json.dumps(question.row))
+        row["expert"]["answer"] = row["gold"] if expert == "perfect" else golds[rng.integers(len(golds))]
+        for run in row["by_n"].values() if expert == "useless" else ():
+            shares = rng.dirichlet([1] * (len(run["votes"]["voter"]) or 1)).tolist()
+            run["votes"]["voter"] = [[answer, x] for (answer, _), x in zip(run["votes"]["voter"], shares)]
+            run["votes"]["self_reflection"] = [[golds[rng.integers(len(golds))], 1.0]]
+        return policies.StoredQuestion(row, judge)
+
+    held_out, fresh = load(name, "val"), load(name, "test", 0)
+    golds = [q.row["gold"] for q in held_out]
+    majority = rivals(fresh)["majority"]
+    for expert in ("useless", "real", "perfect"):
+        train, test = ([q if expert == "real" else changed(q, expert) for q in part] for part in (held_out, fresh))
+        policy = policies.fit_controller(train, SIZES, policies.PURCHASES[1:])
+        policy.rate = 0.2
+        spent = [policy.replay(q) for q in test]
+        right = np.array([s.correct for s in spent], float)
+        rows[f"{name}, {expert} Expert"] = {"accuracy": float(right.mean()), "calls": float(np.mean([s.calls for s in spent])),
+                                            "minus majority": frontier.paired_difference(majority, right)}
     return rows
 
 
@@ -209,15 +232,17 @@ def main():
         for split, seed in [("val", 0)] + [("test", seed) for seed in range(args.seeds)]:
             collect(*args.collect, split, seed, args.questions)
     names = [path.name.split("-val-")[0] for path in sorted(FOLDER.glob("*-val-0.jsonl.gz"))]
-    texts, curves, kept, few = [], {}, {}, {}
+    texts, curves, kept, few, others = [], {}, {}, {}, {}
     for name in names:
-        text, curves[name] = report(name)
+        text, curves[name], spent = report(name)
         texts.append(text)
-        kept |= abstention(name)
+        kept |= abstention(name, spent)
         few |= few_questions(name)
-        print(text)
+        others |= other_experts(name)
+        print(text, flush=True)
     tail = "\n".join(["## Abstention at about half a call a question", "", "```", cli.table(kept), "```", "",
-                      "## Fitted on 100 questions, at most one call a question", "", "```", cli.table(few), "```", ""])
+                      "## Fitted on 100 questions, at most one call a question", "", "```", cli.table(few), "```", "",
+                      "## Another Expert, at the same rate (.2 of P a call)", "", "```", cli.table(others), "```", ""])
     print(tail)
     page = ROOT / "results" / "policy.md"
     head = page.read_text().split("<!-- measured -->")[0]

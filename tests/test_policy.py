@@ -13,7 +13,17 @@ import data
 import eval
 import policy as policies
 from catts import Controller, Settings, record
-from policy import FEATURES, Evidence, Policy, Posterior, StoredQuestion, fit_on_votes, read_policy
+from policy import (
+    FEATURES,
+    PURCHASES,
+    Evidence,
+    Policy,
+    Posterior,
+    StoredQuestion,
+    fit_controller,
+    fit_on_votes,
+    read_policy,
+)
 from utils import frontier
 from utils.cli import InputError
 from utils.experts import LocalExpert
@@ -50,8 +60,9 @@ def stored_rows(number, expert=0.9, seed=0):
             liked = own if own in candidates else rng.choice(candidates)
             voter = [[c, 0.8 if c == liked else 0.2 / max(1, len(candidates) - 1)] for c in candidates]
             check = answer(0.3 + 0.65 * ease, wrong=wrong[:3])
+            reflected = own if rng.random() < 0.7 else answer(0.2 + 0.75 * ease)            # the critique tells what it saw
             by_n[n] = {"ran": ["samples", "voter", "self_reflection", "self_check"], "votes": {
-                "voter": voter, "self_reflection": [[answer(expert), 1.0]], "self_check": [[check, 1.0]]},
+                "voter": voter, "self_reflection": [[reflected, 1.0]], "self_check": [[check, 1.0]]},
                 "parts": {"voter": {"expert_calls": 1, "expert_tokens": 40}, "critic": {"expert_calls": 1, "expert_tokens": 20},
                           "self_reflection": {"tokens": 20}, "self_check": {"tokens": 20}}}
         rows.append({"id": f"q{seed}-{i}", "gold": gold, "choices": None, "samples": samples, "by_n": by_n,
@@ -163,22 +174,26 @@ def test_coefficients_are_the_maximum_of_the_likelihood():
 
 # ---- The controller
 
+def controller(rows):
+    return fit_controller([StoredQuestion(row, right) for row in rows], [2, 8], PURCHASES[1:])
+
+
 def spend(policy, rows):
     return frontier.means([policy.replay(StoredQuestion(row, right)) for row in rows])
 
 
-def test_it_learns_what_an_expert_is_worth(fitted, rates):
+def test_it_learns_what_an_expert_is_worth():
     """A useless Expert is left alone, and a better one is asked more at the same rate."""
-    fresh, results = 300, {}
-    for skill in (0.1, 0.6, 0.9, 1.0):
-        policy = fitted if skill == 0.9 else fit_on_votes(stored_rows(120, skill), Settings(), right, SOURCES, rates=rates)
+    results = {}
+    for skill in (0.1, 0.8, 1.0):
+        policy = controller(stored_rows(120, skill))
         policy.rate = 0.15
-        results[skill] = spend(policy, stored_rows(fresh, skill, seed=1))
-    rows = stored_rows(fresh, seed=1)
+        results[skill] = spend(policy, stored_rows(2000 if skill == 0.1 else 400, skill, seed=1))
+    rows = stored_rows(2000, 0.1, seed=1)
     majority = np.mean([right(StoredQuestion(row, right).evidence(8).candidates()[0][0], row) for row in rows])
     print({skill: (round(r["accuracy"], 3), round(r["calls"], 2)) for skill, r in results.items()}, f"majority {majority:.3f}")
     assert results[0.1]["calls"] < 0.03 and results[0.1]["accuracy"] > majority - 0.01
-    assert results[0.1]["calls"] < results[0.6]["calls"] < results[0.9]["calls"] <= results[1.0]["calls"]
+    assert results[0.1]["calls"] < results[0.8]["calls"] < results[1.0]["calls"]
     assert results[1.0]["accuracy"] > 0.95
 
 
@@ -188,7 +203,7 @@ def test_a_dearer_unit_buys_less_and_a_budget_is_kept(fitted):
     for point in fitted.frontier:                               # rates rise
         fitted.rate = point["rate"]
         calls.append(spend(fitted, rows)["calls"])
-    assert calls == sorted(calls, reverse=True) and calls[0] > 0.9
+    assert calls == sorted(calls, reverse=True) and calls[0] > 0.8
     for budget in (0.3, 0.6, 1.0):
         assert spend(fitted.choose_rate(budget), rows)["calls"] < budget + 0.1
     best = max(point["accuracy"] for point in fitted.frontier)
@@ -218,7 +233,7 @@ def test_a_promise_is_the_best_plan_written_out(fitted):
             assert np.interp(p, policies.GRID, promises) == pytest.approx(offer(m, 8, sources, p), abs=0.01)
 
 
-def test_fitted_on_a_hundred_questions_it_beats_fixed_weights(rates):
+def test_fitted_on_a_hundred_questions_it_beats_fixed_weights():
     """The paper's tau = .5 spends two calls on every question."""
     fresh = stored_rows(400, seed=9)
 
@@ -232,8 +247,10 @@ def test_fitted_on_a_hundred_questions_it_beats_fixed_weights(rates):
         return right(max(totals, key=totals.get), row)
     paper = np.mean([fixed(row) for row in fresh])
     for seed in (3, 4):
-        policy = fit_on_votes(stored_rows(100, seed=seed), Settings(), right, SOURCES, rates=rates).choose_rate(1.0)
-        assert spend(policy, fresh)["accuracy"] >= paper - 0.005
+        policy = controller(stored_rows(100, seed=seed))
+        policy.rate = 0.1
+        spent = spend(policy, fresh)
+        assert spent["accuracy"] >= paper - 0.005 and spent["calls"] < 1
 
 
 # ---- The guarantee
@@ -271,7 +288,7 @@ def test_gates_and_mixtures_end_where_they_should():
     half = frontier.gate(signal, before, after, 0.5)
     assert (half == np.where(signal <= np.sort(signal)[24], after, before)).all()
     points = [(0.2, before * 1.0), (0.6, after * 1.0)]
-    assert (frontier.mixed(points, 0.4) == (before + after) / 2).all()
+    assert frontier.mixed(points, 0.4) == pytest.approx((before + after) / 2)
     assert (frontier.mixed(points, 0.6) == after).all() and np.isnan(frontier.mixed(points, 0.1)).all()
 
 
@@ -360,8 +377,9 @@ def test_the_first_samples_of_many_are_the_same(collected):
         for state, full in zip(states, results):
             assert [r.text for r in state.result.rollouts] == [r.text for r in full.rollouts[:n]]
     for state, full in zip(states, results):
-        assert [(v.answer, v.share) for v in state.result.votes] == pytest.approx(
-            [(v.answer, v.share) for v in full.votes if v.source == "samples"])
+        drawn, at_once = state.result.votes, [v for v in full.votes if v.source == "samples"]
+        assert [v.answer for v in drawn] == [v.answer for v in at_once]
+        assert [v.share for v in drawn] == pytest.approx([v.share for v in at_once], abs=1e-6)
 
 
 def policies_state(sample):

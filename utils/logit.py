@@ -18,7 +18,7 @@ def fit_logit(designs, rights, weights, ridge=1.0):
     right, w = np.zeros((len(designs), size)), np.asarray(weights, float)
     for i, (design, is_right) in enumerate(zip(designs, rights)):
         x[i, :len(design)], absent[i, :len(design)], right[i, :len(design)] = design, 0.0, is_right
-    beta = np.zeros(dim)
+    beta, flat = np.zeros(dim), x.reshape(-1, dim)
 
     def loss(b):
         p = softmax(x @ b + absent)
@@ -27,9 +27,9 @@ def fit_logit(designs, rights, weights, ridge=1.0):
     for _ in range(100):
         p = softmax(x @ beta + absent)                                          # (N, K + 1)
         target = p * right / (p * right).sum(1, keepdims=True)                  # the share of each right row
-        gradient = np.einsum("n,nk,nkd->d", w, p - target, x) + ridge * beta
+        gradient = (w[:, None] * (p - target)).ravel() @ flat + ridge * beta
         mean = np.einsum("nk,nkd->nd", p, x)
-        hessian = np.einsum("n,nk,nkd,nke->de", w, p, x, x) - (mean * w[:, None]).T @ mean + ridge * np.eye(dim)
+        hessian = (flat * (w[:, None] * p).reshape(-1, 1)).T @ flat - (mean * w[:, None]).T @ mean + ridge * np.eye(dim)
         step = np.linalg.solve(hessian, gradient)
         while loss(beta - step) > loss(beta) and abs(step).max() > 1e-9:       # a full Newton step may overshoot
             step = step / 2
