@@ -428,7 +428,7 @@ def fit_outcomes(questions, posterior, sizes, modules, bins=6, changes=5):
             for group in np.array_split(np.argsort(before, kind="stable"), min(bins, len(before))):
                 change = np.sort(after[group] - before[group])
                 change = change - min(0.0, change.mean())
-                fifths = np.array_split(change, min(changes, len(change)))
+                fifths = np.repeat(change, changes).reshape(changes, -1)        # equal parts, also of few values
                 table.append([float(before[group].mean()), [float(fifth.mean()) for fifth in fifths]])
     return outcomes
 

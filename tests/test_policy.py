@@ -197,6 +197,11 @@ def test_it_learns_what_an_expert_is_worth():
     assert results[1.0]["accuracy"] > 0.95
 
 
+def test_twenty_questions_are_enough_to_fit():
+    policy = fit_on_votes(stored_rows(20), Settings(), right, SOURCES, rates=[0.1, 0.5])
+    assert 0 <= spend(policy, stored_rows(20, seed=1))["calls"] <= 3
+
+
 def test_a_dearer_unit_buys_less_and_a_budget_is_kept(fitted):
     rows = stored_rows(200, seed=2)
     calls = []
