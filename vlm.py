@@ -239,20 +239,21 @@ class VLM:
 
     @torch.no_grad()
     def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, greedy=False, seed=0,
-               inputs=None):
+               first=0, inputs=None):
         """n completions for each of B prompts -> list (B) of lists (n) of Rollout.
 
         images: list (B) of lists of PIL images. temperature and top_k (0 = off) shape what is drawn; log-probs and
         confidences come from the raw logits. greedy: argmax (lowest id on a tie). seed: an int or a string, or one for
         each prompt. A prompt's random numbers are drawn before decoding, from its own seed: they depend neither on the
-        other prompts of the batch nor on the number of ranks. inputs: what `encode` made of these prompts, where it is at hand.
+        other prompts of the batch nor on the number of ranks. first: how many samples of this seed to pass over, so
+        that 8 samples are 5 and then 3 with first = 5. inputs: what `encode` made of these prompts, where it is at hand.
         """
         def choose(logits, uniform):
             allowed = logits.masked_fill(self.banned, -torch.inf)
             return allowed.argmax(-1) if greedy else sample_token(allowed, uniform, temperature, top_k)
 
         seeds = seed if isinstance(seed, list | tuple) else [f"{seed} {b}" for b in range(len(prompts))]
-        uniform = torch.cat([torch.rand(n, max_new_tokens, generator=generator(s), dtype=torch.float64)
+        uniform = torch.cat([torch.rand(first + n, max_new_tokens, generator=generator(s), dtype=torch.float64)[first:]
                              for s in seeds]).to(self.device)                                       # (B*n, T)
         rollouts = self._decode([self.prefill(images, prompts, inputs)], choose, n, max_new_tokens, uniform)
         return [rollouts[b * n:(b + 1) * n] for b in range(len(prompts))]
