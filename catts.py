@@ -11,9 +11,9 @@ N samples vote, each with its confidence as weight (Eq. 5). Equal answers are me
 - Self-Reflection: the Expert as Critic comments on the favourite, and the base answers again (Eq. 8).
 - Visual Self-Check: the base decodes against the noised picture (Eq. 9).
 
-The Expert as Planner orders the modules. Critic and Voter see the samples' answers only, so the order
-changes the cost, never the votes. The paper does not say what happens when the Expert fails. Here the role
-casts no vote, and the ledger says so. Left out on purpose: streaming, an Expert that sees the reasoning.
+Critic and Voter see the samples' answers only, so the order of the modules changes the cost, never the votes.
+The paper does not say what a failing Expert means. Here its role casts no vote, and the ledger says so. With
+`--policy policy.json` evidence is bought where it pays (policy.py). Left out on purpose: streaming.
 """
 import argparse
 import math
@@ -30,12 +30,13 @@ import torch.distributed as dist
 import data
 import noise
 from data import MODULES, Sample
+from policy import Evidence, read_policy
 from reward import sequence_confidence
 from utils import cli, distributed, experts, results_file
 from utils.cli import InputError, names_in, option
 from utils.experts import LocalExpert, Server, ServerExpert, ServerVLM, consult
 from utils.judge import accepts, equivalent, extract_answer
-from utils.results_file import SOURCE, SOURCES, Result, read_threshold, timed
+from utils.results_file import SOURCE, SOURCES, Candidate, QuestionState, Result, Vote, read_threshold, timed
 from vlm import VLM, Rollout
 
 TIE = 1e-9                      # totals closer than this are equal; the samples' order then decides
@@ -61,8 +62,8 @@ class Settings:
     tau1: float = option(0.5, "weight of the Voter", least=0)
     tau2: float = option(0.5, "weight of Self-Reflection", least=0)
     tau3: float = option(0.5, "weight of Visual Self-Check", least=0)
-    order: str = option("auto", "of the modules: planner (asks the Expert), or names with commas. auto = "
-                        "planner, but cheapest first under --early_exit exact, where only the cost changes")
+    order: str = option("auto", "of the modules: names with commas, planner (asks the Expert, one more call), "
+                        "or auto: cheapest first. It changes the cost of --early_exit exact, and no vote")
     early_exit: str = option("off", "exact: stop when nothing left can change the answer", ("off", "exact"))
     check_alpha: float = option(0.5, "contrast of Visual Self-Check", least=0)
     check_beta: float = option(0.1, "its plausibility cut", least=0, most=1)
@@ -70,6 +71,11 @@ class Settings:
     region: str = option("key", "where that noise goes", noise.MODES)
     mass: float = option(0.5, "share of CLIP's attention that the key region holds", above=0, most=1)
     expert_tokens: int = option(256, "longest reply of the Expert", least=1)
+    policy: str = option("paper", "paper: every module, fixed weights; or a policy.json, fitted by eval.py")
+    budget: float = option(0.0, "mean Expert calls a question of --policy FILE; 0 = as fitted", least=0)
+    accuracy: float = option(0.0, "or the accuracy that it aims at; 0 = as fitted", least=0, below=1)
+    risk: float = option(0.0, "it abstains so that at most this share of its answers is wrong; 0 = never",
+                         least=0, below=1)
     abstain: str = option("", "answer \"I don't know\" below this confidence: a number, or a file of eval.py")
     seed: int = option(0, "decides samples and noise")
 
@@ -94,22 +100,6 @@ class Settings:
 
 
 # ---- The vote table
-
-@dataclass
-class Vote:
-    """source: one of SOURCES; share: of that source's vote, in [0, 1], before its tau."""
-    source: str
-    answer: str
-    share: float
-
-
-@dataclass
-class Candidate:
-    """One answer of the vote table. shares: of each source's vote; total: their sum, weighted by tau."""
-    answer: str
-    shares: dict
-    total: float = 0.0
-
 
 def sample_weights(confidences, probabilities, settings):
     """N confidences (any reals) and probabilities -> N weights that sum to 1 (Eq. 5); 0 = filtered out."""
@@ -215,15 +205,6 @@ def confidence_of(rollout, reading, window):
     return sequence_confidence(confidences, torch.ones_like(confidences), reading, window).item()
 
 
-@dataclass
-class QuestionState:
-    """A question under way."""
-    sample: Sample
-    pictures: list
-    result: Result
-    stopped: str = ""           # why no more modules run
-
-
 class Controller:
     """CA-TTS for one base model and one Expert.
 
@@ -241,6 +222,10 @@ class Controller:
                           else LocalExpert(vlm, self.settings.expert_tokens))
         self.expert = expert or base_as_expert
         self.checker = checker or (None if is_server else vlm)
+        self.policy = read_policy(self.settings, can_check=self.checker is not None)
+        if self.policy:
+            self.modules = self.policy.modules
+            self.threshold = self.policy.threshold(self.settings.risk) if self.settings.risk else None
         if clip is None and "self_check" in self.modules and self.checker and self.settings.region != "all":
             self.clip = noise.ClipAttention.from_pretrained()
 
@@ -255,18 +240,33 @@ class Controller:
         """
         states = [QuestionState(sample, sample.pictures(), Result(sample.id)) for sample in samples]
         if rollouts is None:
-            self._draw(states, self.settings.samples)
+            self.draw(states, self.policy.sizes[0] if self.policy else self.settings.samples)
         for state, given in zip(states, rollouts or []):
             self._add_samples(state, given)
+        if self.policy:
+            self.policy.buy(self, states)
+        else:
+            self._vote_all(states)
+        for state in states:
+            self._conclude(state)
+        return [state.result for state in states]
+
+    def _vote_all(self, states):
+        """The paper's way: every module in its order, unless nothing left can change the answer."""
         pending = self._pending(states, self.modules)
         self._plan(pending)
         for step in range(len(self.modules)):
             for module in self.modules:
-                self._run(module, [state for state in pending if state.result.order[step] == module])
+                self.run(module, [state for state in pending if state.result.order[step] == module])
             pending = self._pending(pending, None, step + 1)
-        for state in states:
-            self._conclude(state)
-        return [state.result for state in states]
+
+    def evidence(self, state):
+        """What has been bought for a question (policy.Evidence)."""
+        result, settings, choices = state.result, self.settings, state.sample.choices
+        samples = [(extract_answer(r.text, choices), confidence_of(r, settings.reading, settings.window),
+                    r.logprobs.mean().item()) for r in result.rollouts]
+        votes = result.by_source()
+        return Evidence(samples, {source: votes[source] for source in result.order}, choices)
 
     def _candidates(self, state, only_samples=False):
         votes = [v for v in state.result.votes if v.source == "samples" or not only_samples]
@@ -296,12 +296,16 @@ class Controller:
 
     # ---- The samples (Eq. 5)
 
-    def _draw(self, states, n):
-        """Draw n samples a question."""
+    def draw(self, states, n):
+        """Draw samples until every question has n; all have equally many so far.
+
+        A question's seed fixes its samples: the first k of n are those of a draw of k, unless a server draws.
+        """
+        first = len(states[0].result.rollouts) if states else 0
         settings = self.settings
         with timed(states):
             groups = self.vlm.sample(
-                [s.pictures for s in states], [data.prompt(s.sample) for s in states], n,
+                [s.pictures for s in states], [data.prompt(s.sample) for s in states], n - first, first=first,
                 max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
                 top_k=settings.top_k, seed=[self._seed(s) for s in states])
         for state, group in zip(states, groups):
@@ -310,7 +314,7 @@ class Controller:
     def _add_samples(self, state, rollouts):
         result, settings = state.result, self.settings
         result.rollouts += rollouts
-        result.votes = sample_votes(
+        result.votes = [vote for vote in result.votes if vote.source != "samples"] + sample_votes(
             [extract_answer(r.text, state.sample.choices) for r in result.rollouts],
             [confidence_of(r, settings.reading, settings.window) for r in result.rollouts],
             [r.logprobs.mean().exp().item() for r in result.rollouts], settings)
@@ -319,21 +323,18 @@ class Controller:
     # ---- The modules
 
     def _plan(self, states):
-        """Expert as Planner: the order of the modules."""
+        """The order of the modules. The Expert as Planner is asked where that was wished: it costs a call."""
         order = self.settings.order
-        if order == "auto" and self.settings.early_exit == "exact":
-            order = CHEAPEST_FIRST
-        plans = [names_in(order)] * len(states)
-        if order in ("auto", "planner"):
-            plans = [None] * len(states)
-            if len(self.modules) > 1 and states:
-                with timed(states):
-                    plans = consult(self.expert, "planner", states, lambda s: data.planner_prompt(s.sample),
-                                    lambda _, text: experts.parse_order(text, MODULES))
+        plans = [names_in(CHEAPEST_FIRST if order == "auto" else order)] * len(states)
+        if order == "planner" and states:
+            with timed(states):
+                plans = consult(self.expert, "planner", states, lambda s: data.planner_prompt(s.sample),
+                                lambda _, text: experts.parse_order(text, MODULES))
         for state, plan in zip(states, plans):
             state.result.order = [module for module in plan or MODULES if module in self.modules]
 
-    def _run(self, module, states):
+    def run(self, module, states):
+        """Let a module add its votes to the questions (states)."""
         if states:
             with timed(states):
                 getattr(self, f"_{module}")(states)
@@ -368,18 +369,29 @@ class Controller:
         settings = self.settings
         if self.checker is None:
             for state in states:
-                why = "the base model is a server; --check_model names a local one"
-                state.result.skipped["self_check"] = why
+                state.result.skipped["self_check"] = "the base is a server; --check_model names a local model"
             return
         images = [s.pictures for s in states]
-        noised = noise.make_pairs(
-            images, [s.sample.question for s in states], self.clip, noise.parse_t(settings.noise_t),
-            [settings.region] * len(states), settings.mass, [self._seed(s) for s in states])
+        questions, seeds = [s.sample.question for s in states], [self._seed(s) for s in states]
+        noised = noise.make_pairs(images, questions, self.clip, noise.parse_t(settings.noise_t),
+                                  [settings.region] * len(states), settings.mass, seeds)
         rollouts = self.checker.contrast(
             images, noised, [data.prompt(s.sample) for s in states], alpha=settings.check_alpha,
             beta=settings.check_beta, max_new_tokens=settings.max_new_tokens)
         for state, rollout in zip(states, rollouts):
             self._vote(state, "self_check", rollout, views=2)
+
+    def _expert(self, states):
+        """The Expert answers the question itself; only a fitted policy asks for that."""
+        def parse(state, text):
+            answer = extract_answer(text, state.sample.choices)
+            if answer is None:
+                raise ValueError("no answer")
+            return answer
+
+        answers = consult(self.expert, "expert", states, lambda s: data.prompt(s.sample), parse)
+        for state, answer in zip(states, answers):
+            state.result.votes += [] if answer is None else [Vote("expert", answer, 1.0)]
 
     def _with_answers(self, states, role):
         """The questions with an answer among their samples; the others have nothing to show to the Expert."""
@@ -400,15 +412,17 @@ class Controller:
 
     def _conclude(self, state):
         """Answer and confidence (Eq. 10), abstention, and the judge's verdict."""
-        candidates, result = self._candidates(state), state.result
-        best = winner(candidates)
-        if best is not None:
-            result.answer, result.confidence = best.answer, share_of(best, candidates)
+        result = state.result
+        if self.policy:
+            result.answer, result.confidence = self.policy.posterior.leader(self.evidence(state))
+        else:
+            candidates = self._candidates(state)
+            if best := winner(candidates):
+                result.answer, result.confidence = best.answer, share_of(best, candidates)
         unanswered = sum(extract_answer(r.text, state.sample.choices) is None for r in result.rollouts)
         if unanswered:
             result.ledger.notes.append(f"{unanswered} of {len(result.rollouts)} samples gave no answer")
-        unsure = self.threshold is not None and result.confidence < self.threshold
-        result.abstained = result.answer is None or unsure
+        result.abstained = result.answer is None or result.confidence < (self.threshold or 0)
         if state.sample.answer is not None:
             result.correct = accepts(result.answer, state.sample)
 
@@ -419,19 +433,19 @@ def build(args, settings, model=None):
     """The Controller that the flags of `add_sources` describe. model: in place of --model."""
     cli.check_sources(args)
     settings.check()
-    read_threshold(settings, results_file.source_fingerprint(args))
+    for read in (read_threshold, read_policy):
+        read(settings, results_file.source_fingerprint(args))
     model = model or args.model
 
     def server(url, name, key):
         return Server(url, name, os.environ.get(key) or None, args.timeout, args.retries, args.cache)
 
     distributed.start_ranks()                      # before a model is loaded: each rank to a GPU of its own
-    clip = noise.ClipAttention.from_pretrained(args.clip)
-    if re.match("https?:", model):
+    clip = noise.ClipAttention.from_pretrained(args.clip, kind=args.clip_map)
+    expert, is_server = None, re.match("https?:", model)
+    vlm = None if is_server else VLM.load(model)
+    if is_server:
         vlm = ServerVLM(server(model, args.model_name, "MODEL_API_KEY"), Rollout)
-    else:
-        vlm = VLM.load(model)
-    expert = None
     if re.match("https?:", args.expert):
         endpoint = server(args.expert, args.expert_model, "EXPERT_API_KEY")
         expert = ServerExpert(endpoint, settings.expert_tokens)
@@ -450,6 +464,8 @@ def answer_one(args, settings):
     result = controller.answer(sample)
     if args.json:
         print(cli.strict_json(record(result, sample, settings.window)))
+    elif controller.policy:
+        print(results_file.describe_purchases(result, args.choices))
     else:
         candidates = tally(result.votes, controller.taus, args.choices)
         print(results_file.describe(result, candidates, args.choices, controller.taus))
@@ -457,24 +473,15 @@ def answer_one(args, settings):
 
 
 def answer_many(args, settings, defaults):
-    """Answer the questions of --data into --output, a line each, and print their means.
-
-    defaults: the flags' (Namespace). A flag that an older file does not name had its default.
-    """
-    samples = data.load(args.data, "test", args.limit, args.data_seed, args.strict)
+    """Answer the questions of --data into --output and print their means. defaults: of the flags (Namespace)."""
+    samples = data.load(args.data, "test", args.limit, args.data_seed, args.strict,
+                        allow_outside=args.allow_outside)
     controller = build(args, settings)
 
     def answer_batch(batch):
         return [record(r, s, settings.window) for s, r in zip(batch, controller.answer_all(batch))]
 
-    # The threshold itself: the content of its file may change between a run and its continuation.
-    frame, default_frame = (
-        results_file.run_fingerprint(flags, ("image", "question", "choices"), abstain=str(threshold))
-        for flags, threshold in ((args, controller.threshold), (defaults, None)))
-    results = results_file.run_resumable(answer_batch, samples, args.output, frame, args.batch_size,
-                                         strict=args.strict, defaults=default_frame)
-    if results is not None:                        # on the first rank
-        results_file.print_means(results, samples, args)
+    results_file.run_questions(answer_batch, samples, args, defaults, controller.threshold)
 
 
 def run(argv=None):
@@ -495,7 +502,8 @@ def run(argv=None):
     if args.image:
         return answer_one(args, settings)
     answer_many(args, settings, parser.parse_args([]))
-    if settings.early_exit == "off" and not args.json and distributed.place()[0] == 0:
+    is_first_rank = distributed.place()[0] == 0
+    if settings.early_exit == "off" and settings.policy == "paper" and not args.json and is_first_rank:
         exact = Path(args.output).with_name("exact.jsonl")
         print(f"next: python catts.py {shlex.join([*argv, '--early_exit', 'exact', '--output', str(exact)])}"
               "        # the same answers, cheaper")

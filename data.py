@@ -2,13 +2,13 @@
 
     data.load("synthetic", split="test")          # four skills, three levels, drawn on demand
     data.load("questions.jsonl")                  # {"id", "image", "question", "choices"?, "answer"} a line
-    data.load("MathVista_MINI.tsv")               # VLMEvalKit; also the official .json and .jsonl files, and parquet
+    data.load("MathVista_MINI.tsv")  # VLMEvalKit; also the official .json and .jsonl files, and parquet
 
-The built-in world is a board of 4 x 4 cells, 28 pixels each: one cell is one merged patch of the built-in model, so
-that noise on a cell removes exactly one piece of evidence. Thin strokes make the evidence fine-grained. Every question
-has its evidence in part of the board (`meta["evidence"]`, boxes in pixels) and a worked solution in which every word
-is determined by the picture, cell by cell (`meta["solution"]`; only the warm-up of `tiny/` reads it, and
-`meta["rows"]`, the board in words).
+The built-in world is a board of 4 x 4 cells, 28 pixels each: one cell is one merged patch of the built-in
+model, so that noise on a cell removes exactly one piece of evidence. Thin strokes make the evidence
+fine-grained. Every question has its evidence in part of the board (`meta["evidence"]`, boxes in pixels) and a
+worked solution in which every word is determined by the picture, cell by cell (`meta["solution"]`; only the
+warm-up of `tiny/` reads it, and `meta["rows"]`, the board in words).
 
 Left out on purpose: downloads. A file is opened where the user has it.
 """
@@ -31,21 +31,23 @@ from utils.rows import ANSWER, LETTERS
 
 
 def open_data(args):
-    """(training questions, held-out questions). Built-in questions have a test split. Of a file at most a fifth is held
-    out, drawn by the seed, and no picture is in both parts. Each question must have a picture."""
+    """(training questions, held-out questions). Built-in questions have a test split. Of a file at most a
+    fifth is held out, drawn by the seed, and no picture is in both parts. Each question must have a
+    picture."""
     if args.data == "synthetic":
         held_out = load("synthetic", "test", args.run.eval_size, args.seed) if args.run.eval_size else []
         return load("synthetic", "train", None, args.seed), held_out
-    samples = list(load(args.data, answered=True, allow_outside=getattr(args, "allow_outside", False)))
+    samples = list(load(args.data, answered=True, allow_outside=args.run.allow_outside))
     for sample in samples:
         if not sample.images:
-            raise InputError(f"question {sample.id!r} has no picture; training noises one, give it or remove the row")
+            raise InputError(f"question {sample.id!r} has no picture; training noises one, give it or "
+                             f"remove the row")
     return hold_out(samples, min(args.run.eval_size, len(samples) // 5), args.seed)
 
 
 def hold_out(samples, size, seed):
-    """(training questions, at most `size` held-out ones). Questions that share a picture, by its content or by image_id, go
-    to the same side. InputError where that leaves nothing to hold out."""
+    """(training questions, at most `size` held-out ones). Questions that share a picture, by its content or
+    by image_id, go to the same side. InputError where that leaves nothing to hold out."""
     groups = {}
     for i, group in enumerate(groups_by_picture(samples)):
         groups.setdefault(group, []).append(i)
@@ -56,14 +58,16 @@ def hold_out(samples, size, seed):
         if len(chosen) + len(group) <= size:
             chosen += group
     if size and not chosen:
-        raise InputError(f"no {size} questions can be held out: the pictures are shared by too many questions, the fewest by "
+        raise InputError(f"none of {size} questions can be held out: the pictures are shared by too many "
+                         f"questions, the fewest by "
                          f"{min(map(len, groups))}; raise --eval_size, or set it to 0")
     chosen = {*chosen}
     return [s for i, s in enumerate(samples) if i not in chosen], [s for i, s in enumerate(samples) if i in chosen]
 
 
 def write_held_out(samples, path):
-    """Held-out questions of a file as a .jsonl that `load` opens, with allow_outside: pictures stay where they are."""
+    """Held-out questions of a file as a .jsonl that `load` opens, with allow_outside: pictures stay where
+    they are."""
     lines = []
     for s in samples:
         images = [base64.b64encode(image).decode() if isinstance(image, bytes) else str(Path(image).absolute())
@@ -78,11 +82,12 @@ def write_held_out(samples, path):
 class Sample:
     """One question.
 
-    id: unique in its source. images: PIL images, paths, or the bytes of a file, opened when `pictures` is called; none for a
-    question of words alone, which training refuses. answer: the gold answer, a LETTER when `choices` (the option texts, ""
-    where a letter is left out) is given, a list where any of several is right, None when unknown. meta: whatever the source
-    knows; the built-in questions carry "skill", "level", "evidence", "rows" and "solution". where: its place in a file, for
-    messages. enough: pixels of a picture that the model can use; larger JPEGs are decoded at a reduced size.
+    id: unique in its source. images: PIL images, paths, or the bytes of a file, opened when `pictures` is
+    called; none for a question of words alone, which training refuses. answer: the gold answer, a LETTER when
+    `choices` (the option texts, "" where a letter is left out) is given, a list where any of several is
+    right, None when unknown. meta: whatever the source knows; the built-in questions carry "skill", "level",
+    "evidence", "rows" and "solution". where: its place in a file, for messages. enough: pixels of a picture
+    that the model can use; larger JPEGs are decoded at a reduced size.
     """
     id: str
     images: list
@@ -95,8 +100,8 @@ class Sample:
     enough: int | None = None
 
     def pictures(self):
-        """The images as RGB PIL images, as a viewer shows them (`utils/pictures.py`). Raises InputError, naming the sample,
-        when a file is missing or unreadable."""
+        """The images as RGB PIL images, as a viewer shows them (`utils/pictures.py`). Raises InputError,
+        naming the sample, when a file is missing or unreadable."""
         opened = []
         for image in self.images:
             if not isinstance(image, Image.Image):
@@ -108,7 +113,8 @@ class Sample:
         return opened
 
     def picture_sizes(self):
-        """(width, height) of each picture as shown, from the headers of the files alone. Raises InputError."""
+        """(width, height) of each picture as shown, from the headers of the files alone. Raises
+        InputError."""
         sizes = []
         for image in self.images:
             try:
@@ -119,8 +125,9 @@ class Sample:
 
     def _unreadable(self, image, error):
         name = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
-        why = re.sub(r" <_io\.BytesIO[^>]*>", "", reason(error))             # its address differs from time to time
-        return InputError(f"{self.where + ': ' if self.where else ''}question {self.id!r}: image {name} cannot be read "
+        why = re.sub(r" <_io\.BytesIO[^>]*>", "", reason(error))  # its address differs from time to time
+        return InputError(f"{self.where + ': ' if self.where else ''}question {self.id!r}: image {name} "
+                          f"cannot be read "
                           f"({why}); repair or remove it")
 
 
@@ -192,13 +199,14 @@ def synthetic(split, seed, index, skill=None):
 def load(source, split="train", limit=None, seed=0, strict=True, answered=False, allow_outside=False):
     """Open a set of questions -> Sequence[Sample].
 
-    source: "synthetic", or a file, or a folder that holds one. Files: .jsonl, .json, .csv, .tsv (VLMEvalKit), .parquet (needs
-    pyarrow), in any layout of `utils/rows.py`; a folder with metadata.jsonl, or one folder of pictures a class. An image is
-    a path relative to the file, base64 or a data URI; a row may have none. Bytes that are no UTF-8 become U+FFFD.
-    split, seed: choose among the built-in questions, ignored for files. limit: at most so many.
-    strict: broken rows raise one InputError that names lines and ids. Else each is named on stderr, left out and counted in
-    the result's `broken`. answered: a row without a gold answer, or with one that no response can match, is broken.
-    allow_outside: pictures may lie outside the file's folder. A .tsv is read row by row; some 200 bytes a row are held.
+    source: "synthetic", or a file, or a folder that holds one. Files: .jsonl, .json, .csv, .tsv (VLMEvalKit),
+    .parquet (needs pyarrow), in any layout of `utils/rows.py`; a folder with metadata.jsonl, or one folder of
+    pictures a class. An image is a path relative to the file, base64 or a data URI; a row may have none.
+    Bytes that are no UTF-8 become U+FFFD. split, seed: choose among the built-in questions, ignored for
+    files. limit: at most so many. strict: broken rows raise one InputError that names lines and ids. Else
+    each is named on stderr, left out and counted in the result's `broken`. answered: a row without a gold
+    answer, or with one that no response can match, is broken. allow_outside: pictures may lie outside the
+    file's folder. A .tsv is read row by row; some 200 bytes a row are held.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; it must be at least 1")

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import catts
 import data
 import noise
+import policy as policies
 from catts import Vote, rollout_record, sample_votes, share_of, tally, winner
 from noise import MODES, ClipAttention, make_pair, make_pairs, parse_t
 from utils import baselines, cli, corruptions, metrics, report, results_file
@@ -284,6 +285,20 @@ def cases(rows, settings, samples, clip, method, number=12):
     return found
 
 
+def fit_policy(rows, settings, sources, path):
+    """Fit what evidence to buy on stored votes, and keep it in policy.json -> its tables and frontier (str)."""
+    def judge(answer, row):
+        return accepts(answer, data.Sample(row["id"], [], row["question"], row["gold"], row["choices"]))
+    try:
+        policy = policies.fit_on_votes(rows, settings, judge, sources)
+    except InputError as error:                 # too few questions
+        return f"not fitted: {error}"
+    policy.save(path)
+    shown = ("accuracy", "ece", "auroc", "calls", "tokens")
+    frontier = {f"rate {point['rate']:.2f}": {key: point[key] for key in shown} for point in policy.frontier[::4]}
+    return f"{policy.tables()}\n\nits frontier, cross-fitted\n{cli.table(frontier)}"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Methods, calibration, scaling and the probe, for one model or two.")
     cli.add_sources(parser)
@@ -305,6 +320,8 @@ def main(argv=None):
     settings = catts.Settings(**{name: getattr(args, name) for name in catts.Settings.__dataclass_fields__})
     if settings.early_exit != "off":
         raise InputError(f"--early_exit is {settings.early_exit!r}; here every module must vote, leave it off")
+    if settings.policy != "paper":
+        raise InputError(f"--policy is {settings.policy!r}; here every module must vote, and a new policy is fitted")
     if args.probe_samples < 1 or not 0 < args.target_risk < 1:
         raise InputError(f"--probe_samples {args.probe_samples} must be at least 1, --target_risk {args.target_risk} between 0 "
                          "and 1")
@@ -319,7 +336,7 @@ def main(argv=None):
     args.t = ts = sorted({0, *(parse_t(t)[0] for t in args.t)})
     args.regions = [region for region in MODES if region in args.regions]
     output, samples = Path(args.output), data.load(args.data or "synthetic", "test", args.limit, args.data_seed, args.strict,
-                                                   answered=True)
+                                                   answered=True, allow_outside=args.allow_outside)
     paths = list(filter(None, (args.baseline, args.model)))
     names = [Path(path).name for path in paths] if len({Path(path).name for path in paths}) == len(paths) else paths
     votes, probes, corrupted = {}, {}, {}
@@ -369,7 +386,8 @@ def main(argv=None):
     threshold = tables["abstention"][names[-1]] | {"settings": results_file.threshold_settings(settings),
                                                    "sources": results_file.source_fingerprint(args)}
     cli.write_atomically(output / "threshold.json", cli.strict_json(threshold, indent=1))
-    clip = controller.clip or ClipAttention.from_pretrained(args.clip)
+    policy_text = fit_policy(votes[names[-1]], settings, results_file.source_fingerprint(args), output / "policy.json")
+    clip = controller.clip or ClipAttention.from_pretrained(args.clip, kind=args.clip_map)
     (output / "report.html").write_text(report.build(
         tables, cases(votes[names[-1]], settings, samples, clip, threshold["method"]),
         {name: training_log(path) for name, path in zip(names, paths)}, about), encoding="utf-8")
@@ -397,6 +415,7 @@ def main(argv=None):
     if corrupted:
         print("\nSeverity; mixed: over clean and corrupted answers together")
         print(cli.table(tables["severity"]))
+    print(f"\nThe policy (catts.py --policy {output}/policy.json)\n{policy_text}")
     print(f"\nwrote {output}/: report.html, tables.json, threshold.json, probe.png and the stored votes; "
           "the page and tables.json hold every interval")
     changed = [f"--{key} {shlex.quote(str(value))}" for key, value in results_file.threshold_settings(settings).items()
@@ -489,7 +508,7 @@ def corrupter(vlm, clip, names, mass, n, seed, **sampling):
         for place, masks in (("key", keys), ("all", [[None] * len(some) for some in pictures])):
             for name in names:
                 for severity in corruptions.SEVERITIES:
-                    images = [[corruptions.corrupt(image, name, severity, noise.diffuse, mask=mask, seed=zlib.crc32(
+                    images = [[corruptions.corrupt(image, name, severity, noise.NoisedPicture, mask=mask, seed=zlib.crc32(
                         f"{seed} {s.id} {i}".encode())) for i, (image, mask) in enumerate(zip(some, own))]
                         for s, some, own in zip(batch, pictures, masks)]
                     label = f"{name}, {place}, {severity}"

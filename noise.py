@@ -1,13 +1,15 @@
 """Image pairs: where the evidence lies (CLIP attention), and noise put exactly there (paper 3.2.1).
 
-    python noise.py photo.png "How many red circles are there?"     # writes a contact sheet: see what the training sees
+    python noise.py photo.png "How many red circles are there?"  # writes a contact sheet: see what the training sees
 
-The noise is the forward process of DDPM in pixel space with the schedule of Visual Contrastive Decoding. Regions:
-`key` (the smallest region that holds a share `mass` of the attention), `all`, and two controls of the same area that
-show the effect is about evidence and not about noise: `random` (the same shape, elsewhere) and `inverse` (the least
-attended). `ClipAttention.from_pretrained(cache=FOLDER)` keeps its maps on disk for further epochs and runs.
+The noise is the forward process of DDPM in pixel space with the schedule of Visual Contrastive Decoding.
+Regions: `key` (the smallest region that holds a share `mass` of the attention), `all`, and two controls of
+the same area that show the effect is about evidence and not about noise: `random` (the same shape, elsewhere)
+and `inverse` (the least attended). `ClipAttention.from_pretrained(cache=FOLDER)` keeps its maps on disk for
+further epochs and runs.
 """
 import argparse
+import math
 import os
 import random
 from functools import lru_cache
@@ -23,9 +25,9 @@ from utils.loading import ATTENTION
 from utils.pictures import UNREADABLE, load_picture
 
 KINDS = ("auto", "attention", "contribution")
-LATE_LAYERS = 4                 # that write nearly all of the embedding directly (Gandelsman et al., Figure 2)
+LATE_LAYERS = 4  # that write nearly all of the embedding directly (Gandelsman et al., Figure 2)
 STEPS = 1000
-REGION_SIDE = 448               # pixels; CLIP sees 224 or 336
+REGION_SIDE = 224               # pixels; CLIP tells at most 24 x 24 patches apart
 SHIFTS = 32                     # of which a random region takes the one that spares the evidence best
 MODES = ("key", "all", "random", "inverse")
 CLIP = str(TINY / "clip")
@@ -35,7 +37,8 @@ CLIP = str(TINY / "clip")
 def signal_levels():
     """abar_t for t = 0 .. 1000, (1001,) float64: the share of signal variance left after t steps; abar_0 = 1.
 
-    beta_s = sigmoid(linspace(-6, 6)) * (0.5e-2 - 1e-5) + 1e-5, abar_t = prod_{s < t} (1 - beta_s) (VCD's schedule).
+    beta_s = sigmoid(linspace(-6, 6)) * (0.5e-2 - 1e-5) + 1e-5, abar_t = prod_{s < t} (1 - beta_s) (VCD's
+    schedule).
     """
     betas = 1 / (1 + np.exp(-np.linspace(-6, 6, STEPS))) * (0.5e-2 - 1e-5) + 1e-5
     return np.concatenate([[1.0], np.cumprod(1 - betas)])
@@ -44,8 +47,9 @@ def signal_levels():
 def diffuse(image, t, *, mask=None, seed=0):
     """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps on pixels scaled to [-1, 1], clamped; same size and mode.
 
-    t: 0 (identity) .. 1000. mask (H, W) in [0, 1]: how much of the noised picture shows, default 1 everywhere.
-    seed fixes eps. Transparency is left alone. Raises ValueError for t or a mask that does not fit.
+    t: 0 (identity) .. 1000. mask (H, W) in [0, 1]: how much of the noised picture shows, default 1
+    everywhere. seed fixes eps. Transparency is left alone. Raises ValueError for t or a mask that does not
+    fit.
     """
     if not 0 <= t <= STEPS or int(t) != t:
         raise ValueError(f"noise step t is {t}; a whole number from 0 to {STEPS} is expected")
@@ -67,47 +71,54 @@ def diffuse(image, t, *, mask=None, seed=0):
 
 
 def add_noise(x, eps, t, mask=None):
-    """The forward process on values in [-1, 1], shown where mask (broadcastable, in [0, 1]) is 1, clamped; as x."""
-    level = signal_levels()[int(t)]
-    noised = np.sqrt(level) * x + np.sqrt(1 - level) * eps
+    """The forward process on values in [-1, 1], shown where mask (broadcastable, in [0, 1]) is 1, clamped; as
+    x."""
+    level = float(signal_levels()[int(t)])
+    noised = math.sqrt(level) * x + math.sqrt(1 - level) * eps
     if mask is not None:
         noised = x + (noised - x) * mask
     return noised.clip(-1, 1)
 
 
 class NoisedPicture(Image.Image):
-    """The noised twin of a picture (PIL image): source, noise step t, mask (h, w) or None for everywhere, seed.
+    """The noised twin of a picture (PIL image): source, noise step t, mask (h, w) or None for everywhere,
+    seed.
 
-    A processor that shrinks a photo averages pixel noise away, and the evidence returns. So a model noises what its vision
-    tower gets of `source`, after its processor's own resize (`utils/sight.py`, which calls `noised_values`). To everybody
-    else this is a picture of the source's size, whose pixels are made when they are first looked at.
+    A processor that shrinks a photo averages pixel noise away, and the evidence returns. So a model noises
+    what its vision tower gets of `source`, after its processor's own resize (`utils/sight.py`, which calls
+    `noised_values`). To everybody else this is a picture of the source's size, whose pixels are made when
+    they are first looked at.
     """
 
     def __init__(self, source, t, mask=None, seed=0):
         super().__init__()
-        self._mode, self._size = source.mode, source.size           # as Pillow's own pictures that load lazily
+        self._mode, self._size = source.mode, source.size  # as Pillow's own pictures that load lazily
         self.source, self.t, self.mask, self.seed = source, t, mask, seed
-        self.overlap = None             # of a random region: the share of the key region that it covers all the same
+        self.overlap = None  # of a random region: the share of the key region that it covers all the same
+
+    def mask_picture(self, size):
+        """The mask as an 8-bit grey picture of a size (width, height)."""
+        if self.mask is None:
+            return Image.new("L", size, 255)
+        mask = Image.fromarray(np.rint(self.mask * 255).astype(np.uint8))
+        return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
 
     def mask_at(self, width, height):
-        """The mask as (height, width) float array in [0, 1]."""
-        if self.mask is None:
-            return np.ones((height, width))
-        if self.mask.shape == (height, width):
+        """The mask as (height, width) float array in [0, 1], None for everywhere."""
+        if self.mask is None or self.mask.shape == (height, width):
             return self.mask
-        small = Image.fromarray(self.mask.astype(np.float32))
-        return np.asarray(small.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float64)
+        return np.asarray(self.mask_picture((width, height)), dtype=np.float64) / 255
 
     def load(self):
         if self._im is None:
-            mask = None if self.mask is None else self.mask_at(*self.size)
-            self.im = diffuse(self.source, self.t, mask=mask, seed=self.seed).im
+            self.im = diffuse(self.source, self.t, mask=self.mask_at(*self.size), seed=self.seed).im
         return super().load()
 
     def noised_values(self, x, mask):
-        """x (n, 3) float32 in [-1, 1], the values that a vision tower gets; mask (n, 1) in [0, 1] -> noised, as x."""
+        """x (n, 3) float32 in [-1, 1], the values that a vision tower gets; mask (n, 1) in [0, 1] -> noised,
+        as x."""
         eps = np.random.default_rng(self.seed).standard_normal(x.shape, dtype=np.float32)
-        return x if self.t == 0 else add_noise(x, eps, self.t, mask).astype(np.float32)
+        return add_noise(x, eps, self.t, mask)
 
     def __reduce__(self):                   # to another process without its pixels
         return NoisedPicture, (self.source, self.t, self.mask, self.seed)
@@ -116,25 +127,26 @@ class NoisedPicture(Image.Image):
 class ClipAttention:
     """Where CLIP finds the evidence of a question in a picture: `map`, `maps`.
 
-    kind "attention" (the paper): attention from the class token to the patches in the last layer, times each patch's
-    similarity to the question. Large public CLIPs pool that attention in a few artefact patches (arXiv 2309.16588), and
-    their patches are similar to the background's words (2304.05653). Kind "contribution" (Gandelsman et al., 2310.05916)
-    asks instead how much each patch adds to the image embedding, along the question's, through the last attention layers.
+    kind "attention" (the paper): attention from the class token to the patches in the last layer, times each
+    patch's similarity to the question. Large public CLIPs pool that attention in a few artefact patches
+    (arXiv 2309.16588), and their patches are similar to the background's words (2304.05653). Kind
+    "contribution" (Gandelsman et al., 2310.05916) asks instead how much each patch adds to the image
+    embedding, along the question's, through the last attention layers.
     """
 
     def __init__(self, model, image_processor, tokenizer, kind="attention", cache=None):
         self.model, self.image_processor, self.tokenizer, self.kind = model, image_processor, tokenizer, kind
-        self._text = lru_cache(4096)(self._text)        # questions come again: in other epochs, and about other pictures
-        vision = model.config.vision_config             # all attention weights of a batch are held, (heads, 1 + P, 1 + P)
+        self._text = lru_cache(4096)(self._text)  # questions come again: in other epochs, and about other pictures
+        vision = model.config.vision_config  # all attention weights of a batch are held, (heads, 1 + P, 1 + P)
         tokens = 1 + (vision.image_size // vision.patch_size)**2
         self.batch = max(1, ATTENTION // (vision.num_hidden_layers * vision.num_attention_heads * tokens**2))
         self.cache = MapCache(cache, model, kind) if cache else None
 
     @classmethod
     def from_pretrained(cls, path=CLIP, device=None, kind="auto", cache=None):
-        """A CLIPModel directory or hub id (`openai/clip-vit-large-patch14-336`). kind: see above; auto is attention for the
-        built-in CLIP, which was trained to point at the evidence, and contribution for any other. cache: a folder in which
-        each map is kept. Raises InputError when it cannot be opened."""
+        """A CLIPModel directory or hub id (`openai/clip-vit-large-patch14-336`). kind: see above; auto is
+        attention for the built-in CLIP, which was trained to point at the evidence, and contribution for any
+        other. cache: a folder in which each map is kept. Raises InputError when it cannot be opened."""
         if kind not in KINDS:
             raise InputError(f"--clip_map is {kind!r}; one of {', '.join(KINDS)} is expected")
         if kind == "auto":
@@ -146,7 +158,8 @@ class ClipAttention:
         return next(self.maps([(image, question)]))
 
     def maps(self, pairs):
-        """pairs: list of (PIL image, question or None) -> iterator over (H, W) float64 arrays that sum to 1."""
+        """pairs: list of (PIL image, question or None) -> iterator over (H, W) float64 arrays that sum to
+        1."""
         grids = [self.cache.read(*pair) if self.cache else None for pair in pairs]
         missing = [i for i, grid in enumerate(grids) if grid is None]
         for start in range(0, len(missing), self.batch):
@@ -167,29 +180,32 @@ class ClipAttention:
                                       size={"height": side, "width": side}, return_tensors="pt")["pixel_values"]
         output = vision(pixels.to(self.model.device), output_attentions=True, output_hidden_states=True)
         weigh = self._by_attention if self.kind == "attention" else self._by_contribution
-        weights = weigh(output, [question for _, question in pairs])                                           # (B, P)
+        weights = weigh(output, [question for _, question in pairs])  # (B, P)
         return weights.view(len(pairs), side // vision.config.patch_size, -1).cpu().numpy()
 
     def _by_attention(self, output, questions):
-        """Class-token attention, heads averaged, times the similarity scaled to [0, 1] over the picture -> (B, P)."""
-        weights = output.attentions[-1][:, :, 0, 1:].mean(1)                                                   # (B, P)
+        """Class-token attention, heads averaged, times the similarity scaled to [0, 1] over the picture ->
+        (B, P)."""
+        weights = output.attentions[-1][:, :, 0, 1:].mean(1)  # (B, P)
         guided = [b for b, question in enumerate(questions) if question]
         if guided:
             last = self.model.vision_model.post_layernorm(output.last_hidden_state[guided, 1:])
-            patches = self.model.visual_projection(last)                                                       # (., P, E)
-            texts = torch.stack([self._text(questions[b]) for b in guided])                                    # (., 1, E)
-            similarity = torch.cosine_similarity(patches, texts, dim=-1)                                       # (., P)
+            patches = self.model.visual_projection(last)  # (., P, E)
+            texts = torch.stack([self._text(questions[b]) for b in guided])  # (., 1, E)
+            similarity = torch.cosine_similarity(patches, texts, dim=-1)  # (., P)
             low, high = similarity.amin(-1, keepdim=True), similarity.amax(-1, keepdim=True)
             weights[guided] *= (similarity - low) / (high - low).clamp(min=1e-9)
         return weights
 
     def _by_contribution(self, output, questions):
-        """What patches add along the question, or along the picture's own embedding without one -> (B, P). What is below the
-        picture's median patch is its background, and weighs nothing."""
+        """What patches add along the question, or along the picture's own embedding without one -> (B, P).
+        What is below the picture's median patch is its background, and weighs nothing."""
         late = range(-min(LATE_LAYERS, len(output.attentions)), 0)
-        added = sum(contributions(self.model, output, layer)[:, 1:] for layer in late)                         # (B, P, E)
-        own = self.model.visual_projection(self.model.vision_model.post_layernorm(output.last_hidden_state[:, :1]))
-        along = torch.stack([self._text(question) if question else own[b] for b, question in enumerate(questions)])
+        added = sum(contributions(self.model, output, layer)[:, 1:] for layer in late)  # (B, P, E)
+        last = self.model.vision_model.post_layernorm(output.last_hidden_state[:, :1])
+        embedding = self.model.visual_projection(last)                                                         # (B, 1, E)
+        along = torch.stack([self._text(question) if question else embedding[b]
+                             for b, question in enumerate(questions)])                                         # (B, 1, E)
         weights = (added * along / along.norm(dim=-1, keepdim=True)).sum(-1)
         return (weights - weights.median(-1, keepdim=True).values).clamp(min=0)
 
@@ -202,23 +218,26 @@ class ClipAttention:
 
 
 def contributions(clip, output, layer):
-    """What each token adds to CLIP's image embedding through one attention layer (Gandelsman et al., Eq. 5-6).
+    """What each token adds to CLIP's image embedding through one attention layer (Gandelsman et al., Eq.
+    5-6).
 
-    clip: a CLIPModel; output: of its vision_model, with attentions and hidden states; layer: a negative index. ->
-    (B, 1 + P, E). They sum over tokens to the layer's attention output (without its bias) as the embedding sees it: the last
-    layer norm, with its divisor as it is, is linear in the terms of the class token's residual sum.
+    clip: a CLIPModel; output: of its vision_model, with attentions and hidden states; layer: a negative
+    index. -> (B, 1 + P, E). They sum over tokens to the layer's attention output (without its bias) as the
+    embedding sees it: the last layer norm, with its divisor as it is, is linear in the terms of the class
+    token's residual sum.
     """
     vision = clip.vision_model
     block = vision.encoder.layers[layer]
-    values = block.self_attn.v_proj(block.layer_norm1(output.hidden_states[layer - 1]))                         # (B, N, D)
-    attention = output.attentions[layer][:, :, 0]                                                              # (B, heads, N)
+    values = block.self_attn.v_proj(block.layer_norm1(output.hidden_states[layer - 1]))  # (B, N, D)
+    attention = output.attentions[layer][:, :, 0]  # (B, heads, N)
     values = values.unflatten(-1, (attention.shape[1], -1)) * attention.transpose(1, 2)[..., None]
-    terms = values.flatten(-2) @ block.self_attn.out_proj.weight.T                                             # (B, N, D)
+    terms = values.flatten(-2) @ block.self_attn.out_proj.weight.T  # (B, N, D)
     return clip.visual_projection(as_normed(terms, output.last_hidden_state[:, :1], vision.post_layernorm))
 
 
 def as_normed(terms, total, norm):
-    """Terms of a sum as a layer norm of the sum sees them, its bias apart: (..., D), (..., D), LayerNorm -> (..., D)."""
+    """Terms of a sum as a layer norm of the sum sees them, its bias apart: (..., D), (..., D), LayerNorm ->
+    (..., D)."""
     divisor = (total.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
     return (terms - terms.mean(-1, keepdim=True)) / divisor * norm.weight
 
@@ -234,8 +253,8 @@ def _spread(grid, width, height):
 def region(attention, mass=0.5, mode="key", seed=0):
     """Where the noise goes -> (H, W) float array in [0, 1], feathered at its edges.
 
-    attention (H, W) that sums to 1. key: the smallest region that holds `mass` (0, 1] of it. random: the same shape
-    elsewhere, as `spare` puts it. inverse: the same number of pixels, the least attended. all: ones.
+    attention (H, W) that sums to 1. key: the smallest region that holds `mass` (0, 1] of it. random: the same
+    shape elsewhere, as `spare` puts it. inverse: the same number of pixels, the least attended. all: ones.
     """
     if mode not in MODES:
         raise ValueError(f"region mode is {mode!r}; one of {', '.join(MODES)} is expected")
@@ -255,15 +274,17 @@ def region(attention, mass=0.5, mode="key", seed=0):
 
 
 def spare(key, seed):
-    """A key region (H, W) bool -> the same shape where it covers least of it: the best of SHIFTS seeded shifts, around the
-    picture's edges. On average over all shifts the overlap is the region's share of the picture."""
+    """A key region (H, W) bool -> the same shape where it covers least of it: the best of SHIFTS seeded
+    shifts, around the picture's edges. On average over all shifts the overlap is the region's share of the
+    picture."""
     rng = random.Random(f"region {seed}")
     shifts = [(rng.randrange(key.shape[0]), rng.randrange(key.shape[1])) for _ in range(SHIFTS)]
     return min((np.roll(key, shift, (0, 1)) for shift in shifts), key=lambda shifted: np.count_nonzero(shifted & key))
 
 
 def overlap(mask, attention, mass):
-    """The share of the key region that a mask (H, W) covers, in [0, 1]: what a control fails to spare (float)."""
+    """The share of the key region that a mask (H, W) covers, in [0, 1]: what a control fails to spare
+    (float)."""
     key = region(attention, mass) > 0.5
     return float(mask[key].mean())
 
@@ -272,7 +293,8 @@ def parse_t(text):
     """"500" -> (500, 500); "300-999" -> (300, 999). Raises InputError."""
     parts = str(text).split("-")
     if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) <= STEPS for part in parts):
-        raise InputError(f"noise step {text!r} is not a whole number from 0 to {STEPS}, nor a range such as 300-999")
+        raise InputError(f"noise step {text!r} is not a whole number from 0 to {STEPS}, nor a range such as "
+                         f"300-999")
     low, high = int(parts[0]), int(parts[-1])
     if low > high:
         raise InputError(f"noise range {text!r} runs backwards; write {high}-{low}")
@@ -285,10 +307,11 @@ def make_pair(images, question, clip, t=(999, 999), mode="key", mass=0.5, seed=0
 
 
 def make_pairs(images, questions, clip, t, modes, mass, seeds):
-    """The noised twins i' of Q questions' images (paper 3.2.1): Q lists of PIL images -> Q lists of `NoisedPicture`s.
+    """The noised twins i' of Q questions' images (paper 3.2.1): Q lists of PIL images -> Q lists of
+    `NoisedPicture`s.
 
-    clip: a ClipAttention, unused where the mode is "all". t: (low, high), one step drawn for each question, both included.
-    modes, seeds: Q each; a seed is any value, from which noise, step and random region follow.
+    clip: a ClipAttention, unused where the mode is "all". t: (low, high), one step drawn for each question,
+    both included. modes, seeds: Q each; a seed is any value, from which noise, step and random region follow.
     """
     image_question_pairs = [(_shrunk(image), question) for pictures, question, mode
                             in zip(images, questions, modes, strict=True) if mode != "all" for image in pictures]
@@ -317,7 +340,8 @@ def _shrunk(image):
 
 
 def contact_sheet(image, question, clip, mass, ts, path, seed=0):
-    """Write one picture: original, heat map, and for each region its mask and the noised picture at every t."""
+    """Write one picture: original, heat map, and for each region its mask and the noised picture at every
+    t."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -345,13 +369,17 @@ def contact_sheet(image, question, clip, mass, ts, path, seed=0):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Write a contact sheet: original, attention, mask, noised pictures.")
+    parser = argparse.ArgumentParser(description="Write a contact sheet: original, attention, mask, noised "
+                                                 "pictures.")
     parser.add_argument("image", help="a picture")
     parser.add_argument("question", help="the question that guides the attention")
     parser.add_argument("--clip", default=CLIP, help="CLIPModel directory or hub id")
-    parser.add_argument("--clip_map", default="auto", choices=KINDS, help="the map it makes (see ClipAttention)")
-    parser.add_argument("--mass", type=float, default=0.5, help="share of the attention that the key region holds")
-    parser.add_argument("--t", type=int, nargs="+", default=[300, 500, 700, 999], help="noise steps to show, 0 to 1000")
+    parser.add_argument("--clip_map", default="auto", choices=KINDS, help="the map it makes (see "
+                                                                          "ClipAttention)")
+    parser.add_argument("--mass", type=float, default=0.5, help="share of the attention that the key region "
+                                                                "holds")
+    parser.add_argument("--t", type=int, nargs="+", default=[300, 500, 700, 999], help="noise steps to "
+                                                                                       "show, 0 to 1000")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="noise_sheet.png")
     args = parser.parse_args(argv)

@@ -46,19 +46,10 @@ def token_confidence(logits, k=20, normaliser=None):
     return (logits.logsumexp(-1) if normaliser is None else normaliser) - top.mean(-1)
 
 
-def token_entropy(logits, normaliser=None):
-    """Shannon entropy of the next token: (..., V) raw logits -> (...) fp32, nats, in [0, log V]. normaliser: as above.
-
-    Its negative is the `entropy` confidence. As log Z - E[logit] the gradient stays finite where a probability is 0.
-    """
-    logits = logits.float()
-    return (logits.logsumexp(-1) if normaliser is None else normaliser) - (logits.softmax(-1) * logits).sum(-1)
-
-
 def sequence_confidence(token_conf, mask, reading="mean", window=32):
     """One confidence per sequence, (B, T) and (B, T) -> (B,) fp32: the mean of Eq. 3, or a trace reading of DeepConf.
 
-    token_conf: `token_confidence`, or log-probs (`logprob`: exp of the mean is in (0, 1]), or negative entropies.
+    token_conf: `token_confidence`, or log-probs (exp of their mean is in (0, 1]).
     mask: bool or 0/1, true on generated tokens, EOS included, padding on either side excluded.
     reading: mean | tail: the last `window` tokens | min: the lowest sliding window | bottom: the lowest 10% of them, at
     least one. A sequence shorter than `window` is one window. ValueError on an unknown reading or an empty row.
@@ -134,10 +125,10 @@ def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
 
 def format_reward(text, finished):
     r"""R_format in {0., 1.}: one well-formed, non-empty `\boxed{}`, words before it, and `finished` (ended by EOS)."""
-    found = boxes(text)
-    if not finished or len(found) != 1 or text.count("\\boxed") != 1:
+    boxed = boxes(text)
+    if not finished or len(boxed) != 1 or text.count("\\boxed") != 1:
         return 0.0
-    start, content = found[0]
+    start, content = boxed[0]
     return float(text[content].strip() != "" and re.search(r"\w", text[:start]) is not None)
 
 

@@ -39,9 +39,22 @@ from reward import (
     rollout_confidence,
     sequence_confidence,
 )
-from utils import checkpoint, cli, clip_files, distributed, explain, loading, logs, lora, memory, report
+from utils import (
+    checkpoint,
+    cli,
+    clip_files,
+    distributed,
+    explain,
+    loading,
+    logs,
+    lora,
+    memory,
+    preflight,
+    report,
+)
 from utils.batches import QuestionOrder, micro_batches
 from utils.cli import TINY, InputError, RunOptions, option
+from utils.preflight import agreed
 from vlm import VLM, load_model
 
 PROBE_SAMPLES = 4               # answers to each held-out question, before and after
@@ -60,7 +73,7 @@ class Args:
     seed: int = option(0, "decides questions, noise and samples")
     # Scale
     steps: int = option(500, "optimizer steps", least=1)
-    batch_size: int = option(32, "questions a step, over all ranks", least=1)
+    batch_size: int = option(24, "questions a step, over all ranks", least=1)
     group_size: int = option(4, "rollouts a question on each view, G (the paper: 4 pairs)")
     max_new_tokens: int = option(64, "longest completion", least=1)
     # Optimization (GRPO; DAPO's clipping)
@@ -81,7 +94,7 @@ class Args:
     controls: float = option(0.0, "share of the pairs whose noise goes on a random region of the same area. They earn no "
                              "perception term: C should fall with the evidence, not with noise", least=0, most=1)
     # Reward (paper Eq. 4)
-    alpha: float = option(0.25, "weight of the perception term tanh(beta (C - C')); 0 = no term", least=0)
+    alpha: float = option(0.2, "weight of the perception term tanh(beta (C - C')); 0 = no term", least=0)
     beta: float = option(0.5, "slope of the tanh, per nat", above=0)
     cnorm: str = option("group", "scale of C in the linear term: min-max of the group, or the base's 5th-95th percentile",
                         ("group", "range"))
@@ -109,7 +122,7 @@ class Args:
 RECIPES = {
     "paper": {},
     "grpo": dict(alpha=0.0, calibration="none", lr=3e-4),
-    "ours": dict(adv_norm="loo", calibration="brier", pathwise=3.5, controls=0.3, lr=3e-4),
+    "ours": dict(adv_norm="loo", calibration="brier", pathwise=3.5, controls=0.4, lr=3e-4),
 }
 
 
@@ -265,12 +278,12 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
     images, prompts = [p for view in views for p in view.images], [p for view in views for p in view.prompts]
     completions = [r.tokens for view in views for group in view.rollouts for r in group]
     sizes = [view.confidence.numel() for view in views]
-    inputs = original.inputs and original.inputs.rows([row for view in views for row in view.rows])
-    scores = policy.score(images, prompts, completions, temperature=args.temperature, inputs=inputs).split(sizes)
+    encoded = {"inputs": original.inputs, "rows": [row for view in views for row in view.rows]}
+    scores = policy.score(images, prompts, completions, temperature=args.temperature, **encoded).split(sizes)
     ref_scores = [None] * len(views)
     if reference is not None:
         with torch.no_grad():
-            ref_scores = reference.score(images, prompts, completions, temperature=args.temperature, inputs=inputs).split(sizes)
+            ref_scores = reference.score(images, prompts, completions, temperature=args.temperature, **encoded).split(sizes)
     loss, sums = 0.0, dict.fromkeys(logs.LOSS_SUMS, 0.0)
 
     # ---- the clipped policy gradient of GRPO
@@ -316,16 +329,6 @@ def accumulate_gradients(policy, reference, micro_batches, confidence_map, num_l
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Before and after the loop
-
-def check_prompts(vlm, samples, max_new_tokens, progress):
-    """Before training: the questions' pictures open, every prompt and its completion fit the model's context. Else
-    InputError that names the question: a truncated prompt would cut image tokens."""
-    for sample in tqdm(samples, desc="checking questions", unit="question", leave=False, disable=not progress or not samples):
-        length = vlm.prompt_length(sample.pictures(), data.prompt(sample))
-        if length + max_new_tokens > vlm.context:
-            raise InputError(f"question {sample.id!r} takes {length} tokens and --max_new_tokens {max_new_tokens} more, but "
-                             f"the model's context is {vlm.context}; shorten it, shrink its images, or remove it")
-
 
 def fit_map_on_base(vlm, clip, order, args):
     """Roll out the base model on both views of the first steps' questions and fit the map from C to c (dict)."""
@@ -374,7 +377,8 @@ def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map,
     loading.save(vlm, output, state)
     logs.write_json(output / "confidence.json", confidence_map)
     rows = report.finish_run(output, before, after, confidence_map, args, noise.parse_t(args.noise_t)[1]) if held_out else None
-    print(f"next: python eval.py --model {output} --baseline {cli.shown(args.model)}")
+    unseen = f" --data {output / 'heldout.jsonl'} --allow_outside" if (output / "heldout.jsonl").exists() else ""
+    print(f"next: python eval.py --model {output} --baseline {cli.shown(args.model)}{unseen}")
     return rows
 
 
@@ -387,21 +391,29 @@ def train(args):
                                                 data.open_data(args)[0], data.prompt, world)
     device = distributed.start_ranks()[2]
     torch.manual_seed(args.seed)
-    train_set, held_out = data.open_data(args)
+    # Every check that one rank may fail is agreed upon: all ranks refuse together, before anything is moved or written.
+    train_set, held_out = agreed(lambda: data.open_data(args))
     order = QuestionOrder(train_set, args.batch_size, args.seed, rank, world)
-    clip = noise.ClipAttention.from_pretrained(args.clip, device, cache=args.run.clip_cache)
+    clip = agreed(lambda: noise.ClipAttention.from_pretrained(args.clip, device, args.run.clip_map, args.run.clip_cache))
     compute = distributed.dtype_of(args.run, device)
-    vlm = load_model(args.model, device, compute)
+    vlm = agreed(lambda: load_model(args.model, device, compute))
     if args.run.explain:
         stages = (fit_map_on_base, make_image_pairs, roll_out, add_rewards, cdrl_loss)
         policy = distributed.shard(vlm, device, compute, sharded=False)
         return explain.print_step(args, vlm, policy, clip, order, held_out, stages)
+    if isinstance(train_set, list):         # of a file: decoded no larger than the vision tower can use
+        enough = preflight.tower_pixels(vlm)
+        for sample in (*train_set, *held_out):
+            sample.enough = enough
     # Built-in questions are alike in length: the first ones stand for all.
     checked = (range(len(train_set)) if isinstance(train_set, list)
                else sorted({i for s in range(min(args.steps, 16)) for i in order.indices(s)}))
-    check_prompts(vlm, [train_set[i] for i in list(checked)[rank::world]], args.max_new_tokens, rank == 0)
-    check_prompts(vlm, [held_out[i] for i in range(rank, len(held_out), world)], args.max_new_tokens, rank == 0)
+    checked = [train_set[i] for i in checked] + list(held_out)
+    agreed(lambda: preflight.check_questions(preflight.PromptLengths(vlm), checked[rank::world], data.prompt,
+                                             args.max_new_tokens, vlm.context))
     output, newest = checkpoint.open_run(args, vlm, needs_before=bool(held_out))
+    if rank == 0 and held_out and args.data != "synthetic":
+        data.write_held_out(held_out, output / "heldout.jsonl")         # for eval.py, which must not see what was trained on
     if args.freeze_vision:
         for p in loading.vision_parameters(vlm):
             p.requires_grad_(False)
@@ -428,6 +440,7 @@ def train(args):
         print(f"{args.recipe}: {cli.shown(args.model)}, {sum(p.numel() for p in parameters):,} parameters on {device}, "
               f"{distributed.describe(compute, sharded, gradient_checkpointing, world)}, steps {start} to {args.steps}")
 
+    hopeless = preflight.HopelessTraining(args.run.patience)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="step", disable=rank > 0)
     with distributed.stop_on_signals() as stop:
         for step in progress:
@@ -457,7 +470,8 @@ def train(args):
                 updates[-1]["grad_norm"] = distributed.clip_gradients(parameters, args.max_grad_norm)
                 if not math.isfinite(updates[-1]["grad_norm"]):
                     raise InputError(f"the gradient of step {step} is not finite; lower --lr ({args.lr:g}) or the reward's "
-                                     f"weights, the checkpoints in {output} are from before it")
+                                     f"weights; with --resume from the same command and a lower --lr goes on from the newest "
+                                     f"checkpoint in {output}")
                 optimizer.step()
                 optimizer.zero_grad()               # frees their memory for the next rollouts
             # ---- VII. log and save
@@ -471,6 +485,9 @@ def train(args):
                 checkpoint.save_checkpoint(output, vlm, policy, optimizer, step + 1, confidence_map, args.run.keep, compute)
             if stopped:
                 break
+            warning = hopeless(row)
+            if warning and rank == 0:
+                progress.write(f"warning: {warning}", file=sys.stderr)
         if stop.on_any_rank():              # also of a signal during the last save
             progress.close()
             if rank == 0:

@@ -15,7 +15,6 @@ No (B, T, V) tensor is kept: at most CHUNK_LOGITS logits are in memory at once.
 import inspect
 import math
 import random
-import re
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,11 +26,12 @@ from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
-from reward import token_confidence, token_entropy, top_k_for
+from reward import token_confidence, top_k_for
 from utils import loading, lora, shared_prefix
 from utils.caches import has_states, new_cache
 from utils.cli import InputError, reason
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
+from utils.prompts import Inputs, place_images
 from utils.sight import Sight
 
 
@@ -40,57 +40,23 @@ class Rollout:
     """One sampled completion.
 
     tokens (T,) int64, with EOS; logprobs (T,) in nats, of the raw logits at temperature 1; confidences (T,), Eq. 3 for
-    each token; finished: it ended with EOS and was not cut at max_new_tokens; entropies (T,) in nats, on request."""
+    each token; finished: it ended with EOS and was not cut at max_new_tokens."""
     text: str
     tokens: torch.Tensor
     logprobs: torch.Tensor
     confidences: torch.Tensor
     finished: bool
-    entropies: torch.Tensor | None = None
 
 
 class Scores(NamedTuple):
-    """logprobs, confidence, entropy (B, T) fp32, zero where padded; mask (B, T) bool, True on completion tokens."""
+    """logprobs, confidence (B, T) fp32, zero where padded; mask (B, T) bool, True on completion tokens."""
     logprobs: torch.Tensor
     confidence: torch.Tensor
-    entropy: torch.Tensor
     mask: torch.Tensor
 
     def split(self, sizes):
         """-> list of Scores with these numbers of rows."""
         return [Scores(*chunks) for chunks in zip(*(field.split(sizes) for field in self))]
-
-
-class Inputs(dict):
-    """Left-padded model inputs of B prompts, by name. `rows` selects prompts without encoding them again."""
-
-    def __init__(self, tensors, one_picture_each):
-        super().__init__(tensors)
-        self.one_picture_each = one_picture_each
-
-    def rows(self, indices):
-        """The inputs of these prompts (list of int), in this order, without columns that are padding only -> Inputs.
-
-        None where a tensor does not tell which of its rows belong to which prompt: pictures cut into any number of
-        tiles, or prompts without exactly one picture."""
-        if not self.one_picture_each:
-            return None
-        count, length = self["input_ids"].shape
-        padding = length - int(self["attention_mask"][indices].sum(-1).max())
-        grid = self.get("image_grid_thw")
-        patches = [] if grid is None else grid.prod(-1).tolist()            # of each picture (Qwen)
-        selected = Inputs({}, True)
-        for name, value in self.items():
-            if value.shape == (count, length):
-                selected[name] = value[indices, padding:]
-            elif len(value) == count:
-                selected[name] = value[indices]
-            elif len(value) == sum(patches):
-                by_picture = value.split(patches)
-                selected[name] = torch.cat([by_picture[i] for i in indices])
-            else:
-                return None
-        return selected
 
 
 @dataclass
@@ -133,7 +99,7 @@ class VLM:
         self.text_config = model.config.get_text_config()
         self.vocabulary = self.head.weight.shape[0]
         self.top_k = top_k_for(self.vocabulary)
-        self.eos = loading.eos_ids(model, self.tokenizer).to(self.device)
+        self.eos = loading.eos_ids(model, self.tokenizer, processor.apply_chat_template).to(self.device)
         self.banned = loading.banned_ids(model, self.tokenizer, self.eos)
         self.special_tokens = loading.special_token_pattern(self.tokenizer)
         # transformers 5.20 renamed past_key_values to cache.
@@ -266,30 +232,30 @@ class VLM:
     @torch.no_grad()
     def states(self, images, prompts):
         """The last hidden state at the end of each of B prompts, before the first word -> (B, D) fp32 on the CPU."""
-        return self._prefill(images, prompts).hidden.float().cpu()
+        return self.prefill(images, prompts).hidden.float().cpu()
 
     # ------------------------------------------------------------------------------------------------------------------
     # Completions out
 
     @torch.no_grad()
     def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, greedy=False, seed=0,
-               first=0, entropy=False, inputs=None):
+               first=0, inputs=None):
         """n completions for each of B prompts -> list (B) of lists (n) of Rollout.
 
         images: list (B) of lists of PIL images. temperature and top_k (0 = off) shape what is drawn; log-probs and
-        confidences come from the raw logits. greedy: argmax (lowest id on a tie). seed: an int, or one for each prompt.
-        A prompt's random numbers are drawn before decoding, from its own seed: they depend neither on the other prompts
-        of the batch nor on the number of ranks. first: how many samples of this seed to skip (8 samples are 5, and then
-        3 with first = 5). inputs: what `encode` made of these prompts, where it is at hand.
+        confidences come from the raw logits. greedy: argmax (lowest id on a tie). seed: an int or a string, or one for
+        each prompt. A prompt's random numbers are drawn before decoding, from its own seed: they depend neither on the
+        other prompts of the batch nor on the number of ranks. first: how many samples of this seed to pass over, so
+        that 8 samples are 5 and then 3 with first = 5. inputs: what `encode` made of these prompts, where it is at hand.
         """
         def choose(logits, uniform):
             allowed = logits.masked_fill(self.banned, -torch.inf)
             return allowed.argmax(-1) if greedy else sample_token(allowed, uniform, temperature, top_k)
 
         seeds = seed if isinstance(seed, list | tuple) else [f"{seed} {b}" for b in range(len(prompts))]
-        uniform = torch.stack([torch.rand(first + n, max_new_tokens, generator=_generator(s), dtype=torch.float64)[first:]
-                               for s in seeds]).flatten(0, 1).to(self.device)                       # (B*n, T)
-        rollouts = self._decode([self.prefill(images, prompts, inputs)], choose, n, max_new_tokens, uniform, entropy)
+        uniform = torch.cat([torch.rand(first + n, max_new_tokens, generator=generator(s), dtype=torch.float64)[first:]
+                             for s in seeds]).to(self.device)                                       # (B*n, T)
+        rollouts = self._decode([self.prefill(images, prompts, inputs)], choose, n, max_new_tokens, uniform)
         return [rollouts[b * n:(b + 1) * n] for b in range(len(prompts))]
 
     @torch.no_grad()
@@ -315,7 +281,7 @@ class VLM:
         nothing_drawn = torch.zeros(len(prompts), max_new_tokens, device=self.device)
         return self._decode(states, choose, 1, max_new_tokens, nothing_drawn)
 
-    def _decode(self, states, choose, n, max_new_tokens, uniform, entropy=False):
+    def _decode(self, states, choose, n, max_new_tokens, uniform):
         """n completions for each prompt of `states` (one Prefill a view, one shared text) -> flat list of Rollout.
 
         choose(logits of each view (R, V) raw, uniform (R,)) -> tokens (R,). The first view's logits are recorded.
@@ -323,21 +289,20 @@ class VLM:
         for state in states:
             state.share(n) if self.shares_prefix else state.repeat(n)
         with shared_prefix.attention_of(self.model.get_decoder()) if self.shares_prefix else nullcontext():
-            fields = self._decoding_loop(states, choose, max_new_tokens, uniform, entropy)
-        tokens, logprobs, confidences, *entropies = (field.cpu() for field in fields)
+            fields = self._decoding_loop(states, choose, max_new_tokens, uniform)
+        tokens, logprobs, confidences = (field.cpu() for field in fields)
         eos, rollouts = set(self.eos.tolist()), []
         for row, length in enumerate((tokens >= 0).sum(-1).tolist()):
             ids = tokens[row, :length]
             rollouts.append(Rollout(self.tokenizer.decode(ids, skip_special_tokens=True), ids, logprobs[row, :length],
-                                    confidences[row, :length], int(ids[-1]) in eos,
-                                    *(field[row, :length] for field in entropies)))
+                                    confidences[row, :length], int(ids[-1]) in eos))
         return rollouts
 
-    def _decoding_loop(self, states, choose, max_new_tokens, uniform, entropy):
-        """-> tokens (R, T), -1 after the end; logprobs, confidences and, if asked for, entropies (R, T)."""
+    def _decoding_loop(self, states, choose, max_new_tokens, uniform):
+        """-> tokens (R, T), -1 after the end; logprobs, confidences (R, T)."""
         total = len(states[0].hidden)
         tokens = torch.full((total, max_new_tokens), -1, device=self.device)                        # (R, T), -1 = none
-        logprobs, confidences, *entropies = torch.zeros(2 + entropy, total, max_new_tokens, device=self.device)
+        logprobs, confidences = torch.zeros(2, total, max_new_tokens, device=self.device)
         rows = torch.arange(total, device=self.device)              # the rows still in the batch
         ended = torch.zeros(total, dtype=torch.bool, device=self.device)
         pending = []                        # (tokens (R,), logits (R, V)) of the newest words, not recorded yet
@@ -352,8 +317,6 @@ class VLM:
             normalizer = logits.logsumexp(-1)                                                       # (R, P)
             logprobs[rows, at] = logits.gather(-1, words[..., None])[..., 0] - normalizer
             confidences[rows, at] = token_confidence(logits, self.top_k, normalizer)
-            if entropy:
-                entropies[0][rows, at] = token_entropy(logits, normalizer)
             pending.clear()
             return ended | eos.any(1)
 
@@ -376,14 +339,14 @@ class VLM:
                 if t < max_new_tokens - 1:
                     for state in states:
                         self.read(state, token)
-        return tokens, logprobs, confidences, *entropies
+        return tokens, logprobs, confidences
 
     def score(self, images, prompts, completions, *, temperature=1.0, inputs=None):
-        """Log-probs, confidence and entropy of given completions, with gradient -> Scores, (B*n, T) each.
+        """Log-probs and confidence of given completions, with gradient -> Scores, (B*n, T) each.
 
         completions: B*n lists of token ids, n in a row for each of the B prompts (n = 1: one each). A prompt is read
-        once. temperature divides the logits of `logprobs` only; confidence and entropy stay raw. inputs: what `encode`
-        made of these prompts, where it is at hand. The head sees completion tokens only, in chunks; with more than one
+        once. temperature divides the logits of `logprobs` only; confidence stays raw. inputs: what `encode` made of these
+        prompts, where it is at hand. The head sees completion tokens only, in chunks; with more than one
         chunk, logits are computed again in the backward pass. ValueError for uneven or empty completions.
         """
         n, rest = divmod(len(completions), len(prompts))
@@ -413,12 +376,12 @@ class VLM:
         return Scores(*fields, mask)
 
     def _head_scores(self, hidden, targets, temperature):
-        """(N, D), (N,) -> log-prob of the target, confidence, entropy, (N,) each."""
+        """(N, D), (N,) -> log-prob of the target and confidence, (N,) each."""
         logits = self.logits(hidden)                                                                # (N, V)
         normalizer = logits.logsumexp(-1)                                                           # (N,)
         logprobs = logits.gather(-1, targets[:, None])[:, 0] / temperature
         logprobs = logprobs - (normalizer if temperature == 1 else (logits / temperature).logsumexp(-1))
-        return logprobs, token_confidence(logits, self.top_k, normalizer), token_entropy(logits, normalizer)
+        return logprobs, token_confidence(logits, self.top_k, normalizer)
 
 
 def load_model(path, device, compute):
@@ -426,29 +389,11 @@ def load_model(path, device, compute):
     return VLM.load(path, device, torch.float32 if compute == torch.float32 else "auto")
 
 
-def place_images(prompt, count):
-    """A prompt and its number of pictures -> (content of a chat message, order of the pictures in it).
-
-    `<image>` is the next picture not named yet, `<image 2>` and `<image2>` the second. A picture stands at its first
-    mention; those never named stand in front. A tag of a picture that does not exist stays text.
-    """
-    pieces, order = [], []
-    for piece in re.split(r"(<image ?\d{0,3}>)", prompt):
-        number = re.fullmatch(r"<image ?(\d{0,3})>", piece)
-        if number:
-            index = int(number[1]) - 1 if number[1] else next((i for i in range(count) if i not in order), -1)
-            if 0 <= index < count and index not in order:
-                order.append(index)
-                pieces.append({"type": "image"})
-                continue
-        if piece.strip():
-            pieces.append({"type": "text", "text": piece})
-    front = [i for i in range(count) if i not in order]
-    return [{"type": "image"} for _ in front] + pieces, front + order
-
-
-def _generator(seed):
-    """A CPU generator from any seed. A string is hashed, so that neighbouring seeds share nothing."""
+def generator(seed):
+    """A CPU generator from any seed, or the seed itself if it is one. A string is hashed, so that neighbouring seeds share
+    nothing."""
+    if isinstance(seed, torch.Generator):
+        return seed
     return torch.Generator().manual_seed(random.Random(str(seed)).getrandbits(63))
 
 

@@ -15,7 +15,9 @@ from common import ROOT, VLM, at_least, data, extra_memory, memory_of, side_by_s
 
 import noise
 from catts import Controller, Settings
+from utils import cli
 from utils.experts import LocalExpert
+from vlm import generator
 
 BATCH = 16
 CONTENDERS = {"ours, exact": {"early_exit": "exact"}, "ours, off": {}, "from scratch": {}}
@@ -24,11 +26,11 @@ CONTENDERS = {"ours, exact": {"early_exit": "exact"}, "ours, off": {}, "from scr
 class Scratch(VLM):
     """Every completion from a prefill of its own, one at a time; the same words, since each has random numbers of its own."""
 
-    def sample(self, images, prompts, n=1, *, seed=0, first=0, **how):
+    def sample(self, images, prompts, n=1, *, seed=0, **how):
         seeds = seed if isinstance(seed, list | tuple) else [f"{seed} {b}" for b in range(len(prompts))]
-        return [[super(Scratch, self).sample([pictures], [prompt], 1, seed=[own], first=first + i, **how)[0][0]
-                 for i in range(n)]
-                for pictures, prompt, own in zip(images, prompts, seeds, strict=True)]
+        streams = [generator(s) for s in seeds]             # each sample takes the next numbers of its prompt's stream
+        return [[super(Scratch, self).sample([pictures], [prompt], 1, seed=[stream], **how)[0][0] for _ in range(n)]
+                for pictures, prompt, stream in zip(images, prompts, streams, strict=True)]
 
 
 def build(kind, **settings):
@@ -64,7 +66,7 @@ def main():
     print(versions())
     print(f"{len(samples)} questions, N = 8; a question, median of {args.rounds} rounds")
     answers = [r.answer for r in results["from scratch"]]
-    print(data.table({name: {
+    print(cli.table({name: {
         "seconds": value / len(samples), "ratio to exact": value / seconds["ours, exact"],
         "tokens": sum(r.ledger.tokens + r.ledger.expert_tokens for r in results[name]) / len(samples),
         "pictures encoded": encoded[name] / len(samples) / (args.rounds + 1),

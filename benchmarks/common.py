@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 import transformers
 
-import data
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import data  # noqa: F401
 from utils.loading import load_processor
 from vlm import VLM
 

@@ -8,8 +8,9 @@
 Decoding: --rows samples of one question with a picture of --pixels x --pixels (896: 1,024 tokens), tokens a second with
 confidence, beside transformers' own `generate` without, in a dynamic and in a compiled static cache (CUDA graphs), as a share
 of the bound: each token must read all weights and the keys and values of its row once, at --bandwidth.
-Training: one question, 8 rollouts on each of two views, --completion tokens; seconds and peak memory by phase; MFU counts 6
-FLOP a trained parameter and token, the vision tower's at its patches, without what activation checkpointing runs again.
+Training: one question, 8 rollouts on each of two views, --completion tokens, with an adapter (LoRA, needs peft) and with all
+weights. Seconds and peak memory by phase and of the whole step. MFU counts 6 FLOP a trained parameter and token (frozen
+under an adapter: 4), the vision tower's at its patches, without what activation checkpointing runs again.
 """
 import argparse
 import gc
@@ -24,7 +25,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConf
 
 import noise
 import train_cdrl
-from utils import batches, distributed, loading
+from utils import batches, cli, distributed, loading, lora
+from utils.cli import InputError
 from utils.memory import key_values
 
 # The published settings of Qwen2.5-VL.
@@ -111,41 +113,52 @@ def decoding(vlm, rows, args):
     return table
 
 
-def training(vlm, size, args):
-    """One step of `ours` on one question with two views -> a row for each phase."""
+def training(vlm, size, args, lora_rank=0):
+    """One real step of `ours` on one question with two views -> a row for each phase. lora_rank: of an adapter that learns
+    alone; 0 = all weights learn."""
     device = torch.device(args.device)
-    settings = replace(train_cdrl.parse([]), batch_size=1, group_size=8, max_new_tokens=args.completion,
-                       micro_batch=1, eval_size=0)
+    settings = train_cdrl.parse([])
+    settings = replace(settings, batch_size=1, group_size=8, max_new_tokens=args.completion,
+                       run=replace(settings.run, micro_batch=1, eval_size=0))
     clip = noise.ClipAttention.from_pretrained(settings.clip, device)
+    if lora_rank:
+        lora.add(vlm, lora_rank, lora_rank, "language", size)
     loading.checkpoint_activations(distributed.blocks(vlm.model), vlm.cache_name)
     policy = distributed.shard(vlm, device, getattr(torch, args.dtype), False, offload=args.offload)
-    optimiser = distributed.adamw(list(policy.parameters()), 1e-6)
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0, fused=parameters[0].device.type == "cuda")
     sample = data.synthetic("train", 0, 0)
     sample.images = [picture(args.pixels)]
-    scale, rows = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}, {}
+    confidence_map = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}
     for step in range(2):                                       # the first warms up
         def rollouts(step=step):
-            with policy.whole():
-                return train_cdrl.roll_out(vlm, clip, [sample], step, settings)
-        sampled, peak_sampled, (views, prompts) = clock(device, rollouts)
-        train_cdrl.reward_views(views, scale, settings)
-        parts = batches.micro_batches(vlm, views, prompts, settings)
-        divisor = train_cdrl.batch_weight(views, settings, device)
-        optimiser.zero_grad()
-        learned, peak_learned, _ = clock(device, train_cdrl.learn, policy, None, views, prompts, parts, scale, divisor,
-                                         settings, device)
-        distributed.clip_gradients(list(policy.parameters()), 1.0)
-        updated, peak_updated, _ = clock(device, optimiser.step)
-    inputs = vlm.encode([sample.images], prompts)
+            images = [sample.pictures()]
+            twins, is_control = train_cdrl.make_image_pairs(images, [sample], clip, step, settings)
+            with policy.unsharded():
+                return train_cdrl.roll_out(vlm, [sample], images, twins, is_control, step, settings)
+        sampled, peak_sampled, (original, noised) = clock(device, rollouts)
+        train_cdrl.add_rewards(original, noised, confidence_map, settings)
+        passes = batches.micro_batches(vlm, original, noised, settings.run)
+        num_loss_tokens = train_cdrl.count_loss_tokens([original, noised])
+        optimizer.zero_grad()
+        learned, peak_learned, _ = clock(device, train_cdrl.accumulate_gradients, policy, None, passes, confidence_map,
+                                         num_loss_tokens, settings)
+        distributed.clip_gradients(parameters, 1.0)
+        updated, peak_updated, _ = clock(device, optimizer.step)
+    inputs = vlm.encode([sample.images], original.prompts)
     prompt, patches = inputs["input_ids"].shape[1], len(inputs["pixel_values"])
     vision = sum(p.numel() for p in loading.vision_parameters(vlm))
     text = sum(p.numel() for p in vlm.model.parameters()) - vision
-    completions = len(views) * settings.group_size * args.completion
-    flop = 6 * (text * (len(views) * prompt + completions) + vision * len(views) * patches)
+    completions = 2 * settings.group_size * args.completion
+    # Of a frozen weight no gradient is computed: 4 FLOP a token in place of 6. A frozen tower below it: 2.
+    flop = (4 if lora_rank else 6) * text * (2 * prompt + completions) + (2 if lora_rank else 6) * vision * 2 * patches
     mfu = flop / learned / (args.flops * 1e12)
-    for phase, seconds, share, peak in (("rolling out", sampled, "", peak_sampled), ("learning", learned, mfu, peak_learned),
-                                        ("update", updated, "", peak_updated)):
-        rows[f"{size}, {phase}"] = {"seconds": seconds, "tokens/s": completions / seconds if phase != "update" else "",
+    name, rows = f"{size}, LoRA {lora_rank}" if lora_rank else size, {}
+    for phase, seconds, share, peak in (
+            ("rolling out", sampled, "", peak_sampled), ("learning", learned, mfu, peak_learned),
+            ("update", updated, "", peak_updated),
+            ("one real step", sampled + learned + updated, "", max(peak_sampled, peak_learned, peak_updated))):
+        rows[f"{name}, {phase}"] = {"seconds": seconds, "tokens/s": completions / seconds if phase != "update" else "",
                                     "MFU": share, "peak GiB": peak}
     return rows
 
@@ -153,7 +166,7 @@ def training(vlm, size, args):
 def keep(tables, args):
     """Write what has been measured so far."""
     if args.json:
-        data.write_atomically(ROOT / args.json, json.dumps(tables, indent=1))
+        cli.write_atomically(ROOT / args.json, json.dumps(tables, indent=1))
 
 
 def main():
@@ -166,6 +179,7 @@ def main():
     parser.add_argument("--pixels", type=at_least(28), default=896, help="width and height of the picture")
     parser.add_argument("--completion", type=at_least(2), default=512, help="tokens of a completion in the training step")
     parser.add_argument("--offload", action="store_true", help="the state of training in the CPU's memory")
+    parser.add_argument("--lora_rank", type=at_least(0), default=64, help="of a training step with an adapter; 0 = none")
     parser.add_argument("--only", choices=["decode", "train"])
     parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s of the GPU's memory, measured by copying")
     parser.add_argument("--flops", type=float, default=790.0, help="bf16 TFLOP/s of the GPU, measured by matrix products")
@@ -183,24 +197,31 @@ def main():
     print(f"{versions()}, {name}, {args.dtype}, pictures of {args.pixels} x {args.pixels}")
     tables = {"machine": name}
     for size in args.sizes:
-        vlm = build(size, args.pixels, args.device, getattr(torch, args.dtype))
+        dtype = getattr(torch, args.dtype)
+        vlm = build(size, args.pixels, args.device, dtype)
         print(f"\n{size}: {sum(p.numel() for p in vlm.model.parameters()):,} parameters")
         if args.only != "train":
             tables[f"{size}, decoding"] = {k: v for rows in args.rows for k, v in decoding(vlm, rows, args).items()}
-            print(data.table(tables[f"{size}, decoding"]))
+            print(cli.table(tables[f"{size}, decoding"]))
             keep(tables, args)
-        if args.only != "decode":
+        # The adapter first: its model is the smaller one. Each row starts from a model of its own.
+        for rank in () if args.only == "decode" else (args.lora_rank, 0) if args.lora_rank else (0,):
+            vlm = vlm or build(size, args.pixels, args.device, dtype)
+            name = f"{size}, training" + f" LoRA {rank}" * (rank > 0)
             try:
-                tables[f"{size}, training"] = training(vlm, size, args)
-                print(data.table(tables[f"{size}, training"]))
+                tables[name] = training(vlm, size, args, rank)
+                print(cli.table(tables[name]))
             except torch.OutOfMemoryError as error:
-                tables[f"{size}, training"] = {"out of memory": str(error).splitlines()[0]}
-                print(f"{size}: a training step does not fit ({str(error).splitlines()[0]}); try --offload")
+                tables[name] = {"out of memory": str(error).splitlines()[0]}
+                print(f"{name}: a step does not fit ({str(error).splitlines()[0]}); try --offload")
+            except InputError as error:                         # no peft
+                tables[name] = {"not run": str(error)}
+                print(f"{name}: {error}")
             keep(tables, args)
-        del vlm
-        gc.collect()                    # blocks and the functions that run them again hold each other
-        if args.device != "cpu":
-            torch.cuda.empty_cache()
+            vlm = None
+            gc.collect()                    # blocks and the functions that run them again hold each other
+            if args.device != "cpu":
+                torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

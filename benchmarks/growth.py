@@ -22,7 +22,7 @@ from common import ROOT, VLM, VOCABULARY, at_least, big_vocabulary, data, endles
 
 import noise
 import train_cdrl
-from utils import batches, distributed
+from utils import batches, cli, distributed
 
 POINTS = {"group size": (4, 8, 16), "picture": (224, 448, 672), "vocabulary": (VOCABULARY // 4, VOCABULARY // 2, VOCABULARY),
           "new tokens": (32, 64, 128)}
@@ -31,7 +31,7 @@ RATE, WATCHED = 400, 30         # looks a second, seconds
 PYTHON = {"Python": "step (", "Python, inside the model's forward": "VLM._forward (",
           "Python, pictures: key regions and noise": "make_pairs (",
           "Python, pictures and prompts: pre-processing": "VLM.encode (", "Python, decoding": "VLM._decoding_loop (",
-          "Python, learning": "learn (train_cdrl"}                 # row: what is in its stacks; some lie in others
+          "Python, learning": "accumulate_gradients (train_cdrl"}     # row: what is in its stacks; some lie in others
 
 
 def growth(rounds):
@@ -62,8 +62,8 @@ def profile(rounds, spy):
     args = train_cdrl.parse([])
     vlm, clip = VLM.load(ROOT / "tiny" / "base"), noise.ClipAttention.from_pretrained()
     policy = distributed.Policy(vlm)
-    optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-5)
-    scale, spent = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}, {}
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5)
+    confidence_map, spent = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}, {}
 
     def timed(owner, name, label):
         original = getattr(owner, name)
@@ -77,20 +77,23 @@ def profile(rounds, spy):
         setattr(owner, name, wrapper)
     timed(noise, "make_pairs", "pictures: key regions and noise")
     timed(vlm, "encode", "pictures and prompts: pre-processing")
-    timed(train_cdrl, "outcomes", "judge")
+    timed(train_cdrl, "outcome_reward", "judge")
 
     def step(number):
         samples = [data.synthetic("train", 0, number * args.batch_size + i) for i in range(args.batch_size)]
         spent.clear()
         start = time.perf_counter()
-        views, prompts = train_cdrl.roll_out(vlm, clip, samples, number, args)
-        train_cdrl.reward_views(views, scale, args)
+        images = [s.pictures() for s in samples]
+        twins, is_control = train_cdrl.make_image_pairs(images, samples, clip, number, args)
+        original, noised = train_cdrl.roll_out(vlm, samples, images, twins, is_control, number, args)
+        train_cdrl.add_rewards(original, noised, confidence_map, args)
         rolled = time.perf_counter()
-        parts = batches.micro_batches(vlm, views, prompts, args)
-        optimiser.zero_grad()
-        train_cdrl.learn(policy, None, views, prompts, parts, scale, train_cdrl.batch_weight(views, args, "cpu"), args)
+        passes = batches.micro_batches(vlm, original, noised, args.run)
+        num_loss_tokens = train_cdrl.count_loss_tokens([original, noised])
+        optimizer.zero_grad()
+        train_cdrl.accumulate_gradients(policy, None, passes, confidence_map, num_loss_tokens, args)
         distributed.clip_gradients(list(policy.parameters()), 1.0)
-        optimiser.step()
+        optimizer.step()
         return {"the step": time.perf_counter() - start, "rolling out": rolled - start} | spent
     found = [step(i) for i in range(rounds + 1)][1:]
     rows = {name: statistics.median(one[name] for one in found) for name in found[0]}
@@ -119,10 +122,10 @@ def main():
     print(versions())
     if args.only != "profile":
         print(f"\none question, {', '.join(f'{name} {value:,}' for name, value in USUAL.items())}, but for what is named")
-        print(data.table(growth(args.rounds)))
+        print(cli.table(growth(args.rounds)))
     if args.only != "growth":
         print("\na step of --recipe ours on the tiny model")
-        print(data.table(profile(args.rounds, args.spy)))
+        print(cli.table(profile(args.rounds, args.spy)))
 
 
 if __name__ == "__main__":

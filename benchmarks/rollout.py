@@ -23,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import reward
 from reward import token_confidence
-from utils import shared_prefix
+from utils import cli, shared_prefix
 
 GROUP = 8
 ROUNDS = {"tiny": 5, "151,936 words": 1}        # the models, and how many times --rounds
@@ -150,7 +150,7 @@ def main():
         print(f"\n{name}: {len(prompts)} questions x {GROUP} x {args.new_tokens} tokens; greedy tokens equal: "
               f"{same_greedy(vlm, images, prompts, args.new_tokens)}")
         seconds = side_by_side(runs, args.rounds * ROUNDS[name])
-        print(data.table({run: {"seconds": value, "ratio to ours": value / seconds["ours"], "extra MiB": float(memory_of(
+        print(cli.table({run: {"seconds": value, "ratio to ours": value / seconds["ours"], "extra MiB": float(memory_of(
             __file__, "--only", name, run, "--new_tokens", str(args.new_tokens)))} for run, value in seconds.items()}))
 
 

@@ -1,4 +1,4 @@
-"""Log-probs, confidence and entropy with gradient, for 8 x 512 completion tokens at 151,936 words: chunks against full logits.
+"""Log-probs and confidence with gradient, for 8 x 512 completion tokens at 151,936 words: chunks against full logits.
 
     python benchmarks/score.py                         # needs about 12 GB for the peer
     python benchmarks/score.py --tokens 64 --rounds 1
@@ -11,27 +11,28 @@ import argparse
 import json
 
 import torch
-from common import at_least, big_vocabulary, data, extra_memory, memory_of, picture, side_by_side, versions
+from common import at_least, big_vocabulary, extra_memory, memory_of, picture, side_by_side, versions
 
-from reward import token_confidence, token_entropy
+from reward import token_confidence
+from utils import cli
 
 GROUP = 8
 
 
 def contenders(vlm, new_tokens):
-    """{name: function}; each leaves gradients and returns (3, B, T): log-probs, confidence, entropy."""
+    """{name: function}; each leaves gradients and returns (2, B, T): log-probs, confidence."""
     images, prompts = [[picture()]], ["How many red circles are there?"]
     # words only: the special ids, an image placeholder among them, are lower
     ids = torch.randint(20, 400, (GROUP, new_tokens), generator=torch.Generator().manual_seed(0))
 
     def finish(values):
         vlm.model.zero_grad()
-        (values[0].mean() + values[1].mean() + values[2].mean()).backward()
+        (values[0].mean() + values[1].mean()).backward()
         return torch.stack([v.detach() for v in values])
 
     def ours():
         scores = vlm.score(images, prompts, list(ids))
-        return finish((scores.logprobs, scores.confidence, scores.entropy))
+        return finish((scores.logprobs, scores.confidence))
 
     def peer():
         inputs = vlm.encode(images * GROUP, prompts * GROUP)
@@ -42,7 +43,7 @@ def contenders(vlm, new_tokens):
             extended["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids)], 1)
         logits = vlm.model(**extended).logits.float()[:, length - 1:-1]                            # (B, T, V)
         picked = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-        return finish((picked, token_confidence(logits, vlm.top_k), token_entropy(logits)))
+        return finish((picked, token_confidence(logits, vlm.top_k)))
 
     return {"ours": ours, "full logits": peer}
 
@@ -73,7 +74,7 @@ def main():
     print("{} x {} tokens; ours against full logits: values differ by {:.1e}, gradients by {:.1e} of the largest".format(
         GROUP, args.tokens, *agree(vlm, runs)))
     seconds = side_by_side(runs, args.rounds)
-    print(data.table({run: {"seconds": value, "ratio to ours": value / seconds["ours"], "extra MiB": float(memory_of(
+    print(cli.table({run: {"seconds": value, "ratio to ours": value / seconds["ours"], "extra MiB": float(memory_of(
         __file__, "--only", run, "--tokens", str(args.tokens)))} for run, value in seconds.items()}))
 
 

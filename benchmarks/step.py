@@ -21,7 +21,7 @@ from pathlib import Path
 from common import ROOT, VLM, at_least, data, program, versions
 
 import train_cdrl
-from utils import batches
+from utils import batches, cli
 
 QUESTIONS, GROUP, TOKENS, LR = 16, 8, 64, 1e-4
 OURS = {"ours, grpo": "grpo", "ours, paper (two views)": "paper", "ours, ours (half with two views, both learn)": "ours"}
@@ -102,7 +102,7 @@ def main():
         print(f"TRL {found.stdout.strip()}")
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     print(f"{QUESTIONS} questions x {GROUP} completions, median of {len(seconds[names[0]])} steps")
-    print(data.table({name: {"seconds": value, "ratio to ours, grpo": value / medians["ours, grpo"],
+    print(cli.table({name: {"seconds": value, "ratio to ours, grpo": value / medians["ours, grpo"],
                              "peak MiB": statistics.median(peaks[name])} for name, value in medians.items()}))
 
 

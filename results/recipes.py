@@ -13,9 +13,10 @@ same flags, base and Expert, is not repeated.
 Models, answers and votes stay under runs/recipes (delete both when the code has changed).
 
 Confidences: C (Eq. 3) ranks; c = sigmoid(aC + b) is the probability that training shapes, a and b those of the run, fitted on
-the base's answers to training questions before the first step (and steeper with `--steepness`); p = exp(mean log-prob); for
-CA-TTS the winner's share of the votes. "abstains": the share of answers with c below one half. "CA-TTS, tuned" votes with the
-weights tau that `--split val` found best there, on average over its rows, and left in results/recipes/taus.json.
+the base's answers to training questions before the first step; p = exp(mean log-prob); for
+CA-TTS the share of the winner. "mixed": over clean and noised answers together. "abstains": the share of answers with c below
+one half. "CA-TTS, tuned" votes with the weights tau that `--split val` found best there, on average over its rows, and left
+in results/recipes/taus.json.
 """
 import argparse
 import json
@@ -47,7 +48,7 @@ from utils import (
     metrics,
     tables,
 )
-from utils.checkpoint import FREE
+from utils.checkpoint import FREE, settings_of
 from utils.cli import InputError
 from utils.experts import LocalExpert
 from utils.judge import accepts
@@ -63,32 +64,28 @@ ROWS = {
     "paper": "--recipe paper",
     "ours": "",
     "paper, alpha 0": "--recipe paper --alpha 0",
+    "paper, alpha .5, beta 1": "--recipe paper --alpha .5 --beta 1",
+    "paper, Cnorm by range": "--recipe paper --cnorm range",
     "paper, lr 3e-4": "--recipe paper --lr 3e-4",
-    "paper, both views learn": "--recipe paper --learn_noised",
     "paper, pathwise": "--recipe paper --pathwise 1",
     "paper, Brier": "--recipe paper --calibration brier",
-    "paper, rescored pairs": "--recipe paper --noised rescore",
-    "paper, logprob": "--recipe paper --confidence logprob --judged logprob",
+    # each of the five settings of `ours` taken back, then what else could be changed
+    "ours, advantages by std": "--adv_norm std",
+    "ours, linear": "--calibration linear",
+    "ours, no pathwise": "--pathwise 0",
+    "ours, no controls": "--controls 0",
+    "ours, lr 1e-4": "--lr 1e-4",
+    "ours, advantages by mean": "--adv_norm none",
+    "ours, exact": "--pathwise 1",
+    "ours, log": "--calibration log",
+    "ours, no calibration": "--calibration none",
     "ours, alpha 0": "--alpha 0",
     "ours, one view learns": "--no-learn_noised",
-    "ours, no pathwise": "--pathwise 0 --noised_policy 1",
     "ours, noised policy gradient": "--noised_policy 1",
-    "ours, Brier": "--calibration brier",
-    "ours, linear": "--calibration linear",
-    "ours, no calibration": "--calibration none",
-    "ours, advantages by std": "--adv_norm std",
-    "ours, no controls": "--controls 0",
-    "ours, within 1": "--within 1",
-    "ours, a twin for every question": "--pairs 1",
-    "ours, map as fitted": "--steepness 1",
-    "ours, map as fitted, pathwise 8": "--steepness 1 --pathwise 8 --alpha .05",
-    "ours, 16 questions x 8": "--batch_size 16 --group_size 8",
-    "ours, reflection": "--reflect 0.15",
     "ours, noise everywhere": "--region all --controls 0",
     "ours, random regions": "--region random --controls 0",
-    "ours, logprob": "--confidence logprob --judged logprob",
+    "ours, 16 questions x 8": "--batch_size 16 --group_size 8",
     "hacked: the gap alone": "--calibration none --alpha 1 --beta 1 --controls 0",
-    "hacked: p judged": "--judged logprob --probability exp --pathwise 20",
 }
 HEADLINE = ("base", "grpo", "paper", "ours")
 REGIONS = ("key", "random", "inverse")
@@ -121,7 +118,7 @@ def train(row, seed, flags):
     output = RUNS / name_of(row, seed)
     wanted = [*ROWS[row].split(), *flags, "--seed", str(seed), "--eval_size", "0", "--output", str(output)]
     stored, seconds = output / "args.json", output / "seconds.json"
-    if not (seconds.exists() and vars(train_cdrl.parse(wanted)).items() <= json.loads(stored.read_text()).items()):
+    if not (seconds.exists() and settings_of(train_cdrl.parse(wanted)).items() <= json.loads(stored.read_text()).items()):
         start = time.time()
         if subprocess.run([sys.executable, str(ROOT / "train_cdrl.py"), *wanted], check=False).returncode:
             raise InputError(f"{row!r}, seed {seed}, did not train; the command was: train_cdrl.py {' '.join(wanted)}")
@@ -134,16 +131,16 @@ def train(row, seed, flags):
 
 def scale_of(seed, folder):
     """The map from C to a probability, fixed before the first step, by which a run's c is read: the one that it was trained
-    with, or, where it was not trained or judged another confidence, the one fitted on the base with this seed."""
+    with, or, where it was not trained, the one fitted on the base with this seed."""
     if own := tables.stored_scales([folder])[0]:
         return own
     file = RUNS / f"scale-{seed}.json"
     if not file.exists():
-        args = train_cdrl.parse(["--seed", str(seed), "--eval_size", "0", "--steepness", "1"])
-        questions, _ = data.open_data(args)
-        order = batches.Order(len(questions), args.batch_size, seed)
+        args = train_cdrl.parse(["--seed", str(seed), "--eval_size", "0"])
+        train_set, _ = data.open_data(args)
+        order = batches.QuestionOrder(train_set, args.batch_size, seed)
         clip = noise.ClipAttention.from_pretrained()
-        cli.write_atomically(file, json.dumps(train_cdrl.base_scale(VLM.load(args.model), clip, questions, order, args)))
+        cli.write_atomically(file, json.dumps(train_cdrl.fit_map_on_base(VLM.load(args.model), clip, order, args)))
     return json.loads(file.read_text())
 
 
@@ -254,7 +251,7 @@ def record_of(row, seed, args, samples):
     file = HERE / f"{asked(args)}-{name_of(row, seed)}.json"
     sizes, voters = SIZES if row in HEADLINE and args.split == "test" else [ANSWERS], samples[:args.vote_questions]
     taus = json.loads(WEIGHTS.read_text()) if args.split == "test" and WEIGHTS.exists() else None
-    settings = vars(train_cdrl.parse([*(ROWS[row] or "").split(), *args.flags.split()]))      # defaults of today included
+    settings = settings_of(train_cdrl.parse([*(ROWS[row] or "").split(), *args.flags.split()]))     # today's defaults included
     loose = {"model", "clip", *FREE} - {"steps"}
     frame = {"settings": {key: value for key, value in settings.items() if key not in loose},
              "seed": seed, "questions": len(samples), "voted": len(voters), "taus": taus,
@@ -276,8 +273,8 @@ def record_of(row, seed, args, samples):
                       for i in range(0, len(log), 10)] for key in LOGGED if any(key in step for step in log)},
         "answers": {"id": clean["id"].tolist(), "C": clean["confidence"].round(4).tolist(),
                     "p": clean["probability"].round(4).tolist(), "correct": clean["correct"].astype(int).tolist()},
-        "noised answers": {name: key[field].round(4).tolist() for name, field in (
-            ("C", "confidence"), ("p", "probability"), ("correct", "correct"))},
+        "noised answers": {"C": key["confidence"].round(4).tolist(), "p": key["probability"].round(4).tolist(),
+                           "correct": key["correct"].astype(int).tolist()},
         "of a question": {"skill": [group[0].skill for group in views["clean"]],
                           f"majority@{ANSWERS}": [int(right) for right in tables.majorities(found["clean"])],
                           **{f"gap {region}": (mean["clean"] - mean[region]).round(4).tolist() for region in REGIONS}}}

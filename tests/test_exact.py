@@ -36,7 +36,7 @@ class Toy:
         logits = self.logits(theta, view, words)
         return logits.log_softmax(-1)[range(len(words)), words], -logits.log_softmax(-1).amax(-1)        # Eq. 3 with k = 1
 
-    def score(self, images, prompts, completions, temperature, inputs):
+    def score(self, images, prompts, completions, temperature, inputs, rows):
         group, width = len(completions) // len(images), max(map(len, completions))
         words = torch.stack([torch.nn.functional.pad(w, (0, width - len(w))) for w in completions])      # (B, T)
         mask = torch.arange(width) < torch.tensor([len(w) for w in completions])[:, None]
@@ -44,8 +44,8 @@ class Toy:
         last = torch.cat([torch.full((len(words), 1), 3), words[:, :-1]], 1)
         logits = torch.einsum("btvd,bd->btv", self.maps[view[:, None], last], self.copies[question])
         logprobs = (logits / temperature).log_softmax(-1).gather(-1, words[..., None])[..., 0]
-        confidence, entropy = reward.token_confidence(logits), reward.token_entropy(logits)
-        return Scores(*(x.masked_fill(~mask, 0) for x in (logprobs, confidence, entropy)), mask)
+        confidence = reward.token_confidence(logits)
+        return Scores(*(x.masked_fill(~mask, 0) for x in (logprobs, confidence)), mask)
 
     def sum_gradients(self, last):
         pass

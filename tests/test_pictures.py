@@ -36,7 +36,8 @@ def close(shown, expected, tolerance=3.0):
 
 
 def upright(image, orientation):
-    """What a viewer shows of pixels with an EXIF orientation, by the standard's own table of where row 0 and column 0 lie."""
+    """What a viewer shows of pixels with an EXIF orientation, by the standard's own table of where row 0 and
+    column 0 lie."""
     pixels = np.asarray(image)
     turned = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.transpose(1, 0, 2),
               6: pixels[::-1].transpose(1, 0, 2), 7: pixels[::-1, ::-1].transpose(1, 0, 2),
@@ -105,7 +106,8 @@ def test_transparent_edges_do_not_darken():
 
 
 def test_a_profile_that_swaps_colours_is_followed():
-    """An sRGB profile whose red and green primaries trade places: a viewer shows green where the file says red."""
+    """An sRGB profile whose red and green primaries trade places: a viewer shows green where the file says
+    red."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     count, tags = struct.unpack(">I", profile[128:132])[0], {}
     for i in range(count):
@@ -155,7 +157,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
     monkeypatch.setattr(pictures, "MAX_PIXELS", 50_000)
     with pytest.raises(InputError, match="300 x 200 pixels are more than 50,000; shrink it"):
         data.Sample("q", [content], "?").pictures()
-    assert data.Sample("q", [saved(board(300, 200), "JPEG")], "?").pictures()[0].size == (150, 100)     # a JPEG shrinks
+    assert data.Sample("q", [saved(board(300, 200), "JPEG")], "?").pictures()[0].size == (150, 100)  # a JPEG shrinks
 
 
 def test_postscript_is_never_run():

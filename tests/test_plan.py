@@ -42,8 +42,9 @@ def test_the_stated_memory_is_what_a_dry_run_computes(name, offloaded, tmp_path,
     script = ROOT / "runs" / f"{name}.sh"
     LARGE_CLIP.save_pretrained(tmp_path / "clip")
     CLIPImageProcessor().save_pretrained(tmp_path / "clip")
-    Image.new("RGB", (896, 896)).save(tmp_path / "a.png")                                   # 1,024 tokens
-    rows = [{"id": str(i), "image": "a.png", "question": "How many red circles are there?", "answer": "1"} for i in range(5)]
+    for i in range(5):
+        Image.new("RGB", (896, 896), (i, 0, 0)).save(tmp_path / f"{i}.png")                 # 1,024 tokens
+    rows = [{"id": str(i), "image": f"{i}.png", "question": "How many red circles are there?", "answer": "1"} for i in range(5)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags, ranks = flags_of(script, tmp_path)
     size = offloaded or re.search("[37]B", flags[flags.index("--model") + 1])[0]

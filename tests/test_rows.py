@@ -1,4 +1,5 @@
-"""Rows as people have them: every layout that loads, and for every other one a sentence that names the cure."""
+"""Rows as people have them: every layout that loads, and for every other one a sentence that names the
+cure."""
 import base64
 import io
 import json
@@ -81,19 +82,25 @@ def test_common_layouts_hold_the_same_question(folder, row):
 
 REFUSED = {
     "a URL": ({**PLAIN, "image": "https://host/a.png"}, "fetch it and give its path"),
-    "a file URL": ({**PLAIN, "image": "file:///etc/a.png"}, "outside the data file's folder.*--allow_outside"),
+    "a file URL": ({**PLAIN, "image": "file:///etc/a.png"}, "outside the data file's "
+                                                            "folder.*--allow_outside"),
     "an absolute path": ({**PLAIN, "image": "/etc/hostname"}, "--allow_outside"),
     "a way up": ({**PLAIN, "image": "../a.png"}, "--allow_outside"),
-    "another name": ({"question": "Q", "photo": "a.png", "answer": "3"}, "'photo' looks like one; rename it to image"),
+    "another name": ({"question": "Q", "photo": "a.png", "answer": "3"}, "'photo' looks like one; rename it "
+                                                                         "to image"),
     "no known field": ({"foo": 1}, "fields foo; a question .* expected"),
     "more tags": ({**PLAIN, "question": "<image><image>How many?"}, "names 2 pictures .* and has 1"),
     "fewer tags": ({**PLAIN, "question": "<image>How many?", "images": None, "image": ["a.png", "b.png"]},
                    "names 1 pictures .* and has 2"),
-    "a tag without a picture": ({"question": "<img>How many?", "answer": "3"}, "names 1 pictures .* and has 0"),
+    "a tag without a picture": ({"question": "<img>How many?", "answer": "3"}, "names 1 pictures .* and has "
+                                                                               "0"),
     "two questions": ({"messages": user("a") + user("b"), "answer": "3"}, "conversation with 2 questions"),
-    "a video": ({"messages": user({"type": "video", "video": "a.mp4"}), "answer": "3"}, "type 'video'; text and image"),
-    "a tool's turn": ({"messages": [*user("a"), {"role": "tool", "content": "x"}], "answer": "3"}, "turn of 'tool'"),
-    "prose without an answer": ({"problem": "Q", "solution": "First look at the figure.\nThen think about it."},
+    "a video": ({"messages": user({"type": "video", "video": "a.mp4"}), "answer": "3"}, "type 'video'; text "
+                                                                                        "and image"),
+    "a tool's turn": ({"messages": [*user("a"), {"role": "tool", "content": "x"}], "answer": "3"}, "turn of "
+                                                                                                   "'tool'"),
+    "prose without an answer": ({"problem": "Q", "solution": "First look at the figure.\nThen think about "
+                                                             "it."},
                                 "names no answer"),
     "no answer": ({"question": "Q", "image": "a.png"}, "has no answer"),
     "a gold that nothing matches": ({**PLAIN, "answer": "\\boxed{}"}, "no response can match"),

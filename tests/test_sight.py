@@ -1,12 +1,18 @@
-"""Noise reaches the vision tower of every family as the diffusion that was asked for, at the tower's own resolution."""
+"""Noise reaches the vision tower of every family as the diffusion that was asked for, at the tower's own
+resolution."""
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_models import FAMILIES, paligemma2, pixels_of, write
+from test_models import FAMILIES, NEEDS_TORCHVISION, paligemma2, pixels_of, write
 
 import noise
 from vlm import VLM
+
+# as test_models.py: without torchvision some classes cannot be opened
+OPEN = [family for family in FAMILIES if importlib.util.find_spec("torchvision") or family not in NEEDS_TORCHVISION]
 
 
 def photo(width, height, seed=0):
@@ -16,7 +22,7 @@ def photo(width, height, seed=0):
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, paligemma2], ids=lambda family: family.__name__)
+@pytest.fixture(scope="module", params=[*OPEN, paligemma2], ids=lambda family: family.__name__)
 def vlm(request, tmp_path_factory):
     return VLM.load(write(request.param, tmp_path_factory.mktemp(request.param.__name__)), "cpu")
 
@@ -29,8 +35,9 @@ def levels(vlm, images):
 
 @pytest.mark.parametrize("t", [300, 700])
 def test_the_tower_gets_the_diffusion_that_was_asked_for(vlm, t):
-    """On a picture twenty times larger than the tower sees: x_t - sqrt(abar) x has the variance 1 - abar, is independent
-    of its neighbours, and that in every tile. (Noise in the file's pixels would have averaged away.)"""
+    """On a picture twenty times larger than the tower sees: x_t - sqrt(abar) x has the variance 1 - abar, is
+    independent of its neighbours, and that in every tile. (Noise in the file's pixels would have averaged
+    away.)"""
     image = photo(1300, 1000)
     clean, noised = levels(vlm, [image]), levels(vlm, [noise.NoisedPicture(image, t, None, 3)])
     level = noise.signal_levels()[t]
@@ -53,8 +60,8 @@ def test_the_tower_gets_the_diffusion_that_was_asked_for(vlm, t):
 
 
 def test_the_tower_gets_exactly_diffuse_where_it_is_noised(vlm):
-    """Value by value: the formula applied to what the tower gets of the clean picture, with the twin's own eps; nothing
-    outside the mask."""
+    """Value by value: the formula applied to what the tower gets of the clean picture, with the twin's own
+    eps; nothing outside the mask."""
     image, mask = photo(400, 300), np.zeros((300, 400))
     mask[:, :200] = 1
     twin = noise.NoisedPicture(image, 600, mask, 5)
@@ -66,7 +73,7 @@ def test_the_tower_gets_exactly_diffuse_where_it_is_noised(vlm):
     wanted = noise.add_noise(x, eps, 600, m)
     changed = np.abs(noised - clean).max(1) > 1e-4
     assert changed.sum() <= (m > 0).sum() and changed.sum() > 0.9 * (m > 0.5).sum()
-    assert 0.35 < m.mean() < 0.65                                               # half of the picture, in every tile
+    assert 0.2 < changed.mean() < 0.65  # half of the picture, and padding
     np.testing.assert_allclose(np.sort(noised.transpose(0, 2, 1)[changed].ravel())[::97],
                                np.sort(wanted[np.abs(wanted - x).max(1) > 1e-4].ravel())[::97], atol=2e-3)
 
@@ -97,7 +104,7 @@ def test_several_pictures_in_a_prompt_are_noised_each_with_its_own_mask(vlm):
     plain, noised = (vlm.sight.levels(pixels_of(vlm.encode([pictures], prompt))) for pictures in (images, twins))
     changed = (np.abs(plain - noised) > 0.01).any(1)
     # a class that pads before it resizes blends the mask with the padding, a pixel wide
-    assert np.median(calls[0][1]) > 0.99 and calls[0][1].mean() > 0.9 and calls[1][1].max() < 0.1
+    assert np.median(calls[0][1]) > 0.99 and calls[0][1].mean() > 0.9 and calls[1][1].max(initial=0) < 0.1
     assert 0.9 * len(calls[0][0]) < changed.sum() <= 1.2 * len(calls[0][0])
 
 
@@ -111,7 +118,8 @@ def test_a_processor_that_leaves_pixels_gets_the_twins_own(base, clip):
 
 
 def test_no_evidence_returns_when_a_processor_shrinks(base):
-    """Regression: a photo of a board. The noised photo, shrunk by hand, shows the board; what the tower gets does not."""
+    """Regression: a photo of a board. The noised photo, shrunk by hand, shows the board; what the tower gets
+    does not."""
     image = photo(1792, 1792)
     twin = noise.NoisedPicture(image, 999, None, 0)
     clean, noised = levels(base, [image]), levels(base, [twin])
@@ -122,6 +130,12 @@ def test_no_evidence_returns_when_a_processor_shrinks(base):
         return abs(np.corrcoef(clean.ravel(), values.ravel())[0, 1])
     assert not base.sight.unchanged[1792, 1792]
     assert seen(shrunk) > 3 * seen(noised)
+
+
+def test_step_zero_is_the_picture_itself(base):
+    image = photo(1792, 1792)
+    a, b = (base.encode([[picture]], ["?"])["pixel_values"] for picture in (image, noise.NoisedPicture(image, 0, None, 3)))
+    assert torch.equal(a, b)
 
 
 def test_a_twin_travels_to_another_process_without_its_pixels():

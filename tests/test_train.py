@@ -221,7 +221,7 @@ def test_controls_are_noised_elsewhere_and_earn_no_perception_term(fresh, clip):
 
 
 def test_reward_is_the_sum_of_its_terms_as_in_eq_4(fresh, clip):
-    args, views, _ = step_views(fresh, clip, "paper")
+    args, views, _ = step_views(fresh, clip, "paper", alpha=0.5, beta=1.0)
     c, c_other = views[0].confidence, views[1].confidence
     low, high = c.amin(-1, keepdim=True), c.amax(-1, keepdim=True)
     r = views[0].correct
@@ -665,6 +665,7 @@ def test_real_questions_run_through(real, tmp_path):
             if not row["source"].startswith(("MathVision", "MathVista")):
                 images = row["image"] if isinstance(row["image"], list) else [row["image"]]
                 file.write(json.dumps({**row, "image": [str(real / image) for image in images]}) + "\n")
-    train_cdrl.main(["--data", str(path), "--output", str(tmp_path / "run"), "--steps", "2", "--batch_size", "4",
+    train_cdrl.main(["--data", str(path), "--allow_outside", "--output", str(tmp_path / "run"), "--steps",
+                     "2", "--batch_size", "4",
                      "--group_size", "2", "--eval_size", "4", "--max_new_tokens", "16", "--scale_questions", "4"])
     assert len(log(tmp_path / "run")) == 2

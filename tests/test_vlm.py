@@ -6,9 +6,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
 from noise import diffuse
+from reward import token_confidence
 from utils import loading
 from utils.cli import InputError
-from vlm import VLM, place_images, sample_token
+from utils.prompts import place_images
+from vlm import VLM, sample_token
 
 
 def flat(groups):
@@ -17,14 +19,13 @@ def flat(groups):
 
 def test_sampled_equals_scored_on_left_padded_batches(base, mixed):
     images, prompts = mixed
-    groups = base.sample(images, prompts, n=3, max_new_tokens=30, seed=1, entropy=True)
+    groups = base.sample(images, prompts, n=3, max_new_tokens=30, seed=1)
     scores = base.score(images, prompts, [r.tokens for r in flat(groups)])
     for i, r in enumerate(flat(groups)):
         n = len(r.tokens)
         assert scores.mask[i].sum() == n
         torch.testing.assert_close(scores.logprobs[i, :n], r.logprobs, atol=1e-4, rtol=0)
         torch.testing.assert_close(scores.confidence[i, :n], r.confidences, atol=1e-4, rtol=0)
-        torch.testing.assert_close(scores.entropy[i, :n], r.entropies, atol=1e-4, rtol=0)
         assert (scores.logprobs[i, n:] == 0).all()
 
 
@@ -44,7 +45,6 @@ def test_scores_equal_one_plain_forward_pass(base, mixed):
         logp, n = logits.log_softmax(-1), len(r.tokens)
         torch.testing.assert_close(scores.logprobs[i, :n], logp.gather(-1, r.tokens[:, None])[:, 0], atol=1e-4, rtol=0)
         torch.testing.assert_close(scores.confidence[i, :n], -logp.topk(base.top_k).values.mean(-1), atol=1e-4, rtol=0)
-        torch.testing.assert_close(scores.entropy[i, :n], -(logp.exp() * logp).sum(-1), atol=1e-4, rtol=0)
 
 
 def test_greedy_equals_generate_token_for_token(base, mixed):
@@ -62,10 +62,10 @@ def test_words_read_together_equal_words_read_alone(base, mixed, monkeypatch):
     found = []
     for limit in (2**24, 2 * 15 * base.vocabulary, 1):
         monkeypatch.setattr("vlm.CHUNK_LOGITS", limit)
-        found.append(flat(base.sample(images, prompts, n=3, max_new_tokens=40, seed=5, entropy=True)))
+        found.append(flat(base.sample(images, prompts, n=3, max_new_tokens=40, seed=5)))
     assert len({len(r.tokens) for r in found[0]}) > 3
     for rows in zip(*found):
-        for name in ("tokens", "logprobs", "confidences", "entropies"):
+        for name in ("tokens", "logprobs", "confidences"):
             assert all(torch.equal(getattr(rows[0], name), getattr(row, name)) for row in rows[1:])
 
 
@@ -94,8 +94,8 @@ def test_chunked_head_equals_whole_head_in_value_and_gradient(fresh, mixed, monk
         monkeypatch.setattr("vlm.CHUNK_LOGITS", limit)
         fresh.model.zero_grad()
         scores = fresh.score(images, prompts, completions)
-        (scores.logprobs.mean() + scores.confidence.mean() + scores.entropy.mean()).backward()
-        found.append((torch.stack([scores.logprobs, scores.confidence, scores.entropy]).detach(),
+        (scores.logprobs.mean() + scores.confidence.mean()).backward()
+        found.append((torch.stack([scores.logprobs, scores.confidence]).detach(),
                       torch.cat([p.grad.flatten() for p in fresh.model.parameters() if p.grad is not None])))
     for whole, chunked in zip([*found[0][0], found[0][1]], [*found[1][0], found[1][1]]):       # 1e-6 of the largest
         assert (whole - chunked).abs().max() < 1e-6 * whole.abs().max()
@@ -339,3 +339,11 @@ def test_special_tokens_in_a_prompt_are_only_words(base):
     assert (inputs["input_ids"] == image_id).sum() == 4
     assert torch.isin(inputs["input_ids"], base.eos).sum() == 1
     base.sample([[picture]], ["<|image_pad|>" * 9], max_new_tokens=3)
+
+
+def test_a_state_is_what_the_first_word_is_read_from(base, mixed):
+    rollouts = base.sample(*mixed, 1, max_new_tokens=1)
+    first = torch.stack([group[0].confidences[0] for group in rollouts])
+    states = base.states(*mixed)
+    assert states.shape == (5, base.text_config.hidden_size) and states.dtype == torch.float32
+    torch.testing.assert_close(token_confidence(base.logits(states), base.top_k), first, atol=1e-4, rtol=0)

@@ -12,10 +12,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from utils import cli, distributed, loading
 from utils.cli import InputError
 from utils.logs import write_json
+from utils.preflight import agreed
 
 # A resumed run may change these; every other setting must be the same. (More steps go on with the lr of the longer run.)
 FREE = ("output", "steps", "save_every", "keep", "resume", "shard", "offload", "micro_batch", "micro_tokens", "memory",
-        "activation_checkpointing", "clip_cache")
+        "activation_checkpointing", "clip_cache", "allow_outside", "patience")
+
+# `--resume from` may change these as well. With another batch size the order of the questions goes on elsewhere.
+FREE_FROM_CHECKPOINT = ("lr", "batch_size", "max_grad_norm", "temperature", "mu", "clip_low", "clip_high", "kl_beta")
 
 
 def open_run(args, vlm, needs_before):
@@ -24,11 +28,13 @@ def open_run(args, vlm, needs_before):
     A run with other settings, or of a file that has changed since, is moved aside. needs_before: a run that goes on must
     have the answers of the model before training.
     """
-    output, newest = None, None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    def prepare_on_first_rank():
+        if dist.is_initialized() and dist.get_rank():
+            return None, None
         output, newest = prepare(args)
         loading.save_processor(vlm, output)     # a class that cannot be saved fails now, not at its first checkpoint
-    output, newest = distributed.gathered([(output, newest)])[0]
+        return output, newest
+    output, newest = distributed.gathered([agreed(prepare_on_first_rank)])[0]
     if newest is not None and needs_before and not (output / "before.json").exists():
         raise InputError(f"{output} has lost before.json, the answers of the model before training; restore it, or start "
                          "again with --resume no")
@@ -52,7 +58,9 @@ def prepare(args):
         other = [key for key, value in settings.items() if key not in FREE and old.get(key, defaults.get(key)) != value]
         done = checkpoints(output)
         longer = bool(done) and step_of(done[-1]) > args.steps
-        if args.run.resume == "no" or other or longer:
+        if args.run.resume == "from":
+            settings["history"] = _history(args, old, settings, other, done, longer)
+        elif args.run.resume == "no" or other or longer:
             aside = next(p for i in range(1, 10**6) if not (p := output.with_name(f"{output.name}-{i}")).exists())
             why = f"other settings ({', '.join(other)})" if other else "more steps" if longer else "an earlier run"
             try:
@@ -61,6 +69,10 @@ def prepare(args):
                 raise InputError(f"--output {args.output!r} holds {why} and cannot be moved to {aside} ({error.strerror}); "
                                  "choose another folder") from error
             print(f"{args.output} held {why}: moved to {aside}")
+        elif "history" in old:
+            settings["history"] = old["history"]
+    elif args.run.resume == "from":
+        raise InputError(f"--resume from: {args.output!r} holds no run to go on with; leave the flag out")
     for torn in output.glob(".checkpoint-*.tmp"):                   # of a kill while it was written; makes room, so first
         shutil.rmtree(torn, ignore_errors=True)
     try:
@@ -81,6 +93,20 @@ def settings_of(args):
     return settings | settings.pop("run")
 
 
+def _history(args, old, settings, changed, done, longer):
+    """What `--resume from` changes, after what earlier ones did -> list for args.json. InputError where it cannot go on."""
+    fixed = [key for key in changed if key not in FREE_FROM_CHECKPOINT]
+    if fixed or longer or not done:
+        why = (f"cannot change {', '.join(fixed)}; it may change {', '.join(('steps', *FREE_FROM_CHECKPOINT))}" if fixed else
+               f"cannot go back to --steps {args.steps}" if longer else f"finds no checkpoint in {args.output!r}")
+        raise InputError(f"--resume from {why}; choose another --output")
+    step = step_of(done[-1])
+    changes = {key: [old.get(key), settings[key]] for key in ("steps", *changed) if old.get(key) != settings[key]}
+    listed = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in changes.items()) or "nothing changed"
+    print(f"{args.output}: goes on from step {step} with {listed}")
+    return [*old.get("history", []), {"step": step, "changes": changes}]
+
+
 def step_of(checkpoint):
     return int(checkpoint.name.split("-")[-1])
 
@@ -99,8 +125,9 @@ def save_checkpoint(output, vlm, policy, optimizer, step, confidence_map, keep, 
     state, random_states = distributed.full_state_dict(policy, dtype), distributed.gathered([torch.get_rng_state()])
     spoilt = [name for name, weight in state.items() if not weight.isfinite().all()]
     if spoilt:
-        raise InputError(f"{spoilt[0]} is not finite after step {step}; lower --lr or the reward's weights, the "
-                         f"checkpoints in {cli.shown(output)} are from before it")
+        raise InputError(f"{spoilt[0]} is not finite after step {step}; lower --lr or the reward's weights; the same "
+                         f"command with a lower --lr and --resume from goes on from the newest checkpoint in "
+                         f"{cli.shown(output)}")
     try:
         if main_rank:
             temporary.mkdir(exist_ok=True)              # another rank's writer may be first
@@ -141,8 +168,8 @@ def load_checkpoint(checkpoint, policy, optimizer):
     InputError, in a sentence, for a checkpoint that has been damaged since it was written.
     """
     try:
-        found = torch.load(checkpoint / "training.pt", weights_only=True)
-        if distributed.checksums(checkpoint / "state") != found["checksums"]:
+        stored = torch.load(checkpoint / "training.pt", weights_only=True)
+        if distributed.checksums(checkpoint / "state") != stored["checksums"]:
             raise ValueError("other bytes than were written")
         distributed.load_state(policy, optimizer, checkpoint / "state")
     except torch.OutOfMemoryError:
@@ -153,5 +180,5 @@ def load_checkpoint(checkpoint, policy, optimizer):
                 "there is none before it, so start again with --resume no")
         raise InputError(f"{cli.shown(checkpoint)} is damaged ({cli.reason(error)}); {then}") from error
     rank = dist.get_rank() if dist.is_initialized() else 0
-    torch.set_rng_state(found["rng"][rank % len(found["rng"])])
-    return found["step"], found["scale"]
+    torch.set_rng_state(stored["rng"][rank % len(stored["rng"])])
+    return stored["step"], stored["scale"]

@@ -28,6 +28,7 @@ def add_sources(parser):
     parser.add_argument("--data", help="many questions: 'synthetic' (its test split) or a file")
     parser.add_argument("--limit", type=int, help="at most so many of them")
     parser.add_argument("--strict", action="store_true", help="a broken row of --data ends the run")
+    parser.add_argument("--allow_outside", action="store_true", help="pictures of --data may lie outside its folder")
     parser.add_argument("--data_seed", type=int, default=0, help="which built-in questions")
     parser.add_argument("--batch_size", type=int, default=16, help="questions answered together; another number may "
                         "change the last digits")
@@ -35,6 +36,8 @@ def add_sources(parser):
     parser.add_argument("--model_name", default="", help="the base model's name on its server (key: MODEL_API_KEY)")
     parser.add_argument("--check_model", help="local model for Visual Self-Check when --model is a server")
     parser.add_argument("--clip", default=str(TINY / "clip"), help="CLIPModel directory or hub id, finds the key regions")
+    parser.add_argument("--clip_map", default="auto", choices=("auto", "attention", "contribution"),
+                        help="the map it makes; auto: attention for the built-in CLIP, contribution for any other")
     parser.add_argument("--expert", default=str(TINY / "expert"),
                         help="'self' (the base plays the roles), directory, hub id, or URL of a server")
     parser.add_argument("--expert_model", default="", help="the Expert's name on its server (key: EXPERT_API_KEY)")
@@ -129,13 +132,15 @@ def _expected(least, above, most, below):
 @dataclass
 class RunOptions:
     """How a training is run: memory, ranks, checkpoints. None of it changes the method; see also `checkpoint.FREE`."""
-    resume: str = option("auto", "auto: go on where the run folder stopped; no: move an earlier run aside", ("auto", "no"))
+    resume: str = option("auto", "auto: go on where the run folder stopped; from: go on from its newest checkpoint with "
+                         "another lr, steps or batch size; no: move an earlier run aside", ("auto", "from", "no"))
     clip_cache: str = option("", "folder that keeps CLIP's maps for further epochs and runs; empty: none is kept")
     micro_batch: int = option(8, "questions a forward pass when learning; less saves memory, the gradient is the same", least=1)
     micro_tokens: int = option(0, "and at most so many tokens, prompts and all completions on each view, padding included; "
                                "0 = no limit", least=0)
     save_every: int = option(20, "steps between checkpoints", least=1)
     keep: int = option(2, "newest checkpoints that stay", least=1)
+    allow_outside: bool = option(False, "pictures of --data may lie outside its folder")
     eval_size: int = option(200, "held-out questions for the table before and after; 0 = no table", least=0)
     dtype: str = option("auto", "of the computation, auto: bfloat16 on a GPU, else float32; weights stay float32 beside it",
                         ("auto", "float32", "bfloat16"))
@@ -149,6 +154,10 @@ class RunOptions:
     lora_alpha: float = option(32.0, "the adapter is scaled by lora_alpha / lora_rank", above=0)
     lora_target: str = option("language", "which linear layers get one: language, all (vision too), or names: q_proj,v_proj")
     merge: bool = option(False, "with --lora_rank: the final model is the merged weights, its adapter a folder beside them")
+    clip_map: str = option("auto", "CLIP's map: attention (the paper), contribution (for a CLIP not trained to point); auto: "
+                           "attention for the built-in one alone", ("auto", "attention", "contribution"))
+    patience: int = option(20, "steps in a row that teach nothing (none right, all cut off, all groups tied) end the run; "
+                           "0: never", least=0)
     explain: str = option("", "print one question's whole step in real numbers, and stop; an id, else one of the first step",
                           bare="first")
     dry_run: bool = option(False, "print parameters, tokens and memory, and stop; refuses what cannot fit")
@@ -169,8 +178,8 @@ def add_options(parser, settings):
 
 def reason(error):
     """The first line of what an error says, its class where it says nothing, or not a word (str)."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return said if " " in said else f"{type(error).__name__} {said}".strip()
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return message if " " in message else f"{type(error).__name__} {message}".strip()
 
 
 def shown(path):

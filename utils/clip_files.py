@@ -39,7 +39,8 @@ def _opening(path):
 
 
 class MapCache:
-    """Maps kept in a folder, one .npy each, named by all that it follows from: weights, kind of map, picture, question."""
+    """Maps kept in a folder, one .npy each, named by all that it follows from: weights, kind of map, picture,
+    question."""
 
     def __init__(self, folder, model, kind):
         self.folder = Path(folder)

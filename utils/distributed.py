@@ -112,21 +112,21 @@ def gathered(items):
     """Concatenate a list over ranks, in the order of ranks."""
     if not dist.is_initialized():
         return items
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+    items_by_rank = [None] * dist.get_world_size()
+    dist.all_gather_object(items_by_rank, items)
+    return [item for rank_items in items_by_rank for item in rank_items]
 
 
 def blocks(model):
     """The repeated blocks of a model: the members of every list of two or more modules of one class, outermost lists
     only."""
-    found, inside = [], set()
+    repeated, inside = [], set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(block) for block in module}) == 1 \
                 and module not in inside:
-            found += list(module)
+            repeated += list(module)
             inside.update(inner for block in module for inner in block.modules())
-    return found
+    return repeated
 
 
 class Policy(nn.Module):
@@ -141,9 +141,10 @@ class Policy(nn.Module):
     def forward(self, *args, **kwargs):
         return self._vlm[0].score(*args, **kwargs) if args else None
 
-    def score(self, *args, **kwargs):
-        """`VLM.score`, with gradient."""
-        return self(*args, **kwargs)
+    def score(self, images, prompts, completions, *, temperature=1.0, inputs=None, rows=None):
+        """`VLM.score`, with gradient. inputs: `VLM.encode` of these prompts and others, of which they are `rows` (indices)."""
+        inputs = inputs and inputs.rows(rows)               # here: FSDP makes a plain dict of it on the way
+        return self(images, prompts, completions, temperature=temperature, inputs=inputs)
 
     @contextmanager
     def unsharded(self):
@@ -164,6 +165,11 @@ class Policy(nn.Module):
             unit.set_requires_all_reduce(now, recurse=False)
 
 
+def needs_fsdp(world, sharded, offload, compute, dtype):
+    """Whether a model is wrapped. dtype: of the weights between steps; FSDP2 makes the copies in the computation's dtype."""
+    return world > 1 or sharded or offload or compute != dtype
+
+
 def shard(vlm, device, compute, sharded, offload=False, trains=True):
     """Wrap a model that lies on `device` -> Policy.
 
@@ -172,8 +178,9 @@ def shard(vlm, device, compute, sharded, offload=False, trains=True):
     """
     policy = Policy(vlm)
     world = dist.get_world_size() if dist.is_initialized() else 1
-    if world == 1 and not sharded and not offload and compute == torch.float32:
-        return policy.float()
+    adapted = lora.is_adapted(vlm.model)
+    if not needs_fsdp(world, sharded, offload, compute, vlm.model.dtype if adapted else torch.float32):
+        return policy if adapted else policy.float()
     if not dist.is_initialized():               # one process that was not started by torchrun
         dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (world,) if sharded else (world, 1),
@@ -184,7 +191,7 @@ def shard(vlm, device, compute, sharded, offload=False, trains=True):
         fully_shard(block, **settings)
     fully_shard(policy, **settings)
     policy.units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
-    if trains and not lora.is_adapted(vlm.model):       # an adapter is fp32 already, its base stays as it is
+    if trains and not adapted:                          # an adapter is fp32 already, its base stays as it is
         policy.float()
     for unit in policy.units:                   # sums, not means: the loss is divided by the global count already
         unit.set_gradient_divide_factor(1.0)
@@ -206,12 +213,12 @@ def full_state_dict(policy, dtype, frozen=False):
     call it. A weight that two modules share (a head tied to the word embeddings) is there once, by its first name.
     frozen: of an adapted model all weights, else its adapter alone. An adapter is fp32 in any case."""
     adapter_only = lora.is_adapted(policy.model) and not frozen
-    found = get_model_state_dict(policy.model, options=StateDictOptions(
+    state = get_model_state_dict(policy.model, options=StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter_only))
     names, first = ({name for name, _ in policy.model.named_parameters(remove_duplicate=once)} for once in (False, True))
     # popped: two copies of one weight at a time
-    return {name: found.pop(name).to(torch.float32 if ".lora_" in name else dtype)
-            for name in list(found) if name not in names - first}
+    return {name: state.pop(name).to(torch.float32 if ".lora_" in name else dtype)
+            for name in list(state) if name not in names - first}
 
 
 def _state(policy, optimizer):

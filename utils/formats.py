@@ -1,4 +1,5 @@
-"""Files of questions, as benchmarks publish them: JSONL, JSON, CSV, TSV, parquet and folders -> one plain row a question."""
+"""Files of questions, as benchmarks publish them: JSONL, JSON, CSV, TSV, parquet and folders -> one plain row
+a question."""
 import csv
 import json
 import os
@@ -16,8 +17,9 @@ SHOWN_FAULTS = 20           # broken rows that are named one by one
 class File(Sequence):
     """The questions of a file, made on demand, as the fields of a `data.Sample` (dict).
 
-    rows: see `Rows`. fault_of: function(fields) -> why a question cannot be used, or None. broken: how many rows were left
-    out. strict: broken rows raise one InputError, and each of the first ones is named on stderr.
+    rows: see `Rows`. fault_of: function(fields) -> why a question cannot be used, or None. broken: how many
+    rows were left out. strict: broken rows raise one InputError, and each of the first ones is named on
+    stderr.
     """
 
     def __init__(self, path, rows, limit, strict, fault_of, allow_outside=False):
@@ -45,14 +47,16 @@ class File(Sequence):
             print(f"{'broken' if strict else 'left out'}: {error}", file=sys.stderr)
         if self.broken and strict:
             raise InputError(str(faults[0]) if self.broken == 1 else
-                             f"{path} has {self.broken} broken rows, each of the first {len(faults)} named above; the first: "
+                             f"{path} has {self.broken} broken rows, each of the first {len(faults)} named "
+                             f"above; the first: "
                              f"{faults[0]}")
         if self.broken and not self.indices:
             raise InputError(f"{path} has no row that can be used; the first: {faults[0]}")
         if self.broken:
             print(f"{path}: {self.broken} broken rows left out, {len(self.indices)} questions kept", file=sys.stderr)
         if systems:
-            print(f"{path}: the system prompts of {systems} rows are not used; the prompt asks for a boxed answer",
+            print(f"{path}: the system prompts of {systems} rows are not used; the prompt asks for a boxed "
+                  f"answer",
                   file=sys.stderr)
 
     def __len__(self):
@@ -84,7 +88,8 @@ class Rows(list):
 
 
 class TsvRows:
-    """Rows of a VLMEvalKit TSV: only their places in the file are held; base64 pictures are decoded on demand."""
+    """Rows of a VLMEvalKit TSV: only their places in the file are held; base64 pictures are decoded on
+    demand."""
 
     def __init__(self, path):
         csv.field_size_limit(2**31 - 1)
@@ -94,7 +99,8 @@ class TsvRows:
             if self.header is None:
                 self.header = [name.strip() for name in cells]
                 if not {*QUESTION} & {*self.header} or not {*IMAGE, "image_1"} & {*self.header}:
-                    raise InputError(f"{path} has the columns {', '.join(self.header)[:200]}; {LAYOUT} are expected")
+                    raise InputError(f"{path} has the columns {', '.join(self.header)[:200]}; {LAYOUT} are "
+                                     f"expected")
                 continue
             if cells:
                 if "index" in self.header and len(cells) == len(self.header):
@@ -103,9 +109,9 @@ class TsvRows:
                 self.lines.append(line)
 
     def _records(self, offset, line):
-        """(offset, line, cells, complete) of the records from a place on. A cell may span lines, so csv decides where a
-        record ends. complete: false where the file ends inside a quoted cell. Only one such walk at a time, because they
-        share the file's position."""
+        """(offset, line, cells, complete) of the records from a place on. A cell may span lines, so csv
+        decides where a record ends. complete: false where the file ends inside a quoted cell. Only one such
+        walk at a time, because they share the file's position."""
         self.file.seek(offset)
         end, complete = [offset, line], True
 
@@ -113,7 +119,8 @@ class TsvRows:
             nonlocal complete
             for raw in iter(self.file.readline, b""):
                 end[0], end[1] = end[0] + len(raw), end[1] + 1
-                # csv takes a lone \r for the end of a record and refuses what follows; before Python 3.11, NUL as well
+                # csv takes a lone \r for the end of a record and refuses what follows; before Python 3.11,
+                # NUL as well
                 text = raw.decode("utf-8", "replace").removeprefix("\ufeff")
                 yield text.replace("\r\n", "\n").replace("\r", " ").replace("\0", "\ufffd")
             complete = False
@@ -130,10 +137,12 @@ class TsvRows:
         _, _, cells, complete = next(self._records(self.offsets[index], line))
         where = f"{self.path}, line {line}"
         if not complete:
-            return where, InputError(f"{where}: row {cells[0][:40]!r} opens a quote that never closes, so that it holds the "
+            return where, InputError(f"{where}: row {cells[0][:40]!r} opens a quote that never closes, so "
+                                     f"that it holds the "
                                      "rest of the file; double the quote or remove it")
         if len(cells) != len(self.header):
-            return where, InputError(f"{where}: row {(cells or [''])[0][:40]!r} has {len(cells)} cells where the header has "
+            return where, InputError(f"{where}: row {(cells or [''])[0][:40]!r} has {len(cells)} cells "
+                                     f"where the header has "
                                      f"{len(self.header)}; repair or remove the row")
         return where, dict(zip(self.header, cells))
 
@@ -148,7 +157,8 @@ class TsvRows:
             other = self[self.by_index[cell]][1]
             more = image_cells(other) if isinstance(other, dict) and cell not in visited and len(visited) < 64 else []
             if not more:                                # real files refer once
-                raise InputError(f"{where} has an image that is the index of row {cell!r}, which leads in a circle, over more "
+                raise InputError(f"{where} has an image that is the index of row {cell!r}, which leads in a "
+                                 f"circle, over more "
                                  "than 64 rows or to no picture; repair or remove the row")
             visited.add(cell)
             todo += more[::-1]
@@ -176,7 +186,8 @@ def _read_json(path):
     if isinstance(content, dict):                 # MathVista: {"pid": row}
         content = [{"pid": key, **row} if isinstance(row, dict) else row for key, row in content.items()]
     if not isinstance(content, list):
-        raise InputError(f"{path} holds a {type(content).__name__}; a list of rows, or an object of rows by id, is expected")
+        raise InputError(f"{path} holds a {type(content).__name__}; a list of rows, or an object of rows by "
+                         f"id, is expected")
     return Rows([(f"{path}, row {number}", row) for number, row in enumerate(content, 1)])
 
 
@@ -208,8 +219,8 @@ READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv"
 
 
 def data_file(folder):
-    """The data file of a folder: metadata.* first (Hugging Face's imagefolder), else the only one there is. None for an
-    imagefolder without one, whose pictures lie in a folder a class. Raises InputError."""
+    """The data file of a folder: metadata.* first (Hugging Face's imagefolder), else the only one there is.
+    None for an imagefolder without one, whose pictures lie in a folder a class. Raises InputError."""
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS and path.is_file())
     files = [path for path in files if path.stem == "metadata"] or files
     if len(files) == 1:
@@ -225,7 +236,8 @@ def image_folder(folder):
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     pictures = [(path, file) for path in classes for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES]
     if len({path for path, _ in pictures}) < 2:
-        raise InputError(f"folder {str(folder)!r} holds neither a data file ({', '.join(READERS)}) nor a folder of pictures "
+        raise InputError(f"folder {str(folder)!r} holds neither a data file ({', '.join(READERS)}) nor a "
+                         f"folder of pictures "
                          "for each of several classes; give the path of a file")
     names = sorted({path.name for path, _ in pictures})
     choices = {"choices": names} if len(names) <= 26 else {}
@@ -243,9 +255,11 @@ def open_rows(source):
                 return path / "folder", image_folder(path)
             path = file
         if not os.path.isfile(path):
-            raise InputError(f"data file {shown} does not exist; give 'synthetic' or the path of a file or a folder")
+            raise InputError(f"data file {shown} does not exist; give 'synthetic' or the path of a file or "
+                             f"a folder")
         if path.suffix.lower() not in READERS:
-            raise InputError(f"data file {shown} ends in {path.suffix!r}; one of {', '.join(READERS)} is expected")
+            raise InputError(f"data file {shown} ends in {path.suffix!r}; one of {', '.join(READERS)} is "
+                             f"expected")
         return path, READERS[path.suffix.lower()](path)
     except OSError as error:
         raise InputError(f"data file {shown} cannot be read ({error}); repair it or its permissions") from error

@@ -81,6 +81,11 @@ class _ImagesOnly(ProcessorMixin):
         return super().from_args_and_dict([by_name.get(name) for name in super().get_attributes()], *rest, **kwargs)
 
 
+def torchvision_advice():
+    """The torchvision that fits this torch (2.0 goes with 0.15, 2.1 with 0.16, ...), in words (str)."""
+    return f'pip install "torchvision==0.{int(torch.__version__.split(".")[1]) + 15}.*" from the index that torch came from'
+
+
 def load_processor(path):
     """AutoProcessor. Where it insists on a video processor, which needs torchvision: the same class without one."""
     blind = InputError(f"model {str(path)!r} has no image processor that can be opened; a vision-language model with "
@@ -92,7 +97,7 @@ def load_processor(path):
     def cannot_open(what, error, class_name):
         why = reason(error)
         if re.search("torchvision|video_processor", str(error), re.IGNORECASE):
-            why = f"{class_name} needs torchvision; pip install torchvision, or use another model"
+            why = f"{class_name} needs torchvision; {torchvision_advice()}, or use another model"
         return InputError(f"model {str(path)!r} has {what} that cannot be opened here: {why}")
     try:
         processor = AutoProcessor.from_pretrained(path)
@@ -147,6 +152,7 @@ def check(vlm):
     InputError for a class that differs. Decides whether samples share their prompt (`vlm.shares_prefix`)."""
     try:
         images, prompts, inputs = trial(vlm)
+        inputs = cast_pixels(inputs, vlm.head.weight.dtype)
         outputs = vlm.model.generate(**inputs, max_new_tokens=3, do_sample=False, cache_implementation="dynamic",
                                      return_dict_in_generate=True, output_logits=True)
         tokens = outputs.sequences[:, inputs["input_ids"].shape[1]:]                           # (2, T)
@@ -216,17 +222,34 @@ def refusal(model, why):
     """The InputError for a class that cannot work here. why: words, or the error that it failed with."""
     why = reason(why)
     if "no attribute 'video_processor'" in why:
-        why = "its processor needs one for videos, even for pictures, which takes torchvision; pip install torchvision"
+        why = f"its processor needs one for videos, even for pictures, which takes torchvision; {torchvision_advice()}"
     return InputError(f"model class {type(model).__name__} cannot be used here: {why}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What differs between classes
 
-def eos_ids(model, tokenizer):
-    """The ids that end a completion -> (E,) int64."""
+def eos_ids(model, tokenizer, template_of=None):
+    """The ids that end a completion -> (E,) int64: those of generation_config, the tokenizer's, the template's end of turn.
+
+    A checkpoint often names only one of them, and a model that may not sample what its template ends turns with never stops.
+    template_of: the processor's `apply_chat_template`."""
     ids = model.generation_config.eos_token_id
-    return torch.tensor(ids if isinstance(ids, list) else [ids if ids is not None else tokenizer.eos_token_id])
+    ids = [*ids] if isinstance(ids, list) else [ids]
+    ids += [tokenizer.eos_token_id, end_of_turn(tokenizer, template_of)]
+    return torch.tensor(list(dict.fromkeys(i for i in ids if i is not None)))
+
+
+def end_of_turn(tokenizer, template_of):
+    """The special token that a chat template writes after an assistant's words -> its id, or None."""
+    try:
+        turns = [{"role": role, "content": [{"type": "text", "text": text}]}
+                 for role, text in (("user", "a"), ("assistant", "@@"))]
+        tail = template_of(turns, tokenize=False).rpartition("@@")[2].lstrip()
+    except Exception:           # templates fail in any way on roles that they do not know
+        return None
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((special[token] for token in sorted(special, key=len, reverse=True) if tail.startswith(token)), None)
 
 
 def banned_ids(model, tokenizer, eos):

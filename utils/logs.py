@@ -90,8 +90,8 @@ def training_log(folder):
 def smoothed(points, most=60):
     """[(x, y), ...] -> at most so many means of neighbours."""
     size = math.ceil(len(points) / most)
-    parts = [points[i:i + size] for i in range(0, len(points), size)]
-    return [tuple(sum(column) / len(part) for column in zip(*part)) for part in parts]
+    chunks = [points[i:i + size] for i in range(0, len(points), size)]
+    return [tuple(sum(column) / len(chunk) for column in zip(*chunk)) for chunk in chunks]
 
 
 def write_json(path, value):

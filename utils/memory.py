@@ -21,6 +21,7 @@ from utils.caches import StateLayer, new_cache
 from utils.cli import InputError
 from utils.distributed import GIB, choices, describe, device_memory, dtype_of, parameters, state_bytes
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
+from utils.preflight import PromptLengths, check_questions
 
 ASKED = 32              # questions whose tokens are counted
 
@@ -34,7 +35,7 @@ def host_memory():
 
 
 
-def activations(config, tokens, size, again, read):
+def activations(config, tokens, size, gradient_checkpointing, read):
     """Bytes that the backward pass needs of `tokens` passing the blocks of a text or vision config.
 
     A block holds about 12 vectors of the hidden size and 4 of the MLP's for each token; with checkpointing its input alone
@@ -47,10 +48,10 @@ def activations(config, tokens, size, again, read):
     count, used = loading.experts(config)
     mlp = of("intermediate_size", default=4 * hidden) if count == 1 else \
         used * of("moe_intermediate_size", "intermediate_size") + of("shared_expert_intermediate_size")
-    block, kept = size * tokens * (12 * hidden + 4 * mlp), size * read * key_values(config)
-    if again:
-        return layers * (size * tokens * hidden + kept) + block
-    return layers * (block + kept + size * read * key_values(config, repeated=True))
+    block, cached = size * tokens * (12 * hidden + 4 * mlp), size * read * key_values(config)
+    if gradient_checkpointing:
+        return layers * (size * tokens * hidden + cached) + block
+    return layers * (block + cached + size * read * key_values(config, repeated=True))
 
 
 def patches(pixels, config):
@@ -69,7 +70,10 @@ def patches(pixels, config):
 
 
 def key_values(config, repeated=False):
-    """Numbers that one layer's cache holds for a token; repeated: a copy for each head of the queries."""
+    """Numbers that one layer's cache holds for a token; repeated: a copy for each head of the queries. Of layers that differ
+    (Gemma 4): the largest."""
+    if getattr(config, "is_heterogeneous", False):
+        return max(key_values(layer, repeated) for layer in config.per_layer_config)
     heads = None if repeated else getattr(config, "num_key_value_heads", None)
     heads = heads or getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or config.hidden_size // (getattr(config, "num_attention_heads", None) or 1)
@@ -83,12 +87,13 @@ def cache_bytes(config, size):
     last words, and a matrix a head in fp32 (48 MiB a row for Qwen3.5-9B)."""
     layers = new_cache(config).layers
     linear = sum(isinstance(layer, StateLayer) for layer in layers)
-    attending = sum(isinstance(layer, DynamicLayer) for layer in layers)
+    configs = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config] * len(layers)
+    numbers = sum(key_values(of) for layer, of in zip(layers, configs) if isinstance(layer, DynamicLayer))
     heads, width = getattr(config, "linear_num_value_heads", 0), getattr(config, "linear_value_head_dim", 0)
     key_width = getattr(config, "linear_key_head_dim", 0)
     convolved = 2 * key_width * getattr(config, "linear_num_key_heads", 0) + heads * width or config.hidden_size
     kernel = getattr(config, "linear_conv_kernel_dim", None) or getattr(config, "conv_L_cache", 0)
-    return size * attending * key_values(config), linear * (size * convolved * kernel + 4 * heads * key_width * width)
+    return size * numbers, linear * (size * convolved * kernel + 4 * heads * key_width * width)
 
 
 def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
@@ -97,22 +102,27 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
     vlm: the model without its weights. prompt_of: sample -> its prompt.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compute, (sharded_state, again) = dtype_of(args.run, device), choices(args, device, world, vlm)
+    compute, (state_sharded, gradient_checkpointing) = dtype_of(args.run, device), choices(args, device, world, vlm)
     total, trained = parameters(vlm, args.freeze_vision, args.run.lora_rank, args.run.lora_target)
     vision = sum(p.numel() for p in loading.vision_parameters(vlm))
-    ranks, size = (world if sharded_state else 1), compute.itemsize
-    sharded = sharded_state or world > 1 or args.run.offload or compute != torch.float32         # see parallel.shard
+    ranks, size = (world if state_sharded else 1), compute.itemsize
+    sharded = distributed.needs_fsdp(world, state_sharded, args.run.offload, compute,
+                                     vlm.model.dtype if args.run.lora_rank else torch.float32)
 
     image_id = next((getattr(vlm.model.config, name) for name in ("image_token_id", "image_token_index")
                      if isinstance(getattr(vlm.model.config, name, None), int)), -1)
-    chosen = [samples[i] for i in random.Random(0).sample(range(len(samples)), min(ASKED, len(samples)))]
+    if isinstance(samples, list):           # of a file: all are counted, and the longest are looked at
+        counts = check_questions(PromptLengths(vlm), samples, prompt_of, args.max_new_tokens, vlm.context)
+        chosen = [sample for *_, sample in sorted(counts, key=lambda count: -count[0])[:4]]
+    else:                                   # built-in questions are alike
+        chosen = [samples[i] for i in random.Random(0).sample(range(len(samples)), min(ASKED, len(samples)))]
     text, sight = vlm.text_config, vlm.model.config.vision_config
     counts = []
     for s in chosen:
         inputs = vlm.encode([s.pictures()], [prompt_of(s)])
         ids = inputs["input_ids"]
-        seen = sum(patches(value, sight) for key, value in inputs.items() if "pixel_values" in key)
-        counts.append((ids.shape[1], int((ids == image_id).sum()), seen))
+        vision_tokens = sum(patches(value, sight) for key, value in inputs.items() if "pixel_values" in key)
+        counts.append((ids.shape[1], int((ids == image_id).sum()), vision_tokens))
     prompt, picture, seen = (max(column) for column in zip(*counts))
 
     if prompt + args.max_new_tokens > vlm.context:
@@ -122,9 +132,10 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
     questions, views = args.batch_size // world, 1 + args.uses_noised
     # Both views, whatever a step rolls out: so the base's confidence is measured, and the probe asks no more at once.
     rollouts, length = questions * args.group_size * 2, prompt + args.max_new_tokens
-    part = min(questions, args.run.micro_batch)
+    micro_batch = min(questions, args.run.micro_batch)
     if args.run.micro_tokens:
-        part = max(1, min(part, args.run.micro_tokens // (views * (prompt + args.group_size * args.max_new_tokens))))
+        fitting = args.run.micro_tokens // (views * (prompt + args.group_size * args.max_new_tokens))
+        micro_batch = max(1, min(micro_batch, fitting))
     block = max(sum(p.numel() for p in b.parameters()) for b in distributed.blocks(vlm.model)) if sharded else 0
     left = total - sum(p.numel() for b in distributed.blocks(vlm.model) for p in b.parameters()) if sharded else 0
     state = state_bytes(total, trained, ranks, args.run.offload, vlm.model.dtype.itemsize if args.run.lora_rank else 4)
@@ -138,12 +149,13 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
                "logits of the words recorded together": 12 * min(CHUNK_LOGITS, TRIM_EVERY * rollouts * vlm.vocabulary)}
     if a_row:
         rolling["states of the rollouts"] = rollouts * a_row
-    tokens = part * views * (prompt + args.group_size * args.max_new_tokens)
+    tokens = micro_batch * views * (prompt + args.group_size * args.max_new_tokens)
     learning = {"weights of two blocks and the rest, gathered": size * (2 * block + left),
                 "gradients of a block or the rest, before they are summed": (size + 4) * max(block, left),
-                "activations, language": activations(text, tokens, size, again, part * views * args.group_size * length),
+                "activations, language": activations(text, tokens, size, gradient_checkpointing,
+                                                      micro_batch * views * args.group_size * length),
                 "activations, vision": 0 if args.freeze_vision else activations(
-                    sight, part * views * seen, size, again, 0),
+                    sight, micro_batch * views * vision_tokens, size, gradient_checkpointing, 0),
                 "vocabulary head, one chunk": 16 * min(CHUNK_LOGITS, tokens * vlm.vocabulary)}
     rows = defaultdict(dict)
     for (where, name), value in state.items():
@@ -152,8 +164,8 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
     rows["the model's file, while each rank reads it"]["CPU"] = file / GIB
     saved = trained if args.run.lora_rank else total
     rows["a checkpoint's weights, first rank"]["CPU"] = 4 * saved / GIB
-    for phase, parts in (("rolling out", rolling), ("learning", learning)):
-        for name, value in parts.items():
+    for phase, bytes_by_name in (("rolling out", rolling), ("learning", learning)):
+        for name, value in bytes_by_name.items():
             rows[name][phase] = value / GIB
     held = sum(value for (where, _), value in state.items() if where == "device")
     idle = state.get(("device", "gradients, fp32"), 0)              # there are none while rolling out
@@ -161,12 +173,12 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
             "learning": 1.1 * (held + sum(learning.values())) / GIB}
     active = loading.active_parameters(vlm.model)
     print(f"{cli.shown(args.model)}: {total:,} parameters ({vision:,} of them vision), {trained:,} train"
-          + f", {active:,} are active for a token" * (active < total))
-    print(f"{describe(compute, sharded_state, again, world)}{', offload' if args.run.offload else ''}")
+          + f", {active:,} are active for a token" * (loading.experts(text)[0] > 1))
+    print(f"{describe(compute, state_sharded, gradient_checkpointing, world)}{', offload' if args.run.offload else ''}")
     print(f"tokens: longest of {len(chosen)} prompts {prompt}, {picture} of them pictures; completion {args.max_new_tokens}")
     a_rank = questions * views * args.group_size
     print(f"rollouts a step: {(args.batch_size + noised) * args.group_size} ({args.batch_size} questions and {noised} noised "
-          f"twins x {args.group_size}), a rank at most {a_rank}; questions a forward pass when learning: {part}")
+          f"twins x {args.group_size}), a rank at most {a_rank}; questions a forward pass when learning: {micro_batch}")
     columns = [c for c in ("device", "CPU", "rolling out", "learning") if any(c in cells for cells in rows.values())]
     print("\nGiB a rank")
     print(cli.table({name: {c: cells.get(c, "") for c in columns} for name, cells in rows.items()}))
@@ -178,8 +190,9 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
           + f"; {waiting:.2f} of the CPU's memory")
     if memory and max(peak.values()) > memory:
         more = [flag for flag, used in (("--shard fsdp over more ranks", False), ("--offload", args.run.offload),
-                                        ("--activation_checkpointing on", again), ("--freeze_vision", args.freeze_vision),
-                                        ("--micro_batch 1", part == 1)) if not used]
+                                        ("--activation_checkpointing on", gradient_checkpointing),
+                                        ("--freeze_vision", args.freeze_vision),
+                                        ("--micro_batch 1", micro_batch == 1)) if not used]
         raise InputError(f"{max(peak.values()):.2f} GiB a rank do not fit into {memory:g}; try {', '.join(more)}, or a smaller "
                          "--batch_size, --group_size or --max_new_tokens")
     computing = 0.0 if device.type == "cuda" else here * max(peak.values())

@@ -1,4 +1,5 @@
-"""Picture files as a viewer shows them: upright, on a white ground, in sRGB, the first frame of an animation."""
+"""Picture files as a viewer shows them: upright, on a white ground, in sRGB, the first frame of an
+animation."""
 import hashlib
 import io
 import os
@@ -10,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-MAX_PIXELS = 2**26          # decoded at once, 268 MB; larger JPEGs are decoded at a half, a quarter or an eighth
+MAX_PIXELS = 2**26  # decoded at once, 268 MB; larger JPEGs are decoded at a half, a quarter or an eighth
 MAX_RATIO = 200             # what the models' processors take
 # These hand the file to another program or need a plugin that is not part of Pillow.
 UNSAFE_FORMATS = {"EPS", "WMF", "GRIB", "BUFR", "HDF5", "FPX", "MIC", "MPEG"}
@@ -19,30 +20,32 @@ UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, TypeError, LookupE
 
 
 def open_header(source):
-    """A path or the bytes of a file -> PIL image whose pixels are not decoded yet. Raises one of UNREADABLE."""
+    """A path or the bytes of a file -> PIL image whose pixels are not decoded yet. Raises one of
+    UNREADABLE."""
     if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode):
         raise ValueError("it is no regular file")           # a FIFO or a device would wait for ever
     Image.init()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")         # of odd tags, and of sizes, for which `load_picture` has its own bound
+        warnings.simplefilter("ignore")  # of odd tags, and of sizes, for which `load_picture` has its own bound
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source,
                           formats=sorted({*Image.OPEN} - UNSAFE_FORMATS))
 
 
 def shown_size(source):
-    """(width, height) of a picture as `load_picture` returns it, from the file's header alone. Raises one of UNREADABLE."""
+    """(width, height) of a picture as `load_picture` returns it, from the file's header alone. Raises one of
+    UNREADABLE."""
     with open_header(source) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _check_shape(file)
-        turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8) and file.format != "TIFF"        # Pillow turns a TIFF itself
+        turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8) and file.format != "TIFF"  # Pillow turns a TIFF itself
         return file.size[::-1] if turned else file.size
 
 
 def load_picture(source, enough=None):
     """A path or the bytes of a file -> RGB image, as a viewer shows it. Raises one of UNREADABLE.
 
-    enough: a number of pixels that the caller can use. A JPEG with more than twice as many is decoded at a half, a quarter
-    or an eighth of its size, which is faster and never leaves fewer than twice that number.
+    enough: a number of pixels that the caller can use. A JPEG with more than twice as many is decoded at a
+    half, a quarter or an eighth of its size, which is faster and never leaves fewer than twice that number.
     """
     with open_header(source) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -51,7 +54,7 @@ def load_picture(source, enough=None):
         while file.width * file.height > MAX_PIXELS * scale * scale and scale < 8:
             scale *= 2
         if scale > 1:
-            file.draft(None, (file.width // scale, file.height // scale))           # only JPEG's decoder shrinks
+            file.draft(None, (file.width // scale, file.height // scale))  # only JPEG's decoder shrinks
         if file.width * file.height > MAX_PIXELS:
             raise ValueError(f"{file.width} x {file.height} pixels are more than {MAX_PIXELS:,}; shrink it")
         file.load()
@@ -65,7 +68,8 @@ def _check_shape(file):
 
 
 def _on_white(image, zero_is_white=False):
-    """Any mode -> RGB: deep greys to 8 bits, colours through the file's profile, transparency on a white ground."""
+    """Any mode -> RGB: deep greys to 8 bits, colours through the file's profile, transparency on a white
+    ground."""
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image, zero_is_white)
     alpha = None
@@ -81,8 +85,9 @@ def _on_white(image, zero_is_white=False):
 def _eight_bits(image, zero_is_white):
     """A grey picture of 16 or 32 bits or of floats -> L, or LA where one grey stands for transparent.
 
-    16 bits: the full range is black to white. 32 bits and floats have no agreed white. It is the smallest of 1 (floats),
-    255, 65,535 that no pixel exceeds; beyond those, or below 0, the darkest pixel is black and the brightest white.
+    16 bits: the full range is black to white. 32 bits and floats have no agreed white. It is the smallest of
+    1 (floats), 255, 65,535 that no pixel exceeds; beyond those, or below 0, the darkest pixel is black and
+    the brightest white.
     """
     sixteen = image.mode.startswith("I;16")
     values = np.asarray(image).astype(np.float64)
@@ -122,9 +127,11 @@ def _to_srgb(image):
 
 
 def groups_by_picture(samples):
-    """Which questions share a picture, by its content or by meta["image_id"], also by way of others -> a number each (list).
+    """Which questions share a picture, by its content or by meta["image_id"], also by way of others -> a
+    number each (list).
 
-    samples: have .images (paths, bytes or PIL images) and .meta. Only files of one size are read and compared.
+    samples: have .images (paths, bytes or PIL images) and .meta. Only files of one size are read and
+    compared.
     """
     sizes = Counter(os.path.getsize(image) for image in {image for s in samples for image in s.images
                                                          if not isinstance(image, (bytes, Image.Image))}

@@ -1,7 +1,8 @@
 """Checks before training: every question, on all ranks, in one run, before anything is moved or written.
 
-Sizes of pictures come from their headers, and tokens from the processor's own arithmetic where it has one. So ten thousand
-photos take seconds, and a question whose photo is larger than all others is found before its step.
+Sizes of pictures come from their headers, and tokens from the processor's own arithmetic where it has one. So
+ten thousand photos take seconds, and a question whose photo is larger than all others is found before its
+step.
 """
 import re
 import shutil
@@ -13,18 +14,20 @@ from utils.cli import InputError
 from utils.distributed import gathered
 
 SHOWN_FAULTS = 20
-MARGIN = 8              # tokens that text and template may share or not; lengths within it of the limit are counted exactly
+MARGIN = 8  # tokens that text and template may share or not; lengths within it of the limit are counted exactly
 
 
 def agreed(check):
-    """Run check() on this rank -> its result. Where any rank's check raises InputError, all ranks raise the first rank's
-    sentence: no rank is left waiting for one that refused."""
+    """Run check() on this rank -> its result. Where any rank's check raises InputError, all ranks raise the
+    first rank's sentence: no rank is left waiting for one that refused."""
     result, fault = None, None
     try:
         result = check()
     except InputError as error:
         fault = str(error)
     faults = [text for text in gathered([fault]) if text is not None]
+    if fault is not None and fault != faults[0]:
+        print(f"also: {fault}", file=sys.stderr)
     if faults:
         raise InputError(faults[0])
     return result
@@ -33,9 +36,10 @@ def agreed(check):
 class PromptLengths:
     """Tokens of prompts with pictures, from the pictures' sizes and the words alone.
 
-    vlm: has processor, tokenizer and prompt_length. The length is that of the words, and of the pictures of these sizes. The
-    latter is counted once on blank pictures for each list of sizes. A processor with its own arithmetic is asked instead,
-    for each number of pictures a prompt, as soon as two blank counts have shown that it is right up to a constant.
+    vlm: has processor, tokenizer and prompt_length. The length is that of the words, and of the pictures of
+    these sizes. The latter is counted once on blank pictures for each list of sizes. A processor with its own
+    arithmetic is asked instead, for each number of pictures a prompt, as soon as two blank counts have shown
+    that it is right up to a constant.
     """
 
     def __init__(self, vlm):
@@ -71,17 +75,24 @@ class PromptLengths:
             return None
         try:
             return sum(self.arithmetic(image_sizes=[[height, width] for width, height in sizes])["num_image_tokens"])
-        except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError):      # a class that only inherits it
+        except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError):  # a class that only inherits it
             self.arithmetic = None
             return None
 
 
-def check_questions(lengths, samples, prompt_of, max_new_tokens, context):
-    """Every picture has a readable header, every prompt and its completion fit the context -> list of (tokens, of them
-    pictures, sample), one a question.
+def tower_pixels(vlm):
+    """How many pixels of a large picture reach the vision tower, tiles and thumbnail together (int)."""
+    inputs = vlm.encode([[Image.new("RGB", (4096, 4096))]], ["?"])
+    name = next(name for name in inputs if name.startswith("pixel_values"))
+    return vlm.sight.levels(inputs[name].cpu())[:, 0].size
 
-    lengths: `PromptLengths`. A prompt that did not fit would have to be cut, image tokens included. Raises InputError; all
-    faults but the first are named on stderr.
+
+def check_questions(lengths, samples, prompt_of, max_new_tokens, context):
+    """Every picture has a readable header, every prompt and its completion fit the context -> list of
+    (tokens, of them pictures, sample), one a question.
+
+    lengths: `PromptLengths`. A prompt that did not fit would have to be cut, image tokens included. Raises
+    InputError; all faults but the first are named on stderr.
     """
     counts, faults = [], []
     for sample in samples:
@@ -90,8 +101,10 @@ def check_questions(lengths, samples, prompt_of, max_new_tokens, context):
             if tokens + MARGIN + max_new_tokens > context:
                 tokens = lengths.vlm.prompt_length(sample.pictures(), prompt_of(sample))
             if tokens + max_new_tokens > context:
-                raise InputError(f"question {sample.id!r} takes {tokens} tokens ({pictures} of its pictures) and "
-                                 f"--max_new_tokens {max_new_tokens} more, but the model's context is {context}; shorten it, "
+                raise InputError(f"question {sample.id!r} takes {tokens} tokens ({pictures} of its "
+                                 f"pictures) and "
+                                 f"--max_new_tokens {max_new_tokens} more, but the model's context is "
+                                 f"{context}; shorten it, "
                                  "shrink its pictures, or remove it")
             counts.append((tokens, pictures, sample))
         except InputError as error:
@@ -99,7 +112,8 @@ def check_questions(lengths, samples, prompt_of, max_new_tokens, context):
     if len(faults) > 1:
         for fault in faults[:SHOWN_FAULTS]:
             print(f"broken: {fault}", file=sys.stderr)
-        raise InputError(f"{len(faults)} questions cannot be used, each of the first {min(len(faults), SHOWN_FAULTS)} named "
+        raise InputError(f"{len(faults)} questions cannot be used, each of the first "
+                         f"{min(len(faults), SHOWN_FAULTS)} named "
                          f"above; the first: {faults[0]}")
     if faults:
         raise InputError(faults[0])
@@ -109,8 +123,8 @@ def check_questions(lengths, samples, prompt_of, max_new_tokens, context):
 def disk_plan(folder, parameters, trained, itemsize, keep):
     """Bytes that a run writes, and what is free -> (needed, free).
 
-    A checkpoint holds the model (itemsize bytes a parameter), fp32 weights and two moments of AdamW for what trains. `keep` of
-    them stay while one more is written, and the final model comes on top.
+    A checkpoint holds the model (itemsize bytes a parameter), fp32 weights and two moments of AdamW for what
+    trains. `keep` of them stay while one more is written, and the final model comes on top.
     """
     checkpoint = itemsize * parameters + 4 * parameters + 8 * trained
     folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -120,28 +134,34 @@ def disk_plan(folder, parameters, trained, itemsize, keep):
 class HopelessTraining:
     """Notices training that cannot learn. Call it with each line of metrics.jsonl.
 
-    A step teaches nothing where no rollout is right, where every completion is cut off, or where all rewards of each group
-    are equal. It is said at the first such step of a row, and `patience` in a row end the run (0: never).
+    A step teaches nothing where no rollout is right, where every completion is cut off, or where all rewards
+    of each group are equal. It is said at the first such step of a row, and `patience` in a row end the run
+    (0: never).
     """
     SIGNS = {
-        "no rollout was right": (lambda row: row["original/outcome"] == 0, "look at the gold answers and the responses in "
-                                 "samples.jsonl: do they have the same form?"),
-        "every completion was cut off": (lambda row: row["original/truncated"] == 1, "raise --max_new_tokens, or look for the "
-                                         "model's stop token in its generation_config.json"),
-        "all rewards of each group were equal": (lambda row: row["original/zero_variance"] == 1, "raise --group_size or "
-                                                 "--temperature, or take questions that are neither too easy nor too hard"),
+        "no rollout was right": (
+            lambda row: row["original/outcome"] == 0,
+            "look at the gold answers and the responses in samples.jsonl: do they have the same form?"),
+        "every completion was cut off": (
+            lambda row: row["original/truncated"] == 1,
+            "raise --max_new_tokens, or look for the model's stop token in its generation_config.json"),
+        "all rewards of each group were equal": (
+            lambda row: row["original/zero_variance"] == 1,
+            "raise --group_size or --temperature, or take questions that are neither too easy nor too hard"),
     }
 
     def __init__(self, patience):
         self.patience, self.in_a_row = patience, dict.fromkeys(self.SIGNS, 0)
 
     def __call__(self, row):
-        """row: a dict of metrics. Raises InputError after `patience` hopeless steps -> a sentence to print, or None."""
+        """row: a dict of metrics. Raises InputError after `patience` hopeless steps -> a sentence to print,
+        or None."""
         said = []
         for sign, (is_hopeless, cure) in self.SIGNS.items():
             self.in_a_row[sign] = self.in_a_row[sign] + 1 if is_hopeless(row) else 0
             if self.patience and self.in_a_row[sign] >= self.patience:
-                raise InputError(f"{sign} in {self.in_a_row[sign]} steps in a row, up to step {row['step']}; {cure}, or go on "
+                raise InputError(f"{sign} in {self.in_a_row[sign]} steps in a row, up to step "
+                                 f"{row['step']}; {cure}, or go on "
                                  "with --patience 0")
             if self.in_a_row[sign] == 1:
                 said.append(f"{sign} in step {row['step']}; if that goes on, {cure}")

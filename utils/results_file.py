@@ -22,6 +22,22 @@ SOURCE = {"self_consistency": "voter", "self_reflection": "self_reflection", "se
 
 
 @dataclass
+class Vote:
+    """source: one of SOURCES; share: of that source's vote, in [0, 1], before its tau."""
+    source: str
+    answer: str
+    share: float
+
+
+@dataclass
+class Candidate:
+    """One answer of the vote table. shares: of each source's vote; total: their sum, weighted by tau."""
+    answer: str
+    shares: dict
+    total: float = 0.0
+
+
+@dataclass
 class Ledger:
     """What one question cost.
 
@@ -61,7 +77,7 @@ class Result:
 
     answer: None when nobody gave one. confidence: V[answer] / sum V (Eq. 10), in [0, 1]. abstained: it lies below
     the threshold. correct: by the judge, None without a gold answer. order: of the modules. skipped: {module: why}.
-    texts: {role: text}. rollouts: the samples.
+    texts: {role: text}. rollouts: the samples. purchases: of a fitted policy, in order, with P after each.
     """
     id: str
     answer: str | None = None
@@ -74,10 +90,11 @@ class Result:
     texts: dict = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     rollouts: list = field(default_factory=list)
+    purchases: list = field(default_factory=list)
 
     def by_source(self):
         """{source: [[answer, share], ...]} of the samples and of every module that ran; []: it abstained."""
-        sources = ["samples", *(SOURCE[module] for module in self.order if module not in self.skipped)]
+        sources = ["samples", *(SOURCE.get(module, module) for module in self.order if module not in self.skipped)]
         return {source: [[v.answer, v.share] for v in self.votes if v.source == source] for source in sources}
 
     def record(self, sample):
@@ -86,7 +103,18 @@ class Result:
         return {"id": self.id, "answer": self.answer, "confidence": self.confidence, "abstained": self.abstained,
                 "correct": self.correct, "order": self.order, "skipped": self.skipped, "said": self.texts,
                 "votes": self.by_source(), "ledger": asdict(self.ledger), "gold": sample.answer,
-                "choices": sample.choices, "question": sample.question, "source": sample.source, "meta": meta}
+                "choices": sample.choices, "question": sample.question, "source": sample.source, "meta": meta,
+                **({"purchases": self.purchases} if self.purchases else {})}
+
+
+@dataclass
+class QuestionState:
+    """A question under way."""
+    sample: object              # data.Sample
+    pictures: list
+    result: Result
+    stopped: str = ""           # why no more modules run
+    next: str = ""              # what the policy buys
 
 
 # ---- Stored settings
@@ -148,7 +176,7 @@ def read_threshold(settings, sources=None):
 
 
 # What may change between a run and its continuation.
-FREE = ("output", "strict", "batch_size", "limit", "json", "timeout", "retries", "cache")
+FREE = ("output", "strict", "allow_outside", "batch_size", "limit", "json", "timeout", "retries", "cache")
 
 
 def run_fingerprint(args, leave_out=(), **changed):
@@ -157,7 +185,7 @@ def run_fingerprint(args, leave_out=(), **changed):
     What lies on the disk goes by its name and its content: a model that was trained further is another one.
     """
     frame = {key: value for key, value in (vars(args) | changed).items() if key not in (*FREE, *leave_out)}
-    for key in ("model", "expert", "check_model", "clip", "data"):
+    for key in ("model", "expert", "check_model", "clip", "data", "policy"):
         path = Path(frame.get(key) or "")
         if frame.get(key) and path.exists():
             frame[key] = f"{path.resolve().name} {cli.checksum(path):08x}"
@@ -289,13 +317,41 @@ def describe(result, candidates, choices, taus):
     if result.abstained:
         lines = [f"answer: I don't know   (best guess {answer}, confidence {result.confidence:.2f})"]
     lines += ["", cli.table(rows)] if rows else []
-    lines += [""] + [f"{role}: {printable(text)[:100]}" for role, text in result.texts.items()]
+    return "\n".join([*lines, "", *_texts_and_cost(result)])
+
+
+def describe_purchases(result, choices):
+    """One result of a fitted policy for a person (str): what was bought, with P after each purchase, why it stopped."""
+    lines = [describe(result, [], choices, {}).split("\n")[0], ""]
+    for purchase in result.purchases:
+        if "stopped" in purchase:
+            lines.append(f"stopped: {purchase['stopped']}")
+        else:
+            lines.append(f"{purchase['bought']}: P {purchase['p']:.2f} that the answer is {printable(str(purchase['answer']))}")
+    return "\n".join([*lines, "", *_texts_and_cost(result)])
+
+
+def _texts_and_cost(result):
+    """What each role said, what was skipped, what went wrong, and the cost -> lines."""
+    lines = [f"{role}: {printable(text)[:100]}" for role, text in result.texts.items()]
     lines += [f"skipped {module}: {why}" for module, why in result.skipped.items()]
     lines += [f"note: {printable(note)}" for note in result.ledger.notes]
     cost = {name: value for name, value in vars(result.ledger).items() if name not in ("parts", "notes")}
-    return "\n".join([*lines, "cost: " + ", ".join(
+    return [*lines, "cost: " + ", ".join(
         f"{name.replace('_', ' ')} {value:.2f}" if name == "seconds" else f"{name.replace('_', ' ')} {value}"
-        for name, value in cost.items())])
+        for name, value in cost.items())]
+
+
+def run_questions(answer_batch, samples, args, defaults, threshold):
+    """`run_resumable` for catts.py, and the means as a table or JSON. args, defaults: Namespaces of its flags."""
+    # The threshold itself: the content of its file may change between a run and its continuation.
+    fingerprint, default_fingerprint = (
+        run_fingerprint(flags, ("image", "question", "choices"), abstain=str(value))
+        for flags, value in ((args, threshold), (defaults, None)))
+    results = run_resumable(answer_batch, samples, args.output, fingerprint, args.batch_size, strict=args.strict,
+                            defaults=default_fingerprint)
+    if results is not None:                 # on the first rank
+        print_means(results, samples, args)
 
 
 def print_means(results, samples, args):

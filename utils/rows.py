@@ -1,7 +1,8 @@
 """One row of a file, in any layout that people publish, -> the fields of a `data.Sample`.
 
-Plain columns, MathVista, MathVision, MMMU and MMStar, problem and solution, messages with parts, ShareGPT conversations,
-verl's prompt and reward_model. What a row holds beyond the known names is named where something is missing.
+Plain columns, MathVista, MathVision, MMMU and MMStar, problem and solution, messages with parts, ShareGPT
+conversations, verl's prompt and reward_model. What a row holds beyond the known names is named where
+something is missing.
 """
 import ast
 import base64
@@ -21,8 +22,10 @@ TURNS = ("messages", "conversations", "conversation", "prompt")
 IMAGE = ("decoded_image", "image", "images", "image_path", "img", "image_file", "img_path", "image_paths", "image_url",
          "picture", "file_name")
 ANSWER = ("answer_option", "answer", "ground_truth", "gold", "gt_answer", "correct_answer", "solution", "label", "target")
-LAYOUT = (f"a question ({', '.join(QUESTION)}) or {', '.join(TURNS[:2])}, pictures ({', '.join(IMAGE[1:5])}, image_1, .. "
-          f"or parts of messages), an answer ({', '.join(ANSWER[1:4])} or solution), and for multiple choice choices, "
+LAYOUT = (f"a question ({', '.join(QUESTION)}) or {', '.join(TURNS[:2])}, pictures "
+          f"({', '.join(IMAGE[1:5])}, image_1, .. "
+          f"or parts of messages), an answer ({', '.join(ANSWER[1:4])} or solution), and for multiple "
+          f"choice choices, "
           "options or columns A, B, ..")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
@@ -30,8 +33,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 def to_sample(row, where, path, cells, allow_outside=False):
     """One row of any known layout -> the fields of a `data.Sample` (dict).
 
-    where: its place, for messages. path: the file. cells: function(row, where) -> the row's image cells (`Rows.cells`).
-    allow_outside: a picture may lie outside the file's folder. Raises InputError that names place and id.
+    where: its place, for messages. path: the file. cells: function(row, where) -> the row's image cells
+    (`Rows.cells`). allow_outside: a picture may lie outside the file's folder. Raises InputError that names
+    place and id.
     """
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON object is expected, not {type(row).__name__}")
@@ -47,13 +51,14 @@ def to_sample(row, where, path, cells, allow_outside=False):
     if not isinstance(question, str):
         raise InputError(f"{here} is empty or no text; give it one or remove the row")
     question = _with_plain_tags(_HINT.sub("", _text(question).strip()))
-    if "unit" in row and "(Unit:" not in question:          # MathVista's own files keep it beside the question
+    if "unit" in row and "(Unit:" not in question:  # MathVista's own files keep it beside the question
         question += f" (Unit: {_text(row['unit'])})"
     question, choices = _choices(row, question, here)
     answer = _gold(row, extra, reply, choices, here)
     images = [_picture(cell, path.parent, here, allow_outside) for cell in cells(row, here)]
     if not images and (column := next((key for key in row if key not in IMAGE and _looks_like_a_picture(row[key])), None)):
-        raise InputError(f"{here} has no picture under a known name, but the field {_text(column)!r} looks like one; rename "
+        raise InputError(f"{here} has no picture under a known name, but the field {_text(column)!r} looks "
+                         f"like one; rename "
                          f"it to image (known: {', '.join(IMAGE[1:])}, image_1, ..)")
     if len(images) == 1:
         question = _one_composite(question)
@@ -63,11 +68,13 @@ def to_sample(row, where, path, cells, allow_outside=False):
             "meta": _meta(row, here) | ({"system": system} if system else {}), "where": where}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# ----------
 # Cells
 
 def listed(value):
-    """A list, or one written as text ("['a', 'b']"), parsed as a literal and never evaluated -> list, else None."""
+    """A list, or one written as text ("['a', 'b']"), parsed as a literal and never evaluated -> list, else
+    None."""
     if isinstance(value, str) and value.strip().startswith("["):
         try:
             value = ast.literal_eval(value.strip())
@@ -77,22 +84,24 @@ def listed(value):
 
 
 def is_absent(value):
-    """Whether a cell holds nothing: blank text, None, [], or the NaN that pandas and parquet put there. 0 and "None" are
-    something."""
+    """Whether a cell holds nothing: blank text, None, [], or the NaN that pandas and parquet put there. 0 and
+    "None" are something."""
     return value is None or value == [] or value != value or isinstance(value, str) and not value.strip()
 
 
 def _text(value):
-    """A cell as text. Half a character ("\\ud800"), which JSON can hold and no tokenizer takes, becomes "?"."""
+    """A cell as text. Half a character ("\\ud800"), which JSON can hold and no tokenizer takes, becomes
+    "?"."""
     return str(value).encode("utf-8", "replace").decode()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# ----------
 # Conversations
 
 def _flat(row, here):
-    """A row with a conversation -> (row with question and image, the assistant's last words or None, system prompt).
-    Other rows as they are."""
+    """A row with a conversation -> (row with question and image, the assistant's last words or None, system
+    prompt). Other rows as they are."""
     turns = next((row[key] for key in TURNS if isinstance(row.get(key), list)), None)
     if turns is None:
         return row, None, row.get("system", row.get("system_prompt"))
@@ -103,13 +112,15 @@ def _flat(row, here):
         role = {"human": "user", "gpt": "assistant"}.get(name := turn.get("role", turn.get("from")), name)
         content = turn.get("content", turn.get("value"))
         if not isinstance(role, str) or role not in said or is_absent(content):
-            raise InputError(f"{here} has a turn of {_text(name)[:20]!r} that cannot be read; role and content of user, "
+            raise InputError(f"{here} has a turn of {_text(name)[:20]!r} that cannot be read; role and "
+                             f"content of user, "
                              "assistant or system (or from and value of human or gpt) are expected")
         text, cells = _content(content, here)
         said[role].append(text)
         pictures += cells if role == "user" else []
     if len(said["user"]) != 1:
-        raise InputError(f"{here} is a conversation with {len(said['user'])} questions; give each one a row of its own")
+        raise InputError(f"{here} is a conversation with {len(said['user'])} questions; give each one a row "
+                         f"of its own")
     plain = {key: value for key, value in row.items() if key not in TURNS}
     known = {"question": said["user"][0]} | ({"image": pictures} if pictures else {})
     return plain | known, (said["assistant"] or [None])[-1], "\n".join(said["system"])
@@ -135,10 +146,11 @@ def _content(content, here):
     return re.sub(r"<image>\n(?=<image>)", "<image>", "\n".join(texts)), cells
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# ----------
 # Question and choices
 
-_HINT = re.compile(r"^Hint: .*?\nQuestion: ", re.DOTALL)        # VLMEvalKit and MathVista wrap the question in instructions
+_HINT = re.compile(r"^Hint: .*?\nQuestion: ", re.DOTALL)  # VLMEvalKit and MathVista wrap the question in instructions
 _OPTIONS = re.compile(r"\n(?:Options?|Choices): *\n?(?=\(?A)", re.IGNORECASE)
 _TAG = re.compile(r"<\|vision_start\|><\|image_pad\|><\|vision_end\|>|<\|?(?:image|img)[ _]?(\d{0,3})\|?>", re.IGNORECASE)
 
@@ -158,7 +170,8 @@ def _check_tags(text, count, here):
     numbers = [int(number) for number in re.findall(r"<image (\d+)>", text)]
     unnumbered = text.count("<image>")
     if unnumbered and not numbers and unnumbered != count or max(numbers, default=0) > count or unnumbered > count:
-        raise InputError(f"{here} names {max([unnumbered, *numbers])} pictures in its text (<image>) and has {count}; give "
+        raise InputError(f"{here} names {max([unnumbered, *numbers])} pictures in its text (<image>) and "
+                         f"has {count}; give "
                          "one tag for each picture, or none")
 
 
@@ -172,8 +185,8 @@ def _options_in(question):
 
 
 def _choices(row, question, here):
-    """Options as a list, a list as text, {letter: text}, columns A, B, .., or the question's own last lines (MMStar) ->
-    (question without them, list of texts or None)."""
+    """Options as a list, a list as text, {letter: text}, columns A, B, .., or the question's own last lines
+    (MMStar) -> (question without them, list of texts or None)."""
     value = row.get("choices", row.get("options", []))
     stem, written = _options_in(question)
     if isinstance(value, dict) and {"text", "label"} <= {*value}:                   # ARC
@@ -190,7 +203,7 @@ def _choices(row, question, here):
         used = [index for index, text in enumerate(columns) if text]
         choices = columns[:used[-1] + 1] if len(used) > 1 else written
     choices = choices and [_with_plain_tags(choice) for choice in choices]
-    if choices and all(_lettered(text, letter) for text, letter in zip(choices, LETTERS)):      # "A. two", "B. three"
+    if choices and all(_lettered(text, letter) for text, letter in zip(choices, LETTERS)):  # "A. two", "B. three"
         choices = [_lettered(text, letter)[1].strip() for text, letter in zip(choices, LETTERS)]
     if written and written == [choice.strip() for choice in choices]:           # the prompt lists them, once
         question = stem
@@ -202,14 +215,15 @@ def _lettered(text, letter):
     return re.match(rf"\s*\(?{letter}(?:[.:)]|\)\.)\s+(\S.*)", text, re.DOTALL)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# ----------
 # Answers
 
 def _gold(row, extra, reply, choices, here):
     """The gold answer: text, a LETTER of the choices, a list where any of several is right, or None.
 
-    Wrappings that no response repeats are taken off: <answer> tags, "#### 3", a list of one. A worked solution or the
-    assistant's turn is read as a response is.
+    Wrappings that no response repeats are taken off: <answer> tags, "#### 3", a list of one. A worked
+    solution or the assistant's turn is read as a response is.
     """
     reward = row.get("reward_model")                                                                # verl
     sources = [(key, row[key]) for key in ANSWER if key in row]
@@ -220,7 +234,8 @@ def _gold(row, extra, reply, choices, here):
         return None
     key, value = sources[0]
     if isinstance(value, dict):
-        raise InputError(f"{here} has an answer of named parts ({', '.join(map(_text, value))[:60]}); text or a number is "
+        raise InputError(f"{here} has an answer of named parts ({', '.join(map(_text, value))[:60]}); text "
+                         f"or a number is "
                          "expected")
     texts = listed(value)
     if texts is not None and all(isinstance(text, str) for text in texts) or \
@@ -245,12 +260,14 @@ def _unwrapped(text, worked, choices, here):
         return text
     answer = extract_answer(text, choices)
     if answer is None or len(answer.split()) > 3:
-        raise InputError(f"{here} has a worked solution whose end names no answer; put the answer into a field 'answer'")
+        raise InputError(f"{here} has a worked solution whose end names no answer; put the answer into a "
+                         f"field 'answer'")
     return answer
 
 
 def _letter_of(answer, choices, by_text, here):
-    """A gold answer -> the option's letter, by letter in any form ("B", "(B)", "\\boxed{B}", "B. two") or by text."""
+    """A gold answer -> the option's letter, by letter in any form ("B", "(B)", "\\boxed{B}", "B. two") or by
+    text."""
     letters = LETTERS[:len(choices)]
     if len(answer) == 1 and answer in letters and not by_text:
         return answer
@@ -264,15 +281,18 @@ def _letter_of(answer, choices, by_text, here):
     bare = re.sub(r"\\text|[\s{}()\[\].:]", "", inner).upper()
     if len(bare) == 1 and bare in letters:
         return bare
-    raise InputError(f"{here} has the answer {answer[:60]!r}; a letter from A to {letters[-1]} or the text of a choice is "
+    raise InputError(f"{here} has the answer {answer[:60]!r}; a letter from A to {letters[-1]} or the text "
+                     f"of a choice is "
                      "expected")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# ----------
 # Pictures
 
 def image_cells(row):
-    """Where a row keeps its pictures: one cell, a list, a list as text, or image_1, image_2, .. -> list of cells."""
+    """Where a row keeps its pictures: one cell, a list, a list as text, or image_1, image_2, .. -> list of
+    cells."""
     cells = next((row[key] for key in IMAGE if not is_absent(row.get(key))), None)
     if cells is None:
         numbered = [key for key in row if re.fullmatch(r"image_[0-9]{1,3}", str(key))]
@@ -292,35 +312,40 @@ def _looks_like_a_picture(value):
 def _picture(cell, folder, where, allow_outside):
     """An image cell -> a path, or the bytes of a picture. Raises InputError."""
     shown = _text(cell)[:60]
-    for _ in range(3):                      # {"bytes": .., "path": ..}, {"type": "image_url", "image_url": {"url": ..}}
+    for _ in range(3):  # {"bytes": .., "path": ..}, {"type": "image_url", "image_url": {"url": ..}}
         if isinstance(cell, dict):
             names = ("bytes", "path", "image", "image_url", "url", "file_name")
             cell = next((cell[key] for key in names if not is_absent(cell.get(key))), None)
     if isinstance(cell, bytes) and cell:
         return cell
     if not isinstance(cell, str) or is_absent(cell):
-        raise InputError(f"{where} has the image {shown!r}; a path, a list of paths, or picture data is expected")
+        raise InputError(f"{where} has the image {shown!r}; a path, a list of paths, or picture data is "
+                         f"expected")
     # base64 has no dot, which most paths have, and 64 characters of it hold no picture
     if not cell.startswith("data:") and ("." in cell or len(cell) <= 64 or os.path.isfile(folder / cell)):
         return _path(cell.strip(), folder, where, allow_outside)
     try:
         text = cell.partition(",")[2] if cell.startswith("data:") else cell
-        return base64.b64decode("".join(unquote(text).split()), validate=True)          # mail wraps it in lines
+        return base64.b64decode("".join(unquote(text).split()), validate=True)  # mail wraps it in lines
     except ValueError as error:
-        raise InputError(f"{where} has an image that is not base64 ({error}), nor a file; repair or remove the row") from error
+        raise InputError(f"{where} has an image that is not base64 ({error}), nor a file; repair or remove "
+                         f"the row") from error
 
 
 def _path(text, folder, where, allow_outside):
-    """The path of a picture, from a path relative to the data file's folder, with / or \\, or a file:// URL."""
+    """The path of a picture, from a path relative to the data file's folder, with / or \\, or a file://
+    URL."""
     if text.startswith("file:"):
         text = unquote(urlsplit(text).path)
     elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
-        raise InputError(f"{where} has the image {text[:60]!r}; nothing is downloaded, so fetch it and give its path")
+        raise InputError(f"{where} has the image {text[:60]!r}; nothing is downloaded, so fetch it and give "
+                         f"its path")
     path = folder / text
     if "\\" in text and not os.path.exists(path):
         path = folder / text.replace("\\", "/")
     if not allow_outside and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise InputError(f"{where} has the image {text[:100]!r}, which lies outside the data file's folder; move it there, or "
+        raise InputError(f"{where} has the image {text[:100]!r}, which lies outside the data file's folder; "
+                         f"move it there, or "
                          "allow it with --allow_outside")
     return path
 
@@ -336,5 +361,6 @@ def _meta(row, here):
     except (OverflowError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise InputError(f"{here} has the precision {_text(meta['precision'])[:20]!r}; a number of decimals is expected")
+        raise InputError(f"{here} has the precision {_text(meta['precision'])[:20]!r}; a number of decimals "
+                         f"is expected")
     return meta
