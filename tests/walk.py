@@ -16,7 +16,8 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-READING_ORDER = ("train_cdrl.py", "reward.py", "noise.py", "vlm.py", "data.py", "catts.py", "eval.py")
+READING_ORDER = ("train_cdrl.py", "reward.py", "noise.py", "vlm.py", "data.py", "catts.py", "policy.py",
+                 "eval.py")
 CLOSED = {"sample", "score", "contrast", "maps", "map", "pictures", "is_correct", "accepts", "prompt_length",
           "encode", "boxes", "extract_answer", "InputError", "forward", "write_step"}
 # The command of --explain in the README, and below it what it prints.
@@ -110,7 +111,7 @@ def walk_sentence(project):
 
 def line_counts():
     """{root file: lines}, in reading order."""
-    return {name: len((ROOT / name).read_text().splitlines()) for name in READING_ORDER}
+    return {name: len((ROOT / name).read_text().splitlines()) for name in READING_ORDER if (ROOT / name).exists()}
 
 
 def explain_page(text):
