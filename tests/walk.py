@@ -111,7 +111,8 @@ def walk_sentence(project):
 
 def line_counts():
     """{root file: lines}, in reading order."""
-    return {name: len((ROOT / name).read_text().splitlines()) for name in READING_ORDER if (ROOT / name).exists()}
+    paths = [ROOT / name for name in READING_ORDER if (ROOT / name).exists()]
+    return {path.name: len(path.read_text().splitlines()) for path in paths}
 
 
 def explain_page(text):
