@@ -223,6 +223,7 @@ def print_step(args, vlm, policy, clip, order, held_out, stages):
 
     policy: the Policy around `vlm`, not sharded. One update moves its weights. stages: fit_map_on_base,
     make_image_pairs, roll_out, add_rewards, cdrl_loss of train_cdrl.py. InputError: unknown id, many ranks.
+    All weights move: --freeze_vision and --lora_rank are not applied.
     """
     if order.world > 1:
         raise InputError(f"--explain shows one question, and {order.world} ranks were started; start one")
