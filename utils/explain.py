@@ -31,8 +31,8 @@ def find_question(question_id, questions, held_out):
 
 
 def choose_question(args, clip, order, make_image_pairs, roll_out, vlm):
-    """The first question of step 0 that shows most (Sample): right and wrong answers, and wrong ones only on the
-    picture whose evidence is noised."""
+    """The first question of step 0 that shows most (Sample): right and wrong answers, and wrong ones only on
+    the picture whose evidence is noised."""
     samples = order.samples(0)
     images = [sample.pictures() for sample in samples]
     pairs = make_image_pairs(images, samples, clip, 0, args)
