@@ -62,7 +62,8 @@ def hold_out(samples, size, seed):
                          f"questions, the fewest by "
                          f"{min(map(len, groups))}; raise --eval_size, or set it to 0")
     chosen = {*chosen}
-    return [s for i, s in enumerate(samples) if i not in chosen], [s for i, s in enumerate(samples) if i in chosen]
+    return [s for i, s in enumerate(samples) if i not in chosen], [s for i, s in enumerate(samples)
+                                                                   if i in chosen]
 
 
 def write_held_out(samples, path):
@@ -70,9 +71,11 @@ def write_held_out(samples, path):
     they are."""
     lines = []
     for s in samples:
-        images = [base64.b64encode(image).decode() if isinstance(image, bytes) else str(Path(image).absolute())
+        images = [base64.b64encode(image).decode() if isinstance(image, bytes)
+                  else str(Path(image).absolute())
                   for image in s.images]
-        fields = {"id": s.id, "image": images, "question": s.question, "answer": s.answer, "choices": s.choices,
+        fields = {"id": s.id, "image": images, "question": s.question, "answer": s.answer,
+                  "choices": s.choices,
                   "source": s.source, "meta": s.meta}
         lines.append(strict_json({key: value for key, value in fields.items() if value is not None}))
     write_atomically(path, "".join(line + "\n" for line in lines))
@@ -154,12 +157,14 @@ def voter_prompt(sample, candidates):
 
 def critic_prompt(sample, answer):
     """Expert as Critic (paper 3.3): what the picture shows, held against the current answer."""
-    return f"{ask(sample)}\nCurrent answer: {answer}\nLook at the picture and criticise this answer in one line."
+    return (f"{ask(sample)}\nCurrent answer: {answer}\n"
+            "Look at the picture and criticise this answer in one line.")
 
 
 def reflect_prompt(sample, answer, critique):
     """The base model answers again with the critique (paper 3.3, Self-Reflection)."""
-    return f"{ask(sample)}\nEarlier answer: {answer}\nCritique: {critique}\n" + prompt(sample).rsplit("\n", 1)[1]
+    return f"{ask(sample)}\nEarlier answer: {answer}\nCritique: {critique}\n" + prompt(sample).rsplit("\n",
+                                                                                                      1)[1]
 
 
 def golds(sample):
@@ -215,7 +220,8 @@ def load(source, split="train", limit=None, seed=0, strict=True, answered=False,
             raise InputError(f"split {split!r} is unknown; the built-in questions have {', '.join(SPLITS)}")
         return Samples(Synthetic(split, seed, SIZES[split] if limit is None else limit))
     path, rows = open_rows(source)
-    samples = Samples(File(path, rows, limit, strict, _gold_fault if answered else lambda fields: None, allow_outside))
+    samples = Samples(File(path, rows, limit, strict, _gold_fault if answered else lambda fields: None,
+                           allow_outside))
     if not len(samples):
         raise InputError(f"data file {str(source)!r} holds no question")
     return samples

@@ -1,6 +1,7 @@
 """Image pairs: where the evidence lies (CLIP attention), and noise put exactly there (paper 3.2.1).
 
-    python noise.py photo.png "How many red circles are there?"  # writes a contact sheet: see what the training sees
+    python noise.py photo.png "How many red circles are there?"  # writes a contact sheet: see what the
+    training sees
 
 The noise is the forward process of DDPM in pixel space with the schedule of Visual Contrastive Decoding.
 Regions: `key` (the smallest region that holds a share `mass` of the attention), `all`, and two controls of
@@ -136,8 +137,10 @@ class ClipAttention:
 
     def __init__(self, model, image_processor, tokenizer, kind="attention", cache=None):
         self.model, self.image_processor, self.tokenizer, self.kind = model, image_processor, tokenizer, kind
-        self._text = lru_cache(4096)(self._text)  # questions come again: in other epochs, and about other pictures
-        vision = model.config.vision_config  # all attention weights of a batch are held, (heads, 1 + P, 1 + P)
+        # questions come again: in other epochs, and about other pictures
+        self._text = lru_cache(4096)(self._text)
+        # all attention weights of a batch are held, (heads, 1 + P, 1 + P)
+        vision = model.config.vision_config
         tokens = 1 + (vision.image_size // vision.patch_size)**2
         self.batch = max(1, ATTENTION // (vision.num_hidden_layers * vision.num_attention_heads * tokens**2))
         self.cache = MapCache(cache, model, kind) if cache else None
@@ -176,8 +179,10 @@ class ClipAttention:
         vision = self.model.vision_model
         side = self.model.config.vision_config.image_size
         # The whole picture is squeezed into CLIP's square: its usual centre crop would hide the margins.
-        pixels = self.image_processor(images=[image.convert("RGB") for image, _ in pairs], do_center_crop=False,
-                                      size={"height": side, "width": side}, return_tensors="pt")["pixel_values"]
+        pixels = self.image_processor(images=[image.convert("RGB") for image, _ in pairs],
+                                      do_center_crop=False,
+                                      size={"height": side, "width": side},
+                                      return_tensors="pt")["pixel_values"]
         output = vision(pixels.to(self.model.device), output_attentions=True, output_hidden_states=True)
         weigh = self._by_attention if self.kind == "attention" else self._by_contribution
         weights = weigh(output, [question for _, question in pairs])  # (B, P)
@@ -203,9 +208,10 @@ class ClipAttention:
         late = range(-min(LATE_LAYERS, len(output.attentions)), 0)
         added = sum(contributions(self.model, output, layer)[:, 1:] for layer in late)  # (B, P, E)
         last = self.model.vision_model.post_layernorm(output.last_hidden_state[:, :1])
-        embedding = self.model.visual_projection(last)                                                         # (B, 1, E)
+        embedding = self.model.visual_projection(last)  # (B, 1, E)
         along = torch.stack([self._text(question) if question else embedding[b]
-                             for b, question in enumerate(questions)])                                         # (B, 1, E)
+                             for b,
+                             question in enumerate(questions)])  # (B, 1, E)
         weights = (added * along / along.norm(dim=-1, keepdim=True)).sum(-1)
         return (weights - weights.median(-1, keepdim=True).values).clamp(min=0)
 
@@ -279,7 +285,8 @@ def spare(key, seed):
     picture."""
     rng = random.Random(f"region {seed}")
     shifts = [(rng.randrange(key.shape[0]), rng.randrange(key.shape[1])) for _ in range(SHIFTS)]
-    return min((np.roll(key, shift, (0, 1)) for shift in shifts), key=lambda shifted: np.count_nonzero(shifted & key))
+    return min((np.roll(key, shift, (0, 1)) for shift in shifts),
+               key=lambda shifted: np.count_nonzero(shifted & key))
 
 
 def overlap(mask, attention, mass):
@@ -314,7 +321,8 @@ def make_pairs(images, questions, clip, t, modes, mass, seeds):
     both included. modes, seeds: Q each; a seed is any value, from which noise, step and random region follow.
     """
     image_question_pairs = [(_shrunk(image), question) for pictures, question, mode
-                            in zip(images, questions, modes, strict=True) if mode != "all" for image in pictures]
+                            in zip(images, questions, modes, strict=True) if mode != "all"
+                            for image in pictures]
     maps = clip.maps(image_question_pairs) if image_question_pairs else None
     noised = []
     for pictures, mode, seed in zip(images, modes, seeds, strict=True):

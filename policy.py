@@ -1,21 +1,24 @@
 """Which question deserves which computation: a posterior over answers, and a controller that buys evidence.
 
-    python eval.py --model runs/cdrl --baseline tiny/base                        # fits policy.json on stored votes
-    python catts.py photo.png "How many red circles?" --policy policy.json       # what was bought, and why it stopped
-    python catts.py --data questions.jsonl --policy policy.json --budget 0.5     # Expert calls a question, on average
+    python eval.py --model runs/cdrl --baseline tiny/base                        # fits policy.json on stored
+    votes python catts.py photo.png "How many red circles?" --policy policy.json       # what was bought, and
+    why it stopped python catts.py --data questions.jsonl --policy policy.json --budget 0.5     # Expert calls
+    a question, on average
 
-The paper runs every module with fixed weights. Here evidence is bought one piece at a time: more samples, Visual
-Self-Check, the Voter, Self-Reflection, the Expert's own answer.
+The paper runs every module with fixed weights. Here evidence is bought one piece at a time: more samples,
+Visual Self-Check, the Voter, Self-Reflection, the Expert's own answer.
 
-1. *Posterior*: P(right) of each candidate answer, and of "none of these", from what has been bought so far. It is a
+1. *Posterior*: P(right) of each candidate answer, and of "none of these", from what has been bought so far.
+It is a
    conditional logit with the coefficients of FEATURES, fitted by maximum likelihood with a ridge.
 2. *Outcomes*: how each purchase changed P of the leading answer on the fitted questions, a table by P.
-3. *Controller*: it buys what promises the largest P in the end, less `rate` times all prices on the way there. It stops
+3. *Controller*: it buys what promises the largest P in the end, less `rate` times all prices on the way
+there. It stops
    when nothing promises more than the P at hand. The promises follow from the table, by backward induction.
 
-All three are fitted on stored votes of answered questions, and kept in policy.json. A piece of evidence that was not
-bought is absent: it changes no candidate's score. One that was bought and is silent about a candidate counts against it.
-Left out on purpose: features of the picture or the question; a learned value function.
+All three are fitted on stored votes of answered questions, and kept in policy.json. A piece of evidence that
+was not bought is absent: it changes no candidate's score. One that was bought and is silent about a candidate
+counts against it. Left out on purpose: features of the picture or the question; a learned value function.
 """
 import json
 import math
@@ -34,12 +37,13 @@ from utils.judge import equivalent
 from utils.logit import fit_logit, softmax
 from utils.results_file import SOURCE, changed_settings, threshold_settings
 
-# What can be bought, in the order in which equal bargains are taken. A purchase is filed under its votes' source.
+# What can be bought, in the order in which equal bargains are taken. A purchase is filed under its votes'
+# source.
 PURCHASES = ("samples", "self_check", "voter", "self_reflection", "expert")
 MODULE_OF = {source: module for module, source in SOURCE.items()}         # the others are modules' names
 HEARS_EXPERT = {"voter", "self_reflection", "expert"}
-# Voter and Critic are shown the samples' answers: once they have spoken, no more samples are drawn, so that all orders
-# of buying the same evidence give the same votes.
+# Voter and Critic are shown the samples' answers: once they have spoken, no more samples are drawn, so that
+# all orders of buying the same evidence give the same votes.
 SEES_SAMPLES = {"voter", "self_reflection"}
 # In Expert calls.
 PRICES = {"base_token": 2e-4, "expert_token": 1e-3, "expert_call": 1.0}
@@ -51,15 +55,16 @@ PRICES = {"base_token": 2e-4, "expert_token": 1e-3, "expert_call": 1.0}
 class Evidence:
     """What is known of one question.
 
-    samples: (answer or None, C, mean log-prob) of each. votes: {source: [[answer, share], ...]} of what was bought. A
-    source that is not in it was not bought; one with an empty list was, and gave no answer.
+    samples: (answer or None, C, mean log-prob) of each. votes: {source: [[answer, share], ...]} of what was
+    bought. A source that is not in it was not bought; one with an empty list was, and gave no answer.
     """
     samples: list
     votes: dict = field(default_factory=dict)
     choices: list | None = None
 
     def candidates(self):
-        """Equal answers merged -> list of (answer, indices of its samples, {source: share}), most samples first."""
+        """Equal answers merged -> list of (answer, indices of its samples, {source: share}), most samples
+        first."""
         merged = []
 
         def entry(answer):
@@ -84,7 +89,8 @@ def _same(a, b, choices):
     return equivalent(a, b, list(choices) or None)
 
 
-FEATURES = {            # name: what it is, in words. The first ten are a candidate's, the others those of "none of these"
+# name: what it is, in words. The first ten are a candidate's, the others those of "none of these"
+FEATURES = {
     "share": "log of its share of the samples",
     "C": "best C of its samples, in standard deviations",
     "p": "best mean log-prob of its samples, in standard deviations",
@@ -137,7 +143,8 @@ def num_sampled(x):
 
 @dataclass
 class Posterior:
-    """P(right) of each candidate: softmax over candidates and "none" of coefficients . features (conditional logit)."""
+    """P(right) of each candidate: softmax over candidates and "none" of coefficients . features (conditional
+    logit)."""
     coefficients: np.ndarray
     scale: tuple
 
@@ -158,8 +165,8 @@ class Posterior:
 # ---- 2. Stored votes, as questions on which anything can be bought
 
 class StoredQuestion:
-    """A row of `eval.collector`: all evidence that could be bought, its costs, and which answers are right. accepts:
-    (answer, row) -> bool. reading: of C."""
+    """A row of `eval.collector`: all evidence that could be bought, its costs, and which answers are right.
+    accepts: (answer, row) -> bool. reading: of C."""
 
     def __init__(self, row, accepts, reading="mean"):
         self.id, self.row, self.choices, self.cache = row["id"], row, row["choices"], {}
@@ -182,7 +189,8 @@ class StoredQuestion:
         return self.cache[key]
 
     def cost(self, purchase, n, first=0):
-        """Of a purchase at n samples (or of samples first to n) -> (base tokens, Expert tokens, Expert calls)."""
+        """Of a purchase at n samples (or of samples first to n) -> (base tokens, Expert tokens, Expert
+        calls)."""
         if purchase == "samples":
             return sum(s["tokens"] for s in self.row["samples"][first:n]), 0, 0
         if purchase == "expert":
@@ -190,9 +198,10 @@ class StoredQuestion:
         parts = self.row["by_n"][str(n)]["parts"]
         role = {"voter": "voter", "self_reflection": "critic"}.get(purchase)
         base = 0 if purchase == "voter" else parts.get(purchase, {}).get("tokens", 0)
-        base *= 2 if purchase == "self_check" else 1                            # a contrasted token is read twice
+        base *= 2 if purchase == "self_check" else 1  # a contrasted token is read twice
         expert = parts.get(role, {})
-        return base, expert.get("expert_tokens", 0), expert.get("expert_calls", 0) + expert.get("cached_calls", 0)
+        return base, expert.get("expert_tokens", 0), expert.get("expert_calls",
+                                                                0) + expert.get("cached_calls", 0)
 
 
 def next_size(sizes, n):
@@ -202,7 +211,8 @@ def next_size(sizes, n):
 def affordable(n, sources, sizes, modules, num_candidates=2):
     """The purchases that are left in a state: n samples and the sources bought so far.
 
-    num_candidates: different answers among the samples. A Voter with one, and a Critic without any, have nothing to say.
+    num_candidates: different answers among the samples. A Voter with one, and a Critic without any, have
+    nothing to say.
     """
     left = [m for m in PURCHASES[1:] if m in modules and m not in sources]
     if num_candidates < 2 and "voter" in left:
@@ -222,10 +232,12 @@ GRID = np.linspace(0, 1, 41)        # values of P at which promises are computed
 class Policy:
     """What to buy next, and what to believe.
 
-    outcomes: {purchase: {"before" or "after" the Expert was heard: [[P, [change of P, ...]], ...]}}, equally likely
-    changes. costs: {purchase: mean (base tokens, Expert tokens, Expert calls)}, of one sample for "samples". sizes:
-    numbers of samples, rising. modules: sources that can be bought. rate: P(right) that a unit of price must bring.
-    frontier: means and thresholds (None = never answer) at each rate, cross-fitted. about: what it was fitted on.
+    outcomes: {purchase: {"before" or "after" the Expert was heard: [[P, [change of P, ...]], ...]}}, equally
+    likely changes. costs: {purchase: mean (base tokens, Expert tokens, Expert calls)}, of one sample for
+    "samples". sizes: numbers of samples, rising. modules: sources that can be bought. rate: P(right) that a
+    unit of price must bring.
+    frontier: means and thresholds (None = never answer) at each rate, cross-fitted. about: what it was fitted
+    on.
     """
     posterior: Posterior
     outcomes: dict
@@ -243,7 +255,8 @@ class Policy:
     def after(self, purchase, p, heard):
         """Equally likely values of P after a purchase, where the leading answer has P = p: (N,) -> (S, N)."""
         points = self.outcomes.get(purchase, {}).get("after" if heard else "before", [])
-        changes = np.array([changes for _, changes in points]) if points else np.zeros((1, 1))          # (bins, S)
+        changes = np.array([changes for _, changes in points]) if points else np.zeros((1,
+                                                                                        1))  # (bins, S)
         at = [point for point, _ in points] or [0.0]
         return np.clip([p + np.interp(p, at, column) for column in changes.T], 0, 1)
 
@@ -255,13 +268,15 @@ class Policy:
         return amount * (next_size(self.sizes, n) - n if purchase == "samples" else 1)
 
     def offers(self, n, sources, rate):
-        """{purchase: what it promises at each P of GRID}: the expected promise after it, less rate times its price."""
+        """{purchase: what it promises at each P of GRID}: the expected promise after it, less rate times its
+        price."""
         key = (n, frozenset(sources), rate)
         if key not in self._offers:
             self._offers[key], heard = {}, bool(HEARS_EXPERT & set(sources))
             for m in affordable(n, sources, self.sizes, self.modules):
                 state = (next_size(self.sizes, n), sources) if m == "samples" else (n, {*sources, m})
-                promise = np.max([GRID, *self.offers(*state, rate).values()], 0)        # stop there, or go on buying
+                promise = np.max([GRID, *self.offers(*state, rate).values()],
+                                 0)        # stop there, or go on buying
                 expected = np.interp(self.after(m, GRID, heard), GRID, promise).mean(0)
                 self._offers[key][m] = expected - rate * self.price(m, n)
         return self._offers[key]
@@ -277,23 +292,27 @@ class Policy:
         rise = float(self.after(best, np.array([p]), bool(HEARS_EXPERT & set(sources))).mean()) - p
         price = self.price(best, n)
         if values[best] <= p + 1e-9:
-            return None, (f"nothing left is worth its price: {best} would raise P by {rise:.2f} for {price:.2f}, "
+            return None, (f"nothing left is worth its price: {best} would raise P by {rise:.2f} for "
+                          f"{price:.2f}, "
                           f"{self.rate:.2f} a unit is asked"), 0.0
         return best, rise, price
 
     def choose_rate(self, budget=None, accuracy=None):
-        """Set the rate for a budget (mean Expert calls a question) or a target accuracy, by the frontier -> self."""
+        """Set the rate for a budget (mean Expert calls a question) or a target accuracy, by the frontier ->
+        self."""
         if budget is not None:
             rates = [point["rate"] for point in self.frontier if point["calls"] <= budget + 1e-9]
             if not rates:
                 least = min(point["calls"] for point in self.frontier)
-                raise InputError(f"--budget {budget:g} is below {least:.2f} calls, the least of this policy; raise it")
+                raise InputError(f"--budget {budget:g} is below {least:.2f} calls, the least of this "
+                                 f"policy; raise it")
             self.rate = min(rates)
         elif accuracy is not None:
             rates = [point["rate"] for point in self.frontier if point["accuracy"] >= accuracy]
             if not rates:
                 best = max(point["accuracy"] for point in self.frontier)
-                raise InputError(f"--accuracy {accuracy:g} is above {best:.3f}, the best of this policy; lower it")
+                raise InputError(f"--accuracy {accuracy:g} is above {best:.3f}, the best of this policy; "
+                                 f"lower it")
             self.rate = max(rates)
         return self
 
@@ -301,13 +320,14 @@ class Policy:
         """The confidence from which on an answer is given at a target risk of the file; inf: never."""
         point = next(point for point in self.frontier if point["rate"] == self.rate)
         if f"{risk:g}" not in point["thresholds"]:
-            raise InputError(f"--risk {risk:g} was not certified; choose one of {', '.join(point['thresholds'])}")
+            certified = ", ".join(point["thresholds"])
+            raise InputError(f"--risk {risk:g} was not certified; choose one of {certified}")
         value = point["thresholds"][f"{risk:g}"]
         return math.inf if value is None else value
 
     def buy(self, controller, states):
-        """Buy evidence for questions (QuestionStates of a catts.Controller) one piece at a time, where it pays. Each
-        result's `purchases` say what was bought, with P after it, and why it stopped."""
+        """Buy evidence for questions (QuestionStates of a catts.Controller) one piece at a time, where it
+        pays. Each result's `purchases` say what was bought, with P after it, and why it stopped."""
         while states:
             batches = {}                # {(purchase, number of samples where it matters): questions}
             for state in states:
@@ -368,7 +388,8 @@ class Policy:
         at = np.array([0.2, 0.4, 0.6, 0.8, 0.95])
         rises = {f"{m}, {when}": self.after(m, at, when == "after").mean(0) - at
                  for m in self.outcomes for when in self.outcomes[m]}
-        return coefficients + "\n\nrise of P by a purchase, before and after the Expert was heard\n" + cli.table(
+        title = "\n\nrise of P by a purchase, before and after the Expert was heard\n"
+        return coefficients + title + cli.table(
             {name: {f"P {p}": float(rise) for p, rise in zip(at, row)} for name, row in rises.items()})
 
 
@@ -381,17 +402,20 @@ def fit_posterior(questions, sizes, modules, ridge=1.0, visits=None):
     scale = tuple((float(mean), float(max(std, 1e-6))) for mean, std in zip(samples.mean(0), samples.std(0)))
     states = states_of(sizes, modules)
     data = [q.features(n, sources, scale) for q in questions for n, sources in states]
-    # Each number of purchases weighs the same: few are bought as a rule. A question counts as three answers, however
-    # many states it is seen in, for they are not independent.
+    # Each number of purchases weighs the same: few are bought as a rule. A question counts as three answers,
+    # however many states it is seen in, for they are not independent.
     weight = np.array([1 / math.comb(len(modules), len(sources)) for _, sources in states])
     weights = np.tile(3 * weight / weight.sum(), (len(questions), 1))
     if visits:
-        weights = 0.3 * weights + [[given.get((n, frozenset(sources)), 0.0) for n, sources in states] for given in visits]
-    return Posterior(fit_logit([x for _, x, _ in data], [right for *_, right in data], weights.ravel(), ridge), scale)
+        weights = 0.3 * weights + [[given.get((n, frozenset(sources)), 0.0) for n, sources in states]
+                                   for given in visits]
+    return Posterior(fit_logit([x for _, x, _ in data], [right for *_, right in data], weights.ravel(),
+                               ridge), scale)
 
 
 def visits_of(policy, question, rates=(0.12, 0.26)):
-    """{state: weight} of the states that a policy passes on a question; the last weighs as much as the others."""
+    """{state: weight} of the states that a policy passes on a question; the last weighs as much as the
+    others."""
     visits = Counter()
     for policy.rate in rates:
         *path, last = policy.replay(question).states
@@ -402,18 +426,20 @@ def visits_of(policy, question, rates=(0.12, 0.26)):
 
 def states_of(sizes, modules):
     """All states: (number of samples, sources bought)."""
-    return [(n, sources) for n in sizes for k in range(len(modules) + 1) for sources in combinations(modules, k)]
+    return [(n, sources) for n in sizes for k in range(len(modules) + 1)
+            for sources in combinations(modules, k)]
 
 
 def fit_outcomes(questions, posterior, sizes, modules, bins=6, changes=5):
     """The table of outcomes: in bins of equal mass of P, the mean change of P in each fifth of the questions.
 
-    More evidence cannot lower the expected P(right) of the best answer. Where the mean change is negative, it is noise
-    of the fit, and the changes are shifted to mean 0.
+    More evidence cannot lower the expected P(right) of the best answer. Where the mean change is negative, it
+    is noise of the fit, and the changes are shifted to mean 0.
     """
     pairs = {}
     for q in questions:
-        x_of = {(n, frozenset(sources)): q.features(n, sources, posterior.scale)[1] for n, sources in states_of(sizes, modules)}
+        x_of = {(n, frozenset(sources)): q.features(n, sources, posterior.scale)[1] for n,
+                sources in states_of(sizes, modules)}
         p_of = {state: posterior.probabilities(x).max(initial=0.0) for state, x in x_of.items()}
         for (n, sources), x in x_of.items():
             for purchase in affordable(n, sources, sizes, modules, num_sampled(x)):
@@ -428,7 +454,8 @@ def fit_outcomes(questions, posterior, sizes, modules, bins=6, changes=5):
             for group in np.array_split(np.argsort(before, kind="stable"), min(bins, len(before))):
                 change = np.sort(after[group] - before[group])
                 change = change - min(0.0, change.mean())
-                fifths = np.repeat(change, changes).reshape(changes, -1)        # equal parts, also of few values
+                fifths = np.repeat(change, changes).reshape(changes,
+                                                            -1)        # equal parts, also of few values
                 table.append([float(before[group].mean()), [float(fifth.mean()) for fifth in fifths]])
     return outcomes
 
@@ -438,7 +465,7 @@ def fit_controller(questions, sizes, modules, prices=None, ridge=1.0):
     costs = {m: np.mean([q.cost(m, sizes[-1]) for q in questions], 0) for m in ("samples", *modules)}
     costs["samples"] = costs["samples"] / sizes[-1]
     costs, visits = {m: cost.tolist() for m, cost in costs.items()}, None
-    for _ in range(2):              # then once more, where the first controller went: there P must be calibrated
+    for _ in range(2):  # then once more, where the first controller went: there P must be calibrated
         posterior = fit_posterior(questions, sizes, modules, ridge, visits)
         outcomes = fit_outcomes(questions, posterior, sizes, modules)
         policy = Policy(posterior, outcomes, costs, list(sizes), list(modules), prices=dict(prices or PRICES))
@@ -447,16 +474,19 @@ def fit_controller(questions, sizes, modules, prices=None, ridge=1.0):
 
 
 def fit_policy(questions, sizes, modules, prices=None, ridge=1.0, rates=None):
-    """StoredQuestions -> Policy. Its frontier's accuracy is cross-fitted: no fit judges a question that it has seen."""
+    """StoredQuestions -> Policy. Its frontier's accuracy is cross-fitted: no fit judges a question that it
+    has seen."""
     if len(questions) < 20:
         raise InputError(f"{len(questions)} questions are too few to fit a policy on; give at least 20")
     rates = np.geomspace(0.02, 1.0, 40) if rates is None else rates
     halves = [questions[0::2], questions[1::2]]
-    policy, *fitted = (fit_controller(part, sizes, modules, prices, ridge) for part in (questions, halves[1], halves[0]))
+    policy, *fitted = (fit_controller(part, sizes, modules, prices, ridge)
+                       for part in (questions, halves[1], halves[0]))
     for rate in map(float, rates):
         policy.rate = fitted[0].rate = fitted[1].rate = rate
         spent = [judge.replay(q) for half, judge in zip(halves, fitted) for q in half]
-        costs = means([policy.replay(q) for q in questions])            # they need no labels, so no cross-fitting
+        costs = means([policy.replay(q)
+                       for q in questions])            # they need no labels, so no cross-fitting
         costs = {name: costs[name] for name in ("calls", "tokens", "base_tokens")}
         thresholds = {f"{risk:g}": certified_threshold(*confidences(spent), risk) for risk in RISKS}
         policy.frontier.append({"rate": rate, **means(spent), **costs, "thresholds": {
@@ -466,11 +496,13 @@ def fit_policy(questions, sizes, modules, prices=None, ridge=1.0, rates=None):
 
 
 def fit_on_votes(rows, settings, accepts, sources, prices=None, rates=None):
-    """Rows of votes.jsonl -> Policy for runs under the same settings and sources. accepts: (answer, row) -> bool."""
+    """Rows of votes.jsonl -> Policy for runs under the same settings and sources. accepts: (answer, row) ->
+    bool."""
     sizes = sorted(size for size in map(int, rows[0]["by_n"]) if size <= settings.samples)
     sizes = [size for size in sizes if size > 1] or sizes           # one sample has no share
     modules = [m for m in PURCHASES[1:] if m == "expert" or m in rows[0]["by_n"][str(sizes[-1])]["ran"]]
-    policy = fit_policy([StoredQuestion(row, accepts, settings.reading) for row in rows], sizes, modules, prices,
+    policy = fit_policy([StoredQuestion(row, accepts, settings.reading) for row in rows], sizes, modules,
+                        prices,
                         rates=rates)
     policy.about |= {"settings": policy_settings(settings), "sources": sources}
     return policy
@@ -479,10 +511,11 @@ def fit_on_votes(rows, settings, accepts, sources, prices=None, rates=None):
 # ---- 4. policy.json
 
 def read_policy(settings, sources=None, can_check=True):
-    """--policy FILE -> Policy; None for "paper". settings, sources: of this run (see `source_fingerprint`). can_check:
-    whether Visual Self-Check can be bought.
+    """--policy FILE -> Policy; None for "paper". settings, sources: of this run (see `source_fingerprint`).
+    can_check: whether Visual Self-Check can be bought.
 
-    Raises InputError, also for a policy that was fitted under other settings, or with another model or Expert.
+    Raises InputError, also for a policy that was fitted under other settings, or with another model or
+    Expert.
     """
     path = settings.policy
     if path == "paper":
@@ -508,13 +541,16 @@ def read_policy(settings, sources=None, can_check=True):
     current = policy_settings(settings) | (sources or {})
     defaults = policy_settings(type(settings)()) | dict.fromkeys(sources or {})
     if changed := changed_settings(fitted, {k: v for k, v in current.items() if fitted}, defaults):
-        then, now = (", ".join(f"{key} {side.get(key, defaults.get(key))}" for key in changed) for side in (fitted, current))
-        raise InputError(f"--policy {path!r} was fitted with {then}, this run has {now}; use the same, or fit it again")
+        then, now = (", ".join(f"{key} {side.get(key, defaults.get(key))}" for key in changed)
+                     for side in (fitted, current))
+        raise InputError(f"--policy {path!r} was fitted with {then}, this run has {now}; use the same, or "
+                         f"fit it again")
     policy.modules = [m for m in policy.modules if can_check or m != "self_check"]
     return policy.choose_rate(settings.budget or None, settings.accuracy or None)
 
 
 def policy_settings(settings):
-    """The settings under which a policy's evidence is bought (dict). The votes' fixed weights do not matter to it."""
+    """The settings under which a policy's evidence is bought (dict). The votes' fixed weights do not matter
+    to it."""
     free = ("policy", "budget", "accuracy", "risk", "tau1", "tau2", "tau3", "weight", "top_share")
     return {key: value for key, value in threshold_settings(settings).items() if key not in free}

@@ -1,11 +1,12 @@
 r"""What a response is worth: how sure the model was (Eq. 3), and the terms of its reward (Eq. 4).
 
-Read from top to bottom: confidence of a token and of a sequence; the two terms of Eq. 4 and their variants; their sum;
-outcome and format (paper 3.2.2); advantages; the map from C to a probability. Nothing here knows a model or how text was
-sampled. Whether an answer is right is decided in `utils/judge.py`.
+Read from top to bottom: confidence of a token and of a sequence; the two terms of Eq. 4 and their variants;
+their sum; outcome and format (paper 3.2.2); advantages; the map from C to a probability. Nothing here knows a
+model or how text was sampled. Whether an answer is right is decided in `utils/judge.py`.
 
-C: mean over the generated tokens of -(1/k) * sum of log p over the k most probable tokens. C': the same on the noised picture.
-c = sigmoid(slope * C + intercept): the probability of being right that C stands for, by a map fitted once on the base.
+C: mean over the generated tokens of -(1/k) * sum of log p over the k most probable tokens. C': the same on
+the noised picture. c = sigmoid(slope * C + intercept): the probability of being right that C stands for, by a
+map fitted once on the base.
 """
 import math
 import re
@@ -19,16 +20,17 @@ from utils.metrics import fit_platt
 
 LOG_FLOOR = 0.01                # the log score clips probabilities to [.01, .99]
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Confidence. Higher = more certain, everywhere in this repository. The paper's prose says the opposite of its own Eq. 3.
-# The equation, the authors' code and DeepConf (arXiv 2508.15260) agree with us: in a peaked distribution the k - 1
-# runners-up have very negative log-probabilities, so minus their mean is large.
-# Known flaw: C is no probability, and not monotone in entropy. Uniform over V > k tokens scores log V, more than
+# ------------------------------------------------------------------------------------------------------------
+# Confidence. Higher = more certain, everywhere in this repository. The paper's prose says the opposite of its
+# own Eq. 3. The equation, the authors' code and DeepConf (arXiv 2508.15260) agree with us: in a peaked
+# distribution the k - 1 runners-up have very negative log-probabilities, so minus their mean is large. Known
+# flaw: C is no probability, and not monotone in entropy. Uniform over V > k tokens scores log V, more than
 # uniform over k, log k.
 
 
 def top_k_for(vocab, k=20):
-    """The k of Eq. 3 for a vocabulary of `vocab` tokens: k, but at most an eighth of a tiny vocabulary, at least 1."""
+    """The k of Eq. 3 for a vocabulary of `vocab` tokens: k, but at most an eighth of a tiny vocabulary, at
+    least 1."""
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
     return min(k, max(1, vocab // 8))
@@ -37,9 +39,9 @@ def top_k_for(vocab, k=20):
 def token_confidence(logits, k=20, normaliser=None):
     """Eq. 3: conf_t = -(1/k) * sum of log p over the k most probable tokens.
 
-    logits: (..., V), raw: before temperature, top-k, top-p, penalties and bans. normaliser: their logsumexp (...), where it is
-    known already. Returns (...) fp32, nats, >= log k. Differentiable. The normaliser is taken out of the sum, so that no
-    (..., V) log-softmax is stored.
+    logits: (..., V), raw: before temperature, top-k, top-p, penalties and bans. normaliser: their logsumexp
+    (...), where it is known already. Returns (...) fp32, nats, >= log k. Differentiable. The normaliser is
+    taken out of the sum, so that no (..., V) log-softmax is stored.
     """
     logits = logits.float()
     top = largest(logits, top_k_for(logits.shape[-1], k))
@@ -47,12 +49,14 @@ def token_confidence(logits, k=20, normaliser=None):
 
 
 def sequence_confidence(token_conf, mask, reading="mean", window=32):
-    """One confidence per sequence, (B, T) and (B, T) -> (B,) fp32: the mean of Eq. 3, or a trace reading of DeepConf.
+    """One confidence per sequence, (B, T) and (B, T) -> (B,) fp32: the mean of Eq. 3, or a trace reading of
+    DeepConf.
 
     token_conf: `token_confidence`, or log-probs (exp of their mean is in (0, 1]).
     mask: bool or 0/1, true on generated tokens, EOS included, padding on either side excluded.
-    reading: mean | tail: the last `window` tokens | min: the lowest sliding window | bottom: the lowest 10% of them, at
-    least one. A sequence shorter than `window` is one window. ValueError on an unknown reading or an empty row.
+    reading: mean | tail: the last `window` tokens | min: the lowest sliding window | bottom: the lowest 10%
+    of them, at least one. A sequence shorter than `window` is one window. ValueError on an unknown reading or
+    an empty row.
     """
     if reading not in ("mean", "tail", "bottom", "min"):
         raise ValueError(f"unknown reading {reading!r}: choose mean, tail, bottom or min.")
@@ -71,23 +75,28 @@ def sequence_confidence(token_conf, mask, reading="mean", window=32):
 
 
 def rollout_confidence(groups):
-    """Q lists of G rollouts -> C (Q, G): the mean of Eq. 3 over each rollout's tokens, EOS included, padding excluded."""
+    """Q lists of G rollouts -> C (Q, G): the mean of Eq. 3 over each rollout's tokens, EOS included, padding
+    excluded."""
     rollouts = [rollout for group in groups for rollout in group]
-    token_conf = pad_sequence([r.confidences for r in rollouts], batch_first=True)                       # (Q*G, T)
-    mask = pad_sequence([torch.ones(len(r.tokens)) for r in rollouts], batch_first=True).bool()          # (Q*G, T)
+    token_conf = pad_sequence([r.confidences for r in rollouts],
+                              batch_first=True)                       # (Q*G, T)
+    mask = pad_sequence([torch.ones(len(r.tokens)) for r in rollouts],
+                        batch_first=True).bool()          # (Q*G, T)
     return sequence_confidence(token_conf, mask).view(len(groups), -1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The terms of Eq. 4. Tensors that broadcast; `correct` is R_out in {0, 1}.
 
 def calibration_reward(c, correct, confidence_map, args):
     """The calibration term: it holds each answer's C against R_out -> (Q, G), in [-1, 1] or [0, 1].
 
-    c, correct (Q, G). --calibration linear: (2R - 1) * Cnorm, the second term of Eq. 4, with Cnorm in [0, 1] by the group's
-    min-max or the base's percentiles (`--cnorm`). Improper: it is linear in Cnorm, so 0 or 1 is always the best bet.
-    brier, log: proper scores of c = sigmoid(slope * C + intercept) (RLCR, arXiv 2507.16806), whose expectation peaks where
-    c is the true rate. The log score clips c to [.01, .99], without gradient outside, and is mapped affinely to [0, 1].
+    c, correct (Q, G). --calibration linear: (2R - 1) * Cnorm, the second term of Eq. 4, with Cnorm in [0, 1]
+    by the group's min-max or the base's percentiles (`--cnorm`). Improper: it is linear in Cnorm, so 0 or 1
+    is always the best bet.
+    brier, log: proper scores of c = sigmoid(slope * C + intercept) (RLCR, arXiv 2507.16806), whose
+    expectation peaks where c is the true rate. The log score clips c to [.01, .99], without gradient outside,
+    and is mapped affinely to [0, 1].
     none: 0.
     """
     if args.calibration == "none":
@@ -96,35 +105,38 @@ def calibration_reward(c, correct, confidence_map, args):
     if args.calibration == "linear":
         lo, hi = (c.amin(-1, keepdim=True), c.amax(-1, keepdim=True)) if args.cnorm == "group" else \
             (torch.full_like(c, confidence_map[end]) for end in ("lo", "hi"))
-        c_norm = torch.where(hi > lo, ((c - lo) / torch.where(hi > lo, hi - lo, 1)).clamp(0, 1), 0.5)     # a tied group: 0.5
+        c_norm = torch.where(hi > lo, ((c - lo) / torch.where(hi > lo, hi - lo, 1)).clamp(0, 1),
+                             0.5)     # a tied group: 0.5
         return (2 * right - 1) * c_norm
     prob = torch.sigmoid(confidence_map["slope"] * c + confidence_map["intercept"])
     if args.calibration == "brier":
         return 1 - (prob - right) ** 2
     prob = prob.clamp(LOG_FLOOR, 1 - LOG_FLOOR)
-    score = torch.where(correct.bool(), prob, 1 - prob).log()                                               # (Q, G)
+    score = torch.where(correct.bool(), prob,
+                        1 - prob).log()                                               # (Q, G)
     return (score - math.log(LOG_FLOOR)) / (math.log(1 - LOG_FLOOR) - math.log(LOG_FLOOR))
 
 
 def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
     """R_conf = alpha * tanh(beta * (C - C')) + (2R - 1) * Cnorm (Eq. 4) -> its two terms (Q, G).
 
-    c (Q, G): C of the answers on original pictures, `correct` their R_out. c_noised (Q, G): C' of their pairs, None where
-    no picture was noised. is_control (Q,) bool: pairs whose noise spares the evidence earn no perception term.
-    Differentiable in both confidences.
+    c (Q, G): C of the answers on original pictures, `correct` their R_out. c_noised (Q, G): C' of their
+    pairs, None where no picture was noised. is_control (Q,) bool: pairs whose noise spares the evidence earn
+    no perception term. Differentiable in both confidences.
     """
     perception = torch.zeros_like(c)
     if args.alpha and c_noised is not None:
-        term = args.alpha * torch.tanh(args.beta * (c - c_noised))                              # within +-alpha
+        term = args.alpha * torch.tanh(args.beta * (c - c_noised))  # within +-alpha
         perception = term.masked_fill(is_control[:, None].to(c.device), 0)
     return perception, calibration_reward(c, correct, confidence_map, args)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Outcome and format (paper 3.2.2), advantages
 
 def format_reward(text, finished):
-    r"""R_format in {0., 1.}: one well-formed, non-empty `\boxed{}`, words before it, and `finished` (ended by EOS)."""
+    r"""R_format in {0., 1.}: one well-formed, non-empty `\boxed{}`, words before it, and `finished` (ended by
+    EOS)."""
     boxed = boxes(text)
     if not finished or len(boxed) != 1 or text.count("\\boxed") != 1:
         return 0.0
@@ -138,10 +150,12 @@ def outcome_reward(text, sample):
 
 
 def group_advantages(rewards, norm):
-    """Advantages within each group of answers to one question, (Q, G) -> (Q, G), and what they were divided by (Q, 1).
+    """Advantages within each group of answers to one question, (Q, G) -> (Q, G), and what they were divided
+    by (Q, 1).
 
-    std: (r_j - mean) / (std + 1e-4), GRPO. none: r_j - mean, Dr. GRPO; the mean holds r_j itself, which scales the policy
-    gradient by (G - 1) / G. loo: r_j - mean of the others, RLOO (arXiv 2402.14740), which is unbiased.
+    std: (r_j - mean) / (std + 1e-4), GRPO. none: r_j - mean, Dr. GRPO; the mean holds r_j itself, which
+    scales the policy gradient by (G - 1) / G. loo: r_j - mean of the others, RLOO (arXiv 2402.14740), which
+    is unbiased.
     """
     advantages = rewards - rewards.mean(-1, keepdim=True)
     if norm == "loo":
@@ -150,15 +164,15 @@ def group_advantages(rewards, norm):
     return advantages / divisor, divisor
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The map from C to a probability, fitted once on the base model
 
 def fit_confidence_map(original, noised):
     """Fit the map on the base model's rollouts, before step 0 -> {"lo", "hi", "slope", "intercept"}.
 
-    original, noised: (C, R_out) of the rollouts on each view, (N,) each. lo, hi: 5th and 95th percentile of C on original
-    pictures (`--cnorm range`). slope, intercept: logistic regression of R_out on C over both views (Platt; `--calibration
-    brier | log`).
+    original, noised: (C, R_out) of the rollouts on each view, (N,) each. lo, hi: 5th and 95th percentile of C
+    on original pictures (`--cnorm range`). slope, intercept: logistic regression of R_out on C over both
+    views (Platt; `--calibration brier | log`).
     """
     lo, hi = torch.quantile(original[0], torch.tensor([0.05, 0.95])).tolist()
     slope, intercept = fit_platt(*(torch.cat(views) for views in zip(original, noised)))

@@ -1,19 +1,19 @@
 """CDRL: reinforcement learning that ties confidence to perception (paper 3.2), with GRPO written by hand.
 
-    torchrun train_cdrl.py                                # the built-in model and questions; minutes on two CPU cores
-    torchrun train_cdrl.py --recipe paper                 # our setting of the paper's objective; `grpo`: no confidence at all
-    python train_cdrl.py --explain                        # one question's step in real numbers
+    torchrun train_cdrl.py                         # the built-in model and questions, on two CPU cores
+    torchrun train_cdrl.py --recipe paper          # our setting of the paper's objective; grpo: no confidence
+    python train_cdrl.py --explain                 # one question's step in real numbers
     torchrun --nproc-per-node 8 train_cdrl.py --model Qwen/Qwen2.5-VL-7B-Instruct --lr 1e-6 \\
         --clip openai/clip-vit-large-patch14-336 --data train.jsonl --max_new_tokens 1024 --output runs/qwen7b
 
-Read `train` at the bottom first: its loop is the method, one named call after the other. The parts stand above it in the
-order in which they run: image pairs, rollouts, rewards, advantages, loss.
+Read `train` at the bottom first: its loop is the method, one named call after the other. The parts stand
+above it in the order in which they run: image pairs, rollouts, rewards, advantages, loss.
 
-The run folder holds args.json, metrics.jsonl, samples.jsonl, checkpoints, before.json and after.json, confidence.json,
-report.png, and the final model. The same command resumes a run that was stopped.
+The run folder holds args.json, metrics.jsonl, samples.jsonl, checkpoints, before.json and after.json,
+confidence.json, report.png, and the final model. The same command resumes a run that was stopped.
 
-Left out of GRPO on purpose: a reference model unless --kl_beta is set (on-policy at T = 1 does not need it), and stored
-old log-probs unless --mu is above 1. How a run is run (memory, ranks, checkpoints) is in `utils/`.
+Left out of GRPO on purpose: a reference model unless --kl_beta is set (on-policy at T = 1 does not need it),
+and stored old log-probs unless --mu is above 1. How a run is run (memory, ranks, checkpoints) is in `utils/`.
 """
 import argparse
 import math
@@ -39,35 +39,25 @@ from reward import (
     rollout_confidence,
     sequence_confidence,
 )
-from utils import (
-    checkpoint,
-    cli,
-    clip_files,
-    distributed,
-    explain,
-    loading,
-    logs,
-    lora,
-    memory,
-    preflight,
-    report,
-)
+from utils import checkpoint, cli, distributed, explain, loading, logs, lora, memory, preflight, report
 from utils.batches import QuestionOrder, micro_batches
 from utils.cli import TINY, InputError, RunOptions, option
+from utils.clip_files import count_parameters
 from utils.preflight import agreed
 from vlm import VLM, load_model
 
 PROBE_SAMPLES = 4               # answers to each held-out question, before and after
-MIN_DIVISOR = 0.1               # a mean reward std below it is that of a batch where nearly all groups are tied
+MIN_DIVISOR = 0.1               # below it nearly all groups of a batch are tied
 
 
 @dataclass
 class Args:
-    """The settings of the method. The defaults are the paper's objective; RECIPES holds what each recipe changes."""
+    """The settings of the method. The defaults are the paper's objective; RECIPES holds what each recipe
+    changes."""
     # What is trained, on what, where it goes
     model: str = option(str(TINY / "base"), "model directory or hub id")
     clip: str = option(noise.CLIP, "CLIPModel directory or hub id, finds the key regions")
-    data: str = option("synthetic", "'synthetic' or a file of questions; a share of a file is held out for the table")
+    data: str = option("synthetic", "'synthetic' or a file of questions, of which a share is held out")
     output: str = option("", "run folder; default runs/cdrl, or runs/RECIPE for another recipe")
     recipe: str = option("ours", "a group of settings; an explicit flag wins", ("ours", "paper", "grpo"))
     seed: int = option(0, "decides questions, noise and samples")
@@ -77,34 +67,34 @@ class Args:
     group_size: int = option(4, "rollouts a question on each view, G (the paper: 4 pairs)")
     max_new_tokens: int = option(64, "longest completion", least=1)
     # Optimization (GRPO; DAPO's clipping)
-    lr: float = option(1e-4, "learning rate of AdamW, reached after 5 steps, 0 at the end; 1e-6 suits a 7B model", above=0)
+    lr: float = option(1e-4, "of AdamW after 5 steps; it falls to 0. 1e-6 suits a 7B model", above=0)
     max_grad_norm: float = option(1.0, "the gradient's norm is clipped here", above=0)
     temperature: float = option(1.0, "of sampling; the log-probs of the loss are divided alike", above=0)
     mu: int = option(1, "updates on the same rollouts", least=1)
     clip_low: float = option(0.2, "the probability ratio is clipped below 1 - clip_low", least=0, most=1)
     clip_high: float = option(0.28, "and above 1 + clip_high", least=0)
-    adv_norm: str = option("std", "advantages: reward minus the group's mean, divided by its std (std, GRPO) or not (none, "
-                           "Dr. GRPO); or minus the mean of the others (loo, leave-one-out)", ("std", "none", "loo"))
+    adv_norm: str = option("std", "reward minus the group's mean, divided by its std (std, GRPO) or not "
+                           "(none, Dr. GRPO), or minus the mean of the others (loo)", ("std", "none", "loo"))
     kl_beta: float = option(0.0, "weight of the KL to the starting model (k3); 0 loads no reference", least=0)
     freeze_vision: bool = option(False, "train the language model and its head only")
     # Image pairs (paper 3.2.1)
     noise_t: str = option("999", "diffusion step 0 to 1000, or a range such as 500-999 to draw from")
     region: str = option("key", "where the noise goes", noise.MODES)
     mass: float = option(0.5, "share of CLIP's attention that the key region holds", above=0, most=1)
-    controls: float = option(0.0, "share of the pairs whose noise goes on a random region of the same area. They earn no "
-                             "perception term: C should fall with the evidence, not with noise", least=0, most=1)
+    controls: float = option(0.0, "share of the pairs whose noise spares the evidence; no perception term "
+                             "there: C should fall with the evidence, not with noise", least=0, most=1)
     # Reward (paper Eq. 4)
     alpha: float = option(0.2, "weight of the perception term tanh(beta (C - C')); 0 = no term", least=0)
     beta: float = option(0.5, "slope of the tanh, per nat", above=0)
-    cnorm: str = option("group", "scale of C in the linear term: min-max of the group, or the base's 5th-95th percentile",
-                        ("group", "range"))
-    calibration: str = option("linear", "calibration term: the paper's linear one, a proper score of c = sigmoid(aC + b), "
-                              "or none", ("linear", "brier", "log", "none"))
-    scale_questions: int = option(256, "questions of the first steps. The base's answers to them give the scale of C and the "
-                                  "map from C to c", least=1)
-    pathwise: float = option(0.0, "weight of the reward's own gradient, through C and C'; 1 = exact with --adv_norm loo, 0 = "
-                             "the paper", least=0)
-    learn_noised: bool = option(True, "where there is one, it also flows through the noised answers' own calibration term")
+    cnorm: str = option("group", "scale of C in the linear term: min-max of the group, or the base's "
+                        "5th-95th percentile", ("group", "range"))
+    calibration: str = option("linear", "calibration term: the paper's linear one, a proper score of "
+                              "c = sigmoid(aC + b), or none", ("linear", "brier", "log", "none"))
+    scale_questions: int = option(256, "questions whose answers by the base give the map from C to c",
+                                  least=1)
+    pathwise: float = option(0.0, "weight of the reward's own gradient, through C and C'; 0 = the paper, "
+                             "1 = exact with --adv_norm loo", least=0)
+    learn_noised: bool = option(True, "it also flows through the noised answers' own calibration term")
     noised_policy: float = option(0.0, "weight of a policy gradient on the noised answers", least=0)
     run: RunOptions = field(default_factory=RunOptions)         # how it is run: utils/cli.py
 
@@ -115,7 +105,8 @@ class Args:
 
     @property
     def uses_noised(self):
-        """Whether pictures are noised at all: for the perception term, or because the noised answers learn."""
+        """Whether pictures are noised at all: for the perception term, or because the noised answers
+        learn."""
         return self.alpha > 0 or self.noised_learns
 
 
@@ -132,7 +123,8 @@ def parse(argv=None):
     cli.add_options(parser, Args)
     cli.add_options(parser, RunOptions)
     flags = vars(parser.parse_args(argv))
-    run = RunOptions(**{name: flags.pop(name) for name in list(flags) if name in RunOptions.__dataclass_fields__})
+    names = [name for name in flags if name in RunOptions.__dataclass_fields__]
+    run = RunOptions(**{name: flags.pop(name) for name in names})
     recipe = flags.get("recipe", Args.recipe)
     args = Args(**{**RECIPES[recipe], **flags}, run=run)
     args.output = args.output or f"runs/{'cdrl' if recipe == 'ours' else recipe}"
@@ -150,58 +142,66 @@ def check(args, world):
     if args.group_size < 2:
         raise InputError(f"--group_size is {args.group_size}; a group needs at least 2 rollouts to compare")
     if args.batch_size % world:
-        raise InputError(f"--batch_size {args.batch_size} does not divide over {world} ranks; use a multiple of {world}")
+        raise InputError(f"--batch_size {args.batch_size} does not divide over {world} ranks; use a "
+                         f"multiple of {world}")
     if args.lr > 1e30:
-        raise InputError(f"--lr is {args.lr:g}; AdamW moves every weight by about as much a step, 1e-6 suits a 7B model")
+        raise InputError(f"--lr is {args.lr:g}; AdamW moves every weight by about as much a step, 1e-6 "
+                         "suits a 7B model")
     noise.parse_t(args.noise_t)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # I. Image pairs (paper 3.2.1). II. Rollouts on both views. III. Confidence (Eq. 3)
 
 @dataclass
 class RolloutBatch:
     """A step's rollouts on one view of the pictures, and what they earned: Q questions, G rollouts each."""
-    view: str                                        # "original" or "noised"
-    images: list                                     # Q lists of PIL images
-    prompts: list                                    # Q prompts
-    rollouts: list                                   # Q lists of G Rollouts
-    confidence: torch.Tensor                         # (Q, G) C, or C' on the noised view
-    correct: torch.Tensor                            # (Q, G) R_out
-    is_control: torch.Tensor                         # (Q,) bool: the pair's noise spares the evidence
-    inputs: dict | None                              # `VLM.encode` of both views' prompts, read when sampling and learning
-    rows: list                                       # Q row numbers: where this view's prompts stand in `inputs`
-    policy_weight: float                             # of its policy gradient; 0 = none
-    rewards: dict = field(default_factory=dict)      # each reward term by name, (Q, G)
-    advantages: torch.Tensor | None = None           # (Q, G)
-    advantage_divisor: float = 1.0                   # mean over the batch of what the advantages were divided by
-    old_logprobs: torch.Tensor | None = None         # (Q*G, T), of the first of --mu updates
+    view: str                                    # "original" or "noised"
+    images: list                                 # Q lists of PIL images
+    prompts: list                                # Q prompts
+    rollouts: list                               # Q lists of G Rollouts
+    confidence: torch.Tensor                     # (Q, G) C, or C' on the noised view
+    correct: torch.Tensor                        # (Q, G) R_out
+    is_control: torch.Tensor                     # (Q,) bool: the pair's noise spares the evidence
+    inputs: dict | None                          # `VLM.encode` of both views' prompts
+    rows: list                                   # Q places of this view's prompts in `inputs`
+    policy_weight: float                         # of its policy gradient; 0 = none
+    rewards: dict = field(default_factory=dict)  # each reward term by name, (Q, G)
+    advantages: torch.Tensor | None = None       # (Q, G)
+    advantage_divisor: float = 1.0               # what they were divided by, batch mean
+    old_logprobs: torch.Tensor | None = None     # (Q*G, T), of the first of --mu updates
 
     def select(self, questions):
         """The same for some of the questions (a list of indices)."""
-        lists = {name: [getattr(self, name)[q] for q in questions] for name in ("images", "prompts", "rollouts", "rows")}
-        tensors = {name: getattr(self, name)[questions] for name in ("confidence", "correct", "is_control", "advantages")}
+        lists = {name: [getattr(self, name)[q] for q in questions]
+                 for name in ("images", "prompts", "rollouts", "rows")}
+        tensors = {name: getattr(self, name)[questions]
+                   for name in ("confidence", "correct", "is_control", "advantages")}
         rewards = {name: term[questions] for name, term in self.rewards.items()}
-        return RolloutBatch(self.view, **lists, **tensors, inputs=self.inputs, policy_weight=self.policy_weight,
-                            rewards=rewards, advantage_divisor=self.advantage_divisor)
+        return RolloutBatch(self.view, **lists, **tensors, inputs=self.inputs, rewards=rewards,
+                            policy_weight=self.policy_weight, advantage_divisor=self.advantage_divisor)
 
 
 def make_image_pairs(images, samples, clip, step, args):
-    """Noise each question's pictures where the evidence is -> the noised pictures (Q lists), is_control (Q,) bool.
+    """Noise each question's pictures where the evidence is -> the noised pictures (Q lists), is_control (Q,)
+    bool.
 
-    Controls have the noise on a random region of the same area. The pictures are None where no term needs them.
+    Controls have the noise on a random region of the same area. The pictures are None where no term needs
+    them.
     """
     if not args.uses_noised:
         return None, torch.zeros(len(samples), dtype=torch.bool)
-    is_control = [random.Random(f"control {args.seed} {step} {s.id}").random() < args.controls for s in samples]
+    seeds = [f"{args.seed} {step} {s.id}" for s in samples]
+    is_control = [random.Random(f"control {seed}").random() < args.controls for seed in seeds]
     regions = ["random" if control else args.region for control in is_control]
-    noised_images = noise.make_pairs(images, [s.question for s in samples], clip, noise.parse_t(args.noise_t), regions,
-                                     args.mass, [f"{args.seed} {step} {s.id}" for s in samples])
+    noised_images = noise.make_pairs(images, [s.question for s in samples], clip, noise.parse_t(args.noise_t),
+                                     regions, args.mass, seeds)
     return noised_images, torch.tensor(is_control)
 
 
 def roll_out(vlm, samples, images, noised_images, is_control, step, args):
-    """G answers to each question on its picture, and on its noised twin -> RolloutBatch of each view (noised: or None).
+    """G answers to each question on its picture, and on its noised twin -> RolloutBatch of each view (noised:
+    or None).
 
     Both views are sampled in one batch. C is read from the raw logits while sampling.
     """
@@ -215,45 +215,52 @@ def roll_out(vlm, samples, images, noised_images, is_control, step, args):
     batches = []
     for view, pictures in views.items():
         rollouts, groups = groups[:len(samples)], groups[len(samples):]
-        correct = torch.tensor([[outcome_reward(r.text, s) for r in group] for s, group in zip(samples, rollouts)])
+        correct = torch.tensor([[outcome_reward(r.text, s) for r in group]
+                                for s, group in zip(samples, rollouts)])                              # (Q, G)
         policy_weight = 1.0 if view == "original" else args.noised_policy if args.noised_learns else 0.0
-        batches.append(RolloutBatch(view, pictures, prompts, rollouts, rollout_confidence(rollouts), correct, is_control,
-                                    inputs, [len(batches) * len(samples) + q for q in range(len(samples))], policy_weight))
+        rows = [len(batches) * len(samples) + q for q in range(len(samples))]
+        batches.append(RolloutBatch(view, pictures, prompts, rollouts, rollout_confidence(rollouts), correct,
+                                    is_control, inputs, rows, policy_weight))
     return batches[0], batches[1] if len(batches) > 1 else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # IV. Rewards (Eq. 4 and 3.2.2). V. Advantages
 
 def add_rewards(original, noised, confidence_map, args):
-    """Fill in each view's reward terms and advantages. The perception term of a pair is in the rewards of both views."""
+    """Fill in each view's reward terms and advantages. The perception term of a pair is in the rewards of
+    both views."""
     c_noised = None if noised is None else noised.confidence
-    perception, calibration = confidence_reward(original.confidence, c_noised, original.correct, original.is_control,
-                                                confidence_map, args)
+    perception, calibration = confidence_reward(original.confidence, c_noised, original.correct,
+                                                original.is_control, confidence_map, args)
     for batch in (original, noised):
         if batch is None:
             continue
         if batch is noised:
             calibration = calibration_reward(c_noised, noised.correct, confidence_map, args)
-        formats = torch.tensor([[format_reward(r.text, r.finished) for r in group] for group in batch.rollouts])
-        batch.rewards = {"perception": perception, "calibration": calibration, "outcome": batch.correct, "format": formats}
+        formats = torch.tensor([[format_reward(r.text, r.finished) for r in group]
+                                for group in batch.rollouts])                                         # (Q, G)
+        batch.rewards = {"perception": perception, "calibration": calibration, "outcome": batch.correct,
+                         "format": formats}
         batch.advantages, divisor = group_advantages(sum(batch.rewards.values()), args.adv_norm)
         total, groups = distributed.summed([divisor.sum(), len(divisor)])
         batch.advantage_divisor = max(MIN_DIVISOR, total / groups)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # VI. Loss and update
 
 def policy_loss(logprobs, old_logprobs, advantages, clip_low, clip_high):
-    """-min(ratio A, clip(ratio) A) per token: (B, T), (B, T), (B, 1) -> (B, T), and which ratios were clipped (B, T)."""
+    """-min(ratio A, clip(ratio) A) per token: (B, T), (B, T), (B, 1) -> (B, T), and which ratios were clipped
+    (B, T)."""
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -torch.minimum(ratio * advantages, clipped * advantages), (ratio != clipped).float()
 
 
 def kl_k3(logprobs, ref_logprobs):
-    """KL(policy || reference) by the k3 estimator, per token: exp(d) - d - 1 >= 0 with d = reference - policy."""
+    """KL(policy || reference) by the k3 estimator, per token: exp(d) - d - 1 >= 0 with d = reference -
+    policy."""
     difference = ref_logprobs - logprobs
     return difference.exp() - difference - 1
 
@@ -261,29 +268,32 @@ def kl_k3(logprobs, ref_logprobs):
 def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_tokens, args):
     """The loss of one micro-batch -> scalar with gradient, and sums for the log (dict).
 
-    Policy gradient: GRPO on the original's rollouts, and times --noised_policy on the noised ones'. Pathwise: --pathwise
-    times the gradient of the confidence reward itself, which is made of the policy's logits, through C and C'.
-    The objective counts each reward term once: the expected perception, calibration, outcome and format of the original
-    answers, and where they learn the calibration, outcome and format of the noised ones.
+    Policy gradient: GRPO on the original's rollouts, and times --noised_policy on the noised ones'. Pathwise:
+    --pathwise times the gradient of the confidence reward itself, which is made of the policy's logits,
+    through C and C'. The objective counts each reward term once: the expected perception, calibration,
+    outcome and format of the original answers, and where they learn the calibration, outcome and format of
+    the noised ones.
 
-    Exact (tests/test_exact.py, by enumeration): with --adv_norm loo, --pathwise 1, --mu 1 and --kl_beta 0 the expected
-    gradient, before the division by the tokens, is the gradient of that objective. With --noised_policy 1 both views'
-    answers are drawn from the policy. With 0, or where one view learns, the noised answers are data: their probability is
-    held, C' on them is not. --alpha, --beta, --calibration and --controls choose the reward, and
-    any value is exact. --cnorm group is not: a reward then holds the C of the other answers.
-    Not exact: --adv_norm none scales the policy gradient by (G - 1) / G. std divides each group by its own std; the pathwise
-    term is then divided by the batch's mean std, because a tied group's own is 0. Other weights, and clipping, leave it too.
+    Exact (tests/test_exact.py, by enumeration): with --adv_norm loo, --pathwise 1, --mu 1 and --kl_beta 0 the
+    expected gradient, before the division by the tokens, is the gradient of that objective. With
+    --noised_policy 1 both views' answers are drawn from the policy. With 0, or where one view learns, the
+    noised answers are data: their probability is held, C' on them is not. --alpha, --beta, --calibration and
+    --controls choose the reward, and any value is exact. --cnorm group is not: a reward then holds the C of
+    the other answers. Not exact: --adv_norm none scales the policy gradient by (G - 1) / G. std divides each
+    group by its own std; the pathwise term is then divided by the batch's mean std, because a tied group's
+    own is 0. Other weights, and clipping, leave it too.
     """
     views = [original] if noised is None else [original, noised]
     images, prompts = [p for view in views for p in view.images], [p for view in views for p in view.prompts]
     completions = [r.tokens for view in views for group in view.rollouts for r in group]
     sizes = [view.confidence.numel() for view in views]
-    encoded = {"inputs": original.inputs, "rows": [row for view in views for row in view.rows]}
-    scores = policy.score(images, prompts, completions, temperature=args.temperature, **encoded).split(sizes)
+    how = {"temperature": args.temperature, "inputs": original.inputs,
+           "rows": [row for view in views for row in view.rows]}
+    scores = policy.score(images, prompts, completions, **how).split(sizes)      # both views in one pass
     ref_scores = [None] * len(views)
     if reference is not None:
         with torch.no_grad():
-            ref_scores = reference.score(images, prompts, completions, temperature=args.temperature, **encoded).split(sizes)
+            ref_scores = reference.score(images, prompts, completions, **how).split(sizes)
     loss, sums = 0.0, dict.fromkeys(logs.LOSS_SUMS, 0.0)
 
     # ---- the clipped policy gradient of GRPO
@@ -292,8 +302,9 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
             continue
         if view.old_logprobs is None:                       # the first update: ratio 1, with gradient
             view.old_logprobs = score.logprobs.detach()
-        advantages = view.advantages.reshape(-1, 1).to(score.logprobs.device)                             # (Q*G, 1)
-        per_token, clipped = policy_loss(score.logprobs, view.old_logprobs, advantages, args.clip_low, args.clip_high)
+        advantages = view.advantages.reshape(-1, 1).to(score.logprobs.device)                    # (Q*G, 1)
+        per_token, clipped = policy_loss(score.logprobs, view.old_logprobs, advantages, args.clip_low,
+                                         args.clip_high)
         if ref_score is not None:
             kl = kl_k3(score.logprobs, ref_score.logprobs)
             per_token = per_token + args.kl_beta * kl
@@ -304,14 +315,15 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
 
     # ---- the reward's own gradient, through C and C'
     if args.pathwise:
-        c = [sequence_confidence(score.confidence, score.mask).view_as(view.confidence)                   # (Q, G) each
-             for view, score in zip(views, scores)]
+        c = [sequence_confidence(score.confidence, score.mask).view_as(view.confidence)
+             for view, score in zip(views, scores)]                                          # (Q, G) each
         c_noised = None if noised is None else c[1]
-        terms = confidence_reward(c[0], c_noised, original.correct.to(c[0].device), original.is_control, confidence_map, args)
+        terms = confidence_reward(c[0], c_noised, original.correct.to(c[0].device), original.is_control,
+                                  confidence_map, args)
         pathwise = -args.pathwise * (sum(terms) / original.advantage_divisor).sum() / num_loss_tokens
         if args.noised_learns:
-            calibration = calibration_reward(c_noised, noised.correct.to(c_noised.device), confidence_map, args)
-            pathwise = pathwise - args.pathwise * (calibration / noised.advantage_divisor).sum() / num_loss_tokens
+            term = calibration_reward(c_noised, noised.correct.to(c_noised.device), confidence_map, args)
+            pathwise = pathwise - args.pathwise * (term / noised.advantage_divisor).sum() / num_loss_tokens
         loss, sums["pathwise"] = loss + pathwise, pathwise.detach()
     return loss, sums | {"loss": loss.detach()}
 
@@ -327,44 +339,49 @@ def accumulate_gradients(policy, reference, micro_batches, confidence_map, num_l
     return totals
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Before and after the loop
 
 def fit_map_on_base(vlm, clip, order, args):
-    """Roll out the base model on both views of the first steps' questions and fit the map from C to c (dict)."""
+    """Roll out the base model on both views of the first steps' questions and fit the map from C to c
+    (dict)."""
     pairs = Args(**{**vars(args), "alpha": 1.0, "controls": 0.0})
     measured, steps = [], range(max(1, args.scale_questions // args.batch_size))
     for step in tqdm(steps, desc="base confidence", unit="batch", leave=False, disable=order.rank > 0):
         samples, name = order.samples(step), f"scale {step}"
         images = [s.pictures() for s in samples]
-        views = roll_out(vlm, samples, images, *make_image_pairs(images, samples, clip, name, pairs), name, pairs)
-        measured.append(torch.stack([torch.stack([view.confidence, view.correct]) for view in views]))    # (2, 2, Q, G)
-    return fit_confidence_map(*torch.cat(distributed.gathered(measured), 2).flatten(2))
+        twins = make_image_pairs(images, samples, clip, name, pairs)
+        views = roll_out(vlm, samples, images, *twins, name, pairs)
+        measured.append(torch.stack([torch.stack([view.confidence, view.correct]) for view in views]))
+    return fit_confidence_map(*torch.cat(distributed.gathered(measured), 2).flatten(2))       # (2, 2, N)
 
 
 def probe_held_out(vlm, held_out, clip, args, path, order):
-    """Answers of the model to the held-out questions at each noise step, split over ranks -> {t: list of Answer}.
+    """Answers of the model to the held-out questions at each noise step, split over ranks -> {t: list of
+    Answer}.
 
-    They are stored at `path`, and read from there if the run was stopped after them. None without held-out questions.
+    They are stored at `path`, and read from there if the run was stopped after them. None without held-out
+    questions.
     """
     if not held_out:
         return None
     if path.exists():
         return report.read_probe(path, eval.Answer)
     ts = sorted({*eval.PROBE_STEPS, noise.parse_t(args.noise_t)[1]})
-    # no more rollouts at once than in a step
-    questions = max(1, min(32, args.batch_size // order.world * args.group_size * (1 + args.uses_noised) // PROBE_SAMPLES))
-    answers_by_t = eval.probe(vlm, [held_out[i] for i in range(order.rank, len(held_out), order.world)], clip, ts, args.region,
-                              args.mass, PROBE_SAMPLES, seed=args.seed, name=path.stem, max_new_tokens=args.max_new_tokens,
-                              batch_size=questions)
+    rollouts = args.batch_size // order.world * args.group_size * (1 + args.uses_noised)           # of a step
+    mine = [held_out[i] for i in range(order.rank, len(held_out), order.world)]
+    answers_by_t = eval.probe(vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed,
+                              name=path.stem, max_new_tokens=args.max_new_tokens,
+                              batch_size=max(1, min(32, rollouts // PROBE_SAMPLES)))
     answers_by_t = {t: distributed.gathered(answers_by_t[t]) for t in ts}
     if order.rank == 0:
-        logs.write_json(path, {t: [asdict(answer) for answer in answers] for t, answers in answers_by_t.items()})
+        logs.write_json(path, {t: [asdict(a) for a in answers] for t, answers in answers_by_t.items()})
     return answers_by_t
 
 
 def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map, args, order):
-    """Save the final model, run the probe again, write report.png and the table -> the table's rows (rank 0) or None."""
+    """Save the final model, run the probe again, write report.png and the table -> the table's rows (rank 0)
+    or None."""
     with policy.unsharded():
         after = probe_held_out(vlm, held_out, clip, args, output / "after.json", order)
     state = distributed.full_state_dict(policy, compute)
@@ -376,8 +393,11 @@ def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map,
         state = lora.merged_state(vlm.model, merged)
     loading.save(vlm, output, state)
     logs.write_json(output / "confidence.json", confidence_map)
-    rows = report.finish_run(output, before, after, confidence_map, args, noise.parse_t(args.noise_t)[1]) if held_out else None
-    unseen = f" --data {output / 'heldout.jsonl'} --allow_outside" if (output / "heldout.jsonl").exists() else ""
+    rows = None
+    if held_out:
+        rows = report.finish_run(output, before, after, confidence_map, args, noise.parse_t(args.noise_t)[1])
+    file = output / "heldout.jsonl"
+    unseen = f" --data {file} --allow_outside" if file.exists() else ""
     print(f"next: python eval.py --model {output} --baseline {cli.shown(args.model)}{unseen}")
     return rows
 
@@ -387,58 +407,46 @@ def train(args):
     rank, world = distributed.place()
     check(args, world)
     if args.run.dry_run:
-        return None if rank else memory.dry_run(args, VLM.load(args.model, meta=True), clip_files.count_parameters(args.clip),
+        return None if rank else memory.dry_run(args, VLM.load(args.model, meta=True),
+                                                count_parameters(args.clip),
                                                 data.open_data(args)[0], data.prompt, world)
     device = distributed.start_ranks()[2]
     torch.manual_seed(args.seed)
-    # Every check that one rank may fail is agreed upon: all ranks refuse together, before anything is moved or written.
+    # Every check that one rank may fail is agreed upon: all ranks refuse together, before anything is moved
+    # or written.
     train_set, held_out = agreed(lambda: data.open_data(args))
     order = QuestionOrder(train_set, args.batch_size, args.seed, rank, world)
-    clip = agreed(lambda: noise.ClipAttention.from_pretrained(args.clip, device, args.run.clip_map, args.run.clip_cache))
+    clip = agreed(lambda: noise.ClipAttention.from_pretrained(args.clip, device, args.run.clip_map,
+                                                              args.run.clip_cache))
     compute = distributed.dtype_of(args.run, device)
     vlm = agreed(lambda: load_model(args.model, device, compute))
     if args.run.explain:
         stages = (fit_map_on_base, make_image_pairs, roll_out, add_rewards, cdrl_loss)
         policy = distributed.shard(vlm, device, compute, sharded=False)
         return explain.print_step(args, vlm, policy, clip, order, held_out, stages)
-    if isinstance(train_set, list):         # of a file: decoded no larger than the vision tower can use
-        enough = preflight.tower_pixels(vlm)
-        for sample in (*train_set, *held_out):
-            sample.enough = enough
-    # Built-in questions are alike in length: the first ones stand for all.
-    checked = (range(len(train_set)) if isinstance(train_set, list)
-               else sorted({i for s in range(min(args.steps, 16)) for i in order.indices(s)}))
-    checked = [train_set[i] for i in checked] + list(held_out)
-    agreed(lambda: preflight.check_questions(preflight.PromptLengths(vlm), checked[rank::world], data.prompt,
-                                             args.max_new_tokens, vlm.context))
+    agreed(lambda: preflight.check_run(vlm, train_set, held_out, order, args, data.prompt))
     output, newest = checkpoint.open_run(args, vlm, needs_before=bool(held_out))
     if rank == 0 and held_out and args.data != "synthetic":
-        data.write_held_out(held_out, output / "heldout.jsonl")         # for eval.py, which must not see what was trained on
-    if args.freeze_vision:
-        for p in loading.vision_parameters(vlm):
-            p.requires_grad_(False)
-    if args.run.lora_rank:
-        lora.add(vlm, args.run.lora_rank, args.run.lora_alpha, args.run.lora_target, args.model)
-    sharded, gradient_checkpointing = distributed.choices(args, device, world, vlm)
-    if gradient_checkpointing:
-        loading.checkpoint_activations(distributed.blocks(vlm.model), vlm.cache_name)
-    policy = distributed.shard(vlm, device, compute, sharded, args.run.offload)
+        data.write_held_out(held_out, output / "heldout.jsonl")     # for eval.py: questions not trained on
+    policy, choices = distributed.prepare(vlm, args, device, compute, world)
     reference = None
     if args.kl_beta:
-        reference = lora.Frozen(policy) if args.run.lora_rank else distributed.shard(
-            load_model(args.model, device, compute), device, compute, sharded, args.run.offload, trains=False)
+        reference = lora.Frozen(policy) if args.run.lora_rank else distributed.prepare(
+            load_model(args.model, device, compute), args, device, compute, world, trains=False)[0]
     parameters = [p for p in policy.parameters() if p.requires_grad]
     # Fused on a GPU: else an update makes a second copy of the weights for a moment.
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=parameters[0].device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0,
+                                  fused=parameters[0].device.type == "cuda")
     with policy.unsharded():
         before = probe_held_out(vlm, held_out, clip, args, output / "before.json", order)
-        start, confidence_map = (0, fit_map_on_base(vlm, clip, order, args)) if newest is None else (None, None)
+        if newest is None:
+            start, confidence_map = 0, fit_map_on_base(vlm, clip, order, args)
     if newest is not None:
         start, confidence_map = checkpoint.load_checkpoint(newest, policy, optimizer)
     if rank == 0:
         logs.trim_logs(output, start)
-        print(f"{args.recipe}: {cli.shown(args.model)}, {sum(p.numel() for p in parameters):,} parameters on {device}, "
-              f"{distributed.describe(compute, sharded, gradient_checkpointing, world)}, steps {start} to {args.steps}")
+        print(f"{args.recipe}: {cli.shown(args.model)}, {sum(p.numel() for p in parameters):,} parameters "
+              f"on {device}, {choices}, steps {start} to {args.steps}")
 
     hopeless = preflight.HopelessTraining(args.run.patience)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="step", disable=rank > 0)
@@ -466,12 +474,13 @@ def train(args):
             num_loss_tokens = max(1.0, distributed.summed([tokens])[0])
             updates = []
             for _ in range(args.mu):
-                updates.append(accumulate_gradients(policy, reference, passes, confidence_map, num_loss_tokens, args))
+                updates.append(accumulate_gradients(policy, reference, passes, confidence_map,
+                                                    num_loss_tokens, args))
                 updates[-1]["grad_norm"] = distributed.clip_gradients(parameters, args.max_grad_norm)
                 if not math.isfinite(updates[-1]["grad_norm"]):
-                    raise InputError(f"the gradient of step {step} is not finite; lower --lr ({args.lr:g}) or the reward's "
-                                     f"weights; with --resume from the same command and a lower --lr goes on from the newest "
-                                     f"checkpoint in {output}")
+                    raise InputError(f"the gradient of step {step} is not finite; lower --lr ({args.lr:g}) or "
+                                     "the reward's weights: the same command with a lower --lr and "
+                                     f"--resume from goes on from the newest checkpoint in {output}")
                 optimizer.step()
                 optimizer.zero_grad()               # frees their memory for the next rollouts
             # ---- VII. log and save
@@ -482,7 +491,8 @@ def train(args):
                 progress.set_postfix(logs.postfix(row))
             stopped = stop.on_any_rank()
             if (step + 1) % args.run.save_every == 0 or step + 1 == args.steps or stopped:
-                checkpoint.save_checkpoint(output, vlm, policy, optimizer, step + 1, confidence_map, args.run.keep, compute)
+                checkpoint.save_checkpoint(output, vlm, policy, optimizer, step + 1, confidence_map,
+                                           args.run.keep, compute)
             if stopped:
                 break
             warning = hopeless(row)
@@ -491,7 +501,8 @@ def train(args):
         if stop.on_any_rank():              # also of a signal during the last save
             progress.close()
             if rank == 0:
-                print(f"stopped after step {step + 1}, saved; the same command goes on from here", file=sys.stderr)
+                print(f"stopped after step {step + 1}, saved; the same command goes on from here",
+                      file=sys.stderr)
             raise SystemExit(130)
     return finish(vlm, policy, compute, clip, held_out, before, output, confidence_map, args, order)
 

@@ -4,13 +4,13 @@
     rollouts = vlm.sample(images, prompts, n=8)              # list (B) of lists (8) of Rollout
     scores = vlm.score(images, prompts, completions)         # log-probs and confidence, with gradient
 
-Works for any Hugging Face image-text-to-text model whose cache is a `DynamicCache`, with attention or linear attention
-(`utils/caches.py`). One prefill reads a prompt and its pictures once. The G samples share its keys and values
-(`utils/shared_prefix.py`). `score` prefills in the same way and reads the completions after copies of the cache, so that
-sampled and scored log-probs agree to rounding.
+Works for any Hugging Face image-text-to-text model whose cache is a `DynamicCache`, with attention or linear
+attention (`utils/caches.py`). One prefill reads a prompt and its pictures once. The G samples share its keys
+and values (`utils/shared_prefix.py`). `score` prefills in the same way and reads the completions after copies
+of the cache, so that sampled and scored log-probs agree to rounding.
 
-Log-probs and confidence are read from the raw logits in fp32, before temperature, top-k and banned ids (paper Eq. 3).
-No (B, T, V) tensor is kept: at most CHUNK_LOGITS logits are in memory at once.
+Log-probs and confidence are read from the raw logits in fp32, before temperature, top-k and banned ids (paper
+Eq. 3). No (B, T, V) tensor is kept: at most CHUNK_LOGITS logits are in memory at once.
 """
 import inspect
 import math
@@ -39,8 +39,8 @@ from utils.sight import Sight
 class Rollout:
     """One sampled completion.
 
-    tokens (T,) int64, with EOS; logprobs (T,) in nats, of the raw logits at temperature 1; confidences (T,), Eq. 3 for
-    each token; finished: it ended with EOS and was not cut at max_new_tokens."""
+    tokens (T,) int64, with EOS; logprobs (T,) in nats, of the raw logits at temperature 1; confidences (T,),
+    Eq. 3 for each token; finished: it ended with EOS and was not cut at max_new_tokens."""
     text: str
     tokens: torch.Tensor
     logprobs: torch.Tensor
@@ -61,8 +61,8 @@ class Scores(NamedTuple):
 
 @dataclass
 class Prefill:
-    """Prompts after one forward pass. cache: their keys and values; hidden (B, D) of the last token; mask (B, L);
-    position (..., B, 1) of the last token, with a leading axis of 3 for multimodal rotary embeddings."""
+    """Prompts after one forward pass. cache: their keys and values; hidden (B, D) of the last token; mask (B,
+    L); position (..., B, 1) of the last token, with a leading axis of 3 for multimodal rotary embeddings."""
     cache: DynamicCache
     hidden: torch.Tensor
     mask: torch.Tensor | None
@@ -77,7 +77,8 @@ class Prefill:
     def share(self, n):
         """`repeat` without the copies, for decoding. From now on the cache holds the mask."""
         self.cache, self.mask = shared_prefix.SharedPrefix(self.cache, self.mask, n), None
-        self.hidden, self.position = self.hidden.repeat_interleave(n, 0), self.position.repeat_interleave(n, -2)
+        self.hidden, self.position = self.hidden.repeat_interleave(n, 0), self.position.repeat_interleave(n,
+                                                                                                          -2)
 
     def select(self, rows):
         """Only these rows stay."""
@@ -90,7 +91,8 @@ class VLM:
     """model: an image-text-to-text model; processor: its processor. Use `VLM.load`."""
 
     def __init__(self, model, processor):
-        self.model, self.processor = model.eval(), processor    # eval: with dropout, score would differ from sample
+        # eval: with dropout, score would differ from sample
+        self.model, self.processor = model.eval(), processor
         self.tokenizer, self.sight = processor.tokenizer, Sight(processor)
         self.tokenizer.padding_side = "left"
         self.backbone, self.head = getattr(model, "model", None), model.get_output_embeddings()
@@ -103,26 +105,30 @@ class VLM:
         self.banned = loading.banned_ids(model, self.tokenizer, self.eos)
         self.special_tokens = loading.special_token_pattern(self.tokenizer)
         # transformers 5.20 renamed past_key_values to cache.
-        self.cache_name = "cache" if "cache" in inspect.signature(self.backbone.forward).parameters else "past_key_values"
+        parameters = inspect.signature(self.backbone.forward).parameters
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"
         # A layer with states needs more than one word at a time for its backward pass.
         self.min_words = 2 if has_states(self.text_config) else 1
         self.logit_factor = 1.0                                 # measured by `loading.check`
-        # Do samples read their prompt's keys and values in place (shared_prefix.py)? `loading.check` tries it.
+        # Do samples read their prompt's keys and values in place (shared_prefix.py)? `loading.check` tries
+        # it.
         self.shares_prefix = shared_prefix.applies_to(self.text_config)
 
     @classmethod
     def load(cls, path, device=None, dtype=None, meta=False):
         """Open a directory or a hub id -> VLM.
 
-        device: CUDA where there is one, unless named. dtype: bf16 there and fp32 on a CPU, unless named; "auto" is that
-        of the file. meta: without weights, to encode prompts and count. InputError, in a sentence, for a path without a
-        model, a model without an image processor, or a class that cannot work here."""
+        device: CUDA where there is one, unless named. dtype: bf16 there and fp32 on a CPU, unless named;
+        "auto" is that of the file. meta: without weights, to encode prompts and count. InputError, in a
+        sentence, for a path without a model, a model without an image processor, or a class that cannot work
+        here."""
         if meta:
             return cls._load_meta(path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if str(device) == "cpu" else torch.bfloat16)
         if not Path(path).is_dir() and (str(path).startswith((".", "/")) or str(path).count("/") != 1):
-            raise InputError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name")
+            raise InputError(f"model {str(path)!r} is neither a directory nor a hub id of the form "
+                             "owner/name")
         base = lora.base_of(path)                   # an adapter's folder names the model that it belongs to
         if base is not None:
             vlm = cls.load(base, device, dtype)
@@ -147,13 +153,14 @@ class VLM:
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
         except (ImportError, OSError, ValueError) as error:
-            raise InputError(f"model {str(path)!r} has no settings that can be read: {reason(error)}") from error
+            raise InputError(f"model {str(path)!r} has no settings that can be read: "
+                             f"{reason(error)}") from error
         vlm = cls(model, loading.load_processor(path))
         try:
             loading.trial(vlm)
         except Exception as error:
             raise loading.refusal(model, error) from error
-        with tempfile.TemporaryDirectory() as folder:               # a checkpoint will write the processor, too
+        with tempfile.TemporaryDirectory() as folder:  # a checkpoint will write the processor, too
             loading.save_processor(vlm, folder)
         return vlm
 
@@ -167,15 +174,16 @@ class VLM:
         """The longest sequence, in tokens, that the model's positions allow (int)."""
         return self.text_config.max_position_embeddings
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # Prompts in
 
     def encode(self, images, prompts):
         """User turns with their pictures -> Inputs, left-padded, input_ids (B, L).
 
         images: list (B) of lists of PIL images. A picture stands where the prompt first names it (`<image>`,
-        `<image 2>`, `<image2>`), else in front. Special tokens in a prompt become spaces: the words of a user or of an
-        Expert cannot open a picture or end the turn. InputError where the model's processor refuses the prompts.
+        `<image 2>`, `<image2>`), else in front. Special tokens in a prompt become spaces: the words of a user
+        or of an Expert cannot open a picture or end the turn. InputError where the model's processor refuses
+        the prompts.
         """
         texts, ordered = [], []
         for pictures, prompt in zip(images, prompts, strict=True):
@@ -184,15 +192,18 @@ class VLM:
                 if piece["type"] == "text":
                     piece["text"] = self.special_tokens.sub(" ", piece["text"])
             ordered.append([pictures[i] for i in order])
-            texts.append(self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+            texts.append(self.processor.apply_chat_template([{"role": "user", "content": content}],
+                                                            tokenize=False,
                                                             add_generation_prompt=True))
         bos = self.tokenizer.bos_token              # not once more where the template has written it
         try:
             inputs = self.sight(texts, ordered, add_special_tokens=not (bos and texts[0].startswith(bos)))
         except InputError:
             raise
-        except ValueError as error:     # some classes take no prompt without a picture, or not beside others with one
-            raise InputError(f"{type(self.processor).__name__} does not take these prompts: {error}") from error
+        # some classes take no prompt without a picture, or not beside others with one
+        except ValueError as error:
+            name = type(self.processor).__name__
+            raise InputError(f"{name} does not take these prompts: {error}") from error
         return Inputs({name: value.to(self.device) for name, value in inputs.items()},
                       all(len(pictures) == 1 for pictures in images))
 
@@ -201,14 +212,18 @@ class VLM:
         return self.encode([images], [prompt])["input_ids"].shape[1]
 
     def _forward(self, cache, module=None, **inputs):
-        return (module or self.backbone)(**inputs, use_cache=True, **{self.cache_name: cache}).last_hidden_state
+        return (module or self.backbone)(**inputs, use_cache=True,
+                                         **{self.cache_name: cache}).last_hidden_state
 
     def prefill(self, images, prompts, inputs=None):
-        """One forward pass over the prompts -> Prefill. inputs: what `encode` made of them, else it is made here."""
+        """One forward pass over the prompts -> Prefill. inputs: what `encode` made of them, else it is made
+        here."""
         inputs = self.encode(images, prompts) if inputs is None else inputs
-        inputs = loading.cast_pixels(inputs, self.head.weight.dtype)    # FSDP may have changed it since `encode`
+        inputs = loading.cast_pixels(inputs,
+                                     self.head.weight.dtype)    # FSDP may have changed it since `encode`
         positions, cache = loading.position_ids(self.model, inputs), new_cache(self.text_config)
-        hidden = self._forward(cache, position_ids=positions, **inputs)                             # (B, L, D)
+        hidden = self._forward(cache, position_ids=positions,
+                               **inputs)                             # (B, L, D)
         return Prefill(cache, hidden[:, -1], inputs["attention_mask"], positions[..., -1:])
 
     def read(self, state, token):
@@ -216,9 +231,11 @@ class VLM:
         if state.mask is not None:
             state.mask = torch.cat([state.mask, state.mask.new_ones(len(token), 1)], 1)
         state.position = state.position + 1
-        # The decoder alone where prompts are shared: the backbone would look for pictures that a word does not have.
+        # The decoder alone where prompts are shared: the backbone would look for pictures that a word does
+        # not have.
         decoder = self.model.get_decoder() if self.shares_prefix else None
-        state.hidden = self._forward(state.cache, decoder, input_ids=token[:, None], attention_mask=state.mask,
+        state.hidden = self._forward(state.cache, decoder, input_ids=token[:, None],
+                                     attention_mask=state.mask,
                                      position_ids=state.position)[:, -1]
 
     def logits(self, hidden):
@@ -231,41 +248,47 @@ class VLM:
 
     @torch.no_grad()
     def states(self, images, prompts):
-        """The last hidden state at the end of each of B prompts, before the first word -> (B, D) fp32 on the CPU."""
+        """The last hidden state at the end of each of B prompts, before the first word -> (B, D) fp32 on the
+        CPU."""
         return self.prefill(images, prompts).hidden.float().cpu()
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # Completions out
 
     @torch.no_grad()
-    def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, greedy=False, seed=0,
+    def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, greedy=False,
+               seed=0,
                first=0, inputs=None):
         """n completions for each of B prompts -> list (B) of lists (n) of Rollout.
 
-        images: list (B) of lists of PIL images. temperature and top_k (0 = off) shape what is drawn; log-probs and
-        confidences come from the raw logits. greedy: argmax (lowest id on a tie). seed: an int or a string, or one for
-        each prompt. A prompt's random numbers are drawn before decoding, from its own seed: they depend neither on the
-        other prompts of the batch nor on the number of ranks. first: how many samples of this seed to pass over, so
-        that 8 samples are 5 and then 3 with first = 5. inputs: what `encode` made of these prompts, where it is at hand.
+        images: list (B) of lists of PIL images. temperature and top_k (0 = off) shape what is drawn;
+        log-probs and confidences come from the raw logits. greedy: argmax (lowest id on a tie). seed: an int
+        or a string, or one for each prompt. A prompt's random numbers are drawn before decoding, from its own
+        seed: they depend neither on the other prompts of the batch nor on the number of ranks. first: how
+        many samples of this seed to pass over, so that 8 samples are 5 and then 3 with first = 5. inputs:
+        what `encode` made of these prompts, where it is at hand.
         """
         def choose(logits, uniform):
             allowed = logits.masked_fill(self.banned, -torch.inf)
             return allowed.argmax(-1) if greedy else sample_token(allowed, uniform, temperature, top_k)
 
         seeds = seed if isinstance(seed, list | tuple) else [f"{seed} {b}" for b in range(len(prompts))]
-        uniform = torch.cat([torch.rand(first + n, max_new_tokens, generator=generator(s), dtype=torch.float64)[first:]
+        uniform = torch.cat([torch.rand(first + n, max_new_tokens, generator=generator(s),
+                                        dtype=torch.float64)[first:]
                              for s in seeds]).to(self.device)                                       # (B*n, T)
         rollouts = self._decode([self.prefill(images, prompts, inputs)], choose, n, max_new_tokens, uniform)
         return [rollouts[b * n:(b + 1) * n] for b in range(len(prompts))]
 
     @torch.no_grad()
     def contrast(self, images, noised, prompts, *, alpha=0.5, beta=0.1, max_new_tokens=256):
-        """Visual contrastive decoding (Eq. 9, paper 3.3, Visual Self-Check; VCD, arXiv 2311.16922) -> list (B) of Rollout.
+        """Visual contrastive decoding (Eq. 9, paper 3.3, Visual Self-Check; VCD, arXiv 2311.16922) -> list
+        (B) of Rollout.
 
-        Two caches, one on `images` and one on `noised` (lists (B) of lists of PIL images), read one shared text in lock
-        step. The next token is the argmax of (1 + alpha) log p(.|i) - alpha log p(.|i'), among tokens with
-        p(.|i) >= beta * max p(.|i). alpha = 0 and beta = 0 is greedy decoding on `images`. The rollout's log-probs and
-        confidences are those of the original picture, raw. ValueError for alpha < 0 or beta outside [0, 1].
+        Two caches, one on `images` and one on `noised` (lists (B) of lists of PIL images), read one shared
+        text in lock step. The next token is the argmax of (1 + alpha) log p(.|i) - alpha log p(.|i'), among
+        tokens with p(.|i) >= beta * max p(.|i). alpha = 0 and beta = 0 is greedy decoding on `images`. The
+        rollout's log-probs and confidences are those of the original picture, raw. ValueError for alpha < 0
+        or beta outside [0, 1].
         """
         if alpha < 0 or not 0 <= beta <= 1:
             raise ValueError(f"alpha {alpha} must not be negative, and beta {beta} must lie in [0, 1]")
@@ -274,7 +297,8 @@ class VLM:
             logprobs = logits.log_softmax(-1).masked_fill(self.banned, -torch.inf)
             scores = (1 + alpha) * logprobs - alpha * noised_logits.log_softmax(-1)
             if beta:
-                scores = scores.masked_fill(logprobs < logprobs.amax(-1, keepdim=True) + math.log(beta), -torch.inf)
+                scores = scores.masked_fill(logprobs < logprobs.amax(-1, keepdim=True) + math.log(beta),
+                                            -torch.inf)
             return scores.argmax(-1)
 
         states = [self.prefill(view, prompts) for view in (images, noised)]
@@ -282,9 +306,11 @@ class VLM:
         return self._decode(states, choose, 1, max_new_tokens, nothing_drawn)
 
     def _decode(self, states, choose, n, max_new_tokens, uniform):
-        """n completions for each prompt of `states` (one Prefill a view, one shared text) -> flat list of Rollout.
+        """n completions for each prompt of `states` (one Prefill a view, one shared text) -> flat list of
+        Rollout.
 
-        choose(logits of each view (R, V) raw, uniform (R,)) -> tokens (R,). The first view's logits are recorded.
+        choose(logits of each view (R, V) raw, uniform (R,)) -> tokens (R,). The first view's logits are
+        recorded.
         """
         for state in states:
             state.share(n) if self.shares_prefix else state.repeat(n)
@@ -294,23 +320,27 @@ class VLM:
         eos, rollouts = set(self.eos.tolist()), []
         for row, length in enumerate((tokens >= 0).sum(-1).tolist()):
             ids = tokens[row, :length]
-            rollouts.append(Rollout(self.tokenizer.decode(ids, skip_special_tokens=True), ids, logprobs[row, :length],
+            rollouts.append(Rollout(self.tokenizer.decode(ids, skip_special_tokens=True), ids,
+                                    logprobs[row, :length],
                                     confidences[row, :length], int(ids[-1]) in eos))
         return rollouts
 
     def _decoding_loop(self, states, choose, max_new_tokens, uniform):
         """-> tokens (R, T), -1 after the end; logprobs, confidences (R, T)."""
         total = len(states[0].hidden)
-        tokens = torch.full((total, max_new_tokens), -1, device=self.device)                        # (R, T), -1 = none
+        tokens = torch.full((total, max_new_tokens), -1,
+                            device=self.device)                        # (R, T), -1 = none
         logprobs, confidences = torch.zeros(2, total, max_new_tokens, device=self.device)
         rows = torch.arange(total, device=self.device)              # the rows still in the batch
         ended = torch.zeros(total, dtype=torch.bool, device=self.device)
-        pending = []                        # (tokens (R,), logits (R, V)) of the newest words, not recorded yet
+        pending = []  # (tokens (R,), logits (R, V)) of the newest words, not recorded yet
 
         def record(t, ended):
-            """Record the P pending words, which end at position t -> which rows have ended (R,). Several words at
+            """Record the P pending words, which end at position t -> which rows have ended (R,). Several
+            words at
             once: a call for each costs more than its arithmetic."""
-            words, logits = (torch.stack(steps, 1) if len(steps) > 1 else steps[0][:, None] for steps in zip(*pending))
+            words, logits = (torch.stack(steps, 1) if len(steps) > 1 else steps[0][:, None]
+                             for steps in zip(*pending))
             at = slice(t + 1 - len(pending), t + 1)
             eos = torch.isin(words, self.eos)                                                       # (R, P)
             tokens[rows, at] = words.masked_fill(ended[:, None] | (eos.cumsum(1) > eos), -1)
@@ -320,9 +350,11 @@ class VLM:
             pending.clear()
             return ended | eos.any(1)
 
-        with torch.inference_mode():        # less work an operation than no_grad; the tensors above are made outside
+        # less work an operation than no_grad; the tensors above are made outside
+        with torch.inference_mode():
             for t in range(max_new_tokens):
-                views = [self.logits(state.hidden) for state in states]                             # (R, V) each, raw
+                views = [self.logits(state.hidden)
+                         for state in states]                             # (R, V) each, raw
                 token = choose(*views, uniform[:, t])
                 pending.append((token, views[0]))
                 trims = t % TRIM_EVERY == TRIM_EVERY - 1 or t == max_new_tokens - 1 or len(rows) <= TRIM_EVERY
@@ -344,33 +376,39 @@ class VLM:
     def score(self, images, prompts, completions, *, temperature=1.0, inputs=None):
         """Log-probs and confidence of given completions, with gradient -> Scores, (B*n, T) each.
 
-        completions: B*n lists of token ids, n in a row for each of the B prompts (n = 1: one each). A prompt is read
-        once. temperature divides the logits of `logprobs` only; confidence stays raw. inputs: what `encode` made of these
-        prompts, where it is at hand. The head sees completion tokens only, in chunks; with more than one
-        chunk, logits are computed again in the backward pass. ValueError for uneven or empty completions.
+        completions: B*n lists of token ids, n in a row for each of the B prompts (n = 1: one each). A prompt
+        is read once. temperature divides the logits of `logprobs` only; confidence stays raw. inputs: what
+        `encode` made of these prompts, where it is at hand. The head sees completion tokens only, in chunks;
+        with more than one chunk, logits are computed again in the backward pass. ValueError for uneven or
+        empty completions.
         """
         n, rest = divmod(len(completions), len(prompts))
         if rest or not n or not all(len(ids) for ids in completions):
-            raise ValueError(f"{len(completions)} completions, some perhaps empty, for {len(prompts)} prompts; the same "
+            raise ValueError(f"{len(completions)} completions, some perhaps empty, for {len(prompts)} "
+                             f"prompts; the same "
                              "number, none empty, is needed for each")
         state = self.prefill(images, prompts, inputs)
         state.repeat(n)
         ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(c) for c in completions], batch_first=True,
                                               padding_value=-1).to(self.device)                     # (B*n, T)
         mask, width = ids >= 0, ids.shape[1]
-        hidden = state.hidden[:, None]                                                              # (B*n, 1, D)
-        # At least one word, even where no completion has a second: ranks that share a model gather its weights at each
-        # pass, and must make the same number of passes.
+        hidden = state.hidden[:,
+                              None]                                                              # (B*n, 1, D)
+        # At least one word, even where no completion has a second: ranks that share a model gather its
+        # weights at each pass, and must make the same number of passes.
         read = max(self.min_words, width - 1)
-        words = torch.nn.functional.pad(ids, (0, read - width), value=-1)                           # (B*n, read)
+        words = torch.nn.functional.pad(ids, (0, read - width),
+                                        value=-1)                           # (B*n, read)
         after = self._forward(state.cache, input_ids=words.clamp(min=0),
                               attention_mask=torch.cat([state.mask, (words >= 0).long()], 1),
                               position_ids=state.position + torch.arange(1, read + 1, device=self.device))
-        hidden = torch.cat([hidden, after], 1)[:, :width]                                           # (B*n, T, D)
-        rows, targets = hidden[mask], ids[mask]                                                     # (N, D), (N,)
+        hidden = torch.cat([hidden, after], 1)[:,
+                                               :width]                                           # (B*n, T, D)
+        rows, targets = hidden[mask], ids[mask]  # (N, D), (N,)
         size = max(1, CHUNK_LOGITS // self.vocabulary)
         chunks = [(checkpoint(self._head_scores, h, y, temperature, use_reentrant=False) if len(rows) > size
-                   else self._head_scores(h, y, temperature)) for h, y in zip(rows.split(size), targets.split(size))]
+                   else self._head_scores(h, y, temperature)) for h,
+                   y in zip(rows.split(size), targets.split(size))]
         fields = [torch.zeros(ids.shape, device=self.device).masked_scatter(mask, torch.cat(field))
                   for field in zip(*chunks)]
         return Scores(*fields, mask)
@@ -385,13 +423,14 @@ class VLM:
 
 
 def load_model(path, device, compute):
-    """A model for training keeps the dtype of its file until its weights become fp32, one shard at a time -> VLM."""
+    """A model for training keeps the dtype of its file until its weights become fp32, one shard at a time ->
+    VLM."""
     return VLM.load(path, device, torch.float32 if compute == torch.float32 else "auto")
 
 
 def generator(seed):
-    """A CPU generator from any seed, or the seed itself if it is one. A string is hashed, so that neighbouring seeds share
-    nothing."""
+    """A CPU generator from any seed, or the seed itself if it is one. A string is hashed, so that
+    neighbouring seeds share nothing."""
     if isinstance(seed, torch.Generator):
         return seed
     return torch.Generator().manual_seed(random.Random(str(seed)).getrandbits(63))
@@ -400,8 +439,8 @@ def generator(seed):
 def sample_token(logits, uniform, temperature=1.0, top_k=0):
     """One token a row, by inverting the cumulative distribution at a given uniform number.
 
-    logits (R, V), -inf where banned; uniform (R,) float64 in [0, 1) -> (R,) int64. Summed in float64: in float32 the
-    tail of a 152k vocabulary is lost, and rounding could select a banned last id.
+    logits (R, V), -inf where banned; uniform (R,) float64 in [0, 1) -> (R,) int64. Summed in float64: in
+    float32 the tail of a 152k vocabulary is lost, and rounding could select a banned last id.
     """
     if temperature != 1:
         logits = logits / temperature
@@ -410,4 +449,5 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0):
         logits = logits.masked_fill(logits < kth, -torch.inf)
     cumulative = logits.double().softmax(-1).cumsum(-1)
     token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return token.clamp(max=logits.shape[-1] - 1)        # nan logits point past the end; the scores then show the nan
+    # nan logits point past the end; the scores then show the nan
+    return token.clamp(max=logits.shape[-1] - 1)

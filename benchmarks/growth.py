@@ -18,7 +18,19 @@ import time
 from pathlib import Path
 
 import torch
-from common import ROOT, VLM, VOCABULARY, at_least, big_vocabulary, data, endless, picture, program, side_by_side, versions
+from common import (
+    ROOT,
+    VLM,
+    VOCABULARY,
+    at_least,
+    big_vocabulary,
+    data,
+    endless,
+    picture,
+    program,
+    side_by_side,
+    versions,
+)
 
 import noise
 import train_cdrl

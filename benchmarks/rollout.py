@@ -17,7 +17,19 @@ import argparse
 import json
 
 import torch
-from common import ROOT, VLM, at_least, big_vocabulary, data, endless, extra_memory, memory_of, picture, side_by_side, versions
+from common import (
+    ROOT,
+    VLM,
+    at_least,
+    big_vocabulary,
+    data,
+    endless,
+    extra_memory,
+    memory_of,
+    picture,
+    side_by_side,
+    versions,
+)
 from transformers import AttentionInterface, LogitsProcessor, LogitsProcessorList
 from transformers.masking_utils import AttentionMaskInterface
 

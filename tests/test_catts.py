@@ -20,7 +20,15 @@ from catts import SOURCE, Controller, Settings, Vote, can_stop_early, record, sa
 from data import MODULES
 from utils import cli, results_file
 from utils.cli import InputError
-from utils.experts import LocalExpert, Reply, Server, ServerExpert, ServerVLM, parse_order, parse_probabilities
+from utils.experts import (
+    LocalExpert,
+    Reply,
+    Server,
+    ServerExpert,
+    ServerVLM,
+    parse_order,
+    parse_probabilities,
+)
 from vlm import VLM, Rollout
 
 TAUS = {"samples": 1.0, "voter": 0.5, "self_reflection": 0.5, "self_check": 0.5}

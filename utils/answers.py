@@ -1,4 +1,5 @@
-r"""Two answers as text: numbers with units, names, lists, sets, intervals, formulas, words. Are they the same?
+r"""Two answers as text: numbers with units, names, lists, sets, intervals, formulas, words. Are they the
+same?
 
     same_answer("1/2", r"\frac{1}{2}")        # True
     quantity("50 cm")                         # Quantity(number=Fraction(50, 1), unit="cm", places=0)
@@ -16,8 +17,8 @@ r"""Two answers as text: numbers with units, names, lists, sets, intervals, form
 | algebra  | x/2 = \frac{x}{2}, 4 + x^2 = x^2 + 4, \sqrt{y}, sqrt(y)   | AB', A'B; A-B-C, A-C-B          |
 | text     | yes = Yes. = true, \mbox{red} = red, the cat = cat        | Aa, AA; mW, MW                  |
 
-Numbers are exact but for roots and pi. Formulas are compared by their values at a few rational points. There is no
-`eval`, and nothing raises. Texts are short here (judge.MAX_ANSWER), and formulas shorter (MAX_FORMULA).
+Numbers are exact but for roots and pi. Formulas are compared by their values at a few rational points. There
+is no `eval`, and nothing raises. Texts are short here (judge.MAX_ANSWER), and formulas shorter (MAX_FORMULA).
 """
 import math
 import re
@@ -35,11 +36,13 @@ CLOSE = Fraction(1, 10**6)  # relative, never absolute: all of physics is below 
 _CHARACTERS = str.maketrans("−–—⁄÷×·‘’′“”⩽⩾", "---//**'''\"\"≤≥") | {
     ord("√"): r"\sqrt", ord("π"): r"\pi", ord("∞"): r"\infty"}
 _COMMANDS = dict(pair.split(":") for pair in (
-    r"times:* cdot:* div:/ infty:infinity Omega:Ω ohm:Ω mu:μ dfrac:\frac tfrac:\frac cfrac:\frac leq:≤ le:≤ leqslant:≤ "
-    r"geq:≥ ge:≥ geqslant:≥ lt:< gt:> neq:≠ ne:≠ in:∈ cup:∪ approx:≈ simeq:≈ degree:° degrees:° pm:± lbrace:\{ "
+    r"times:* cdot:* div:/ infty:infinity Omega:Ω ohm:Ω mu:μ dfrac:\frac tfrac:\frac cfrac:\frac leq:≤ le:≤ "
+    r"leqslant:≤ "
+    r"geq:≥ ge:≥ geqslant:≥ lt:< gt:> neq:≠ ne:≠ in:∈ cup:∪ approx:≈ simeq:≈ degree:° degrees:° pm:± "
+    r"lbrace:\{ "
     r"rbrace:\} varnothing:∅ emptyset:∅").split()) | {"pi": "pi ", "quad": " ", "qquad": " "}
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"\\\\(?![a-zA-Z])", ";"),                                                          # the rows of a matrix
+    (r"\\\\(?![a-zA-Z])", ";"),  # the rows of a matrix
     (r"\*\*|`|\\(?:left|right|[bB]igg?[lr]?|displaystyle|boxed|textdollar)(?![a-zA-Z])|\\[()\[\]!]", ""),
     (r"\\?[$€£¥₹]|\\(?=%)", ""),
     (r"\\(?:text|math|operatorname|mbox|hbox|boldsymbol)\w*\s*\{([^{}]*)\}", r" \1"),    # \mbox{red}
@@ -52,7 +55,8 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"),                                                 # 2x10^3
     (r"\\sqrt\s*\[(\w)\]", r"\\root{\1}"),                                               # \sqrt[3]{8}
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),                                        # \frac12
-    (r"^\s*(?:(?:about|approximately|around|roughly)\s|≈)\s*|\s\((?:approximately|approx\.?|roughly)\)$", ""))]
+    (r"^\s*(?:(?:about|approximately|around|roughly)\s|≈)\s*|\s\((?:approximately|approx\.?|roughly)\)$",
+     ""))]
 
 
 @lru_cache(2**12)      # an answer meets every option, item by item
@@ -68,9 +72,10 @@ def plain(text):
 
 # ---- The kinds
 
-EQUALS = re.compile(r"\s*(?:[=≈]|∈(?=\s*\\?\{))\s*")                                     # x = 5, x ≈ 5, x ∈ {5}
+EQUALS = re.compile(r"\s*(?:[=≈]|∈(?=\s*\\?\{))\s*")  # x = 5, x ≈ 5, x ∈ {5}
 LABEL = re.compile(  # a letter, its dress, and what follows: "(B)", "b.", "Option B: red circle"
-    r"(?i:option|choice|answer|step|point|figure)?\s*[(\[{]*([A-Za-z])([)\]}.:,;]*(?:\s-)?)(?:\s(\S.*))?", re.DOTALL)
+    r"(?i:option|choice|answer|step|point|figure)?\s*[(\[{]*([A-Za-z])([)\]}.:,;]*(?:\s-)?)(?:\s(\S.*))?",
+    re.DOTALL)
 _FUNCTION = re.compile(r"\b([fghpq]|[A-Z]|[A-Za-z]{2,}\d?)'?\([^()]*\)")                  # f(-1), P(X > 2)
 _RELATION = re.compile(r"\s*([<>≤≥≠∈])\s*")
 _MIRRORED = str.maketrans("<>≤≥", "><≥≤")
@@ -90,7 +95,8 @@ def same_answer(a, b):
 
 
 def _unnamed(a, b):
-    """The values of "x = 5" (or "5 = x") and "5", or of two equations of one name. The names, where they differ."""
+    """The values of "x = 5" (or "5 = x") and "5", or of two equations of one name. The names, where they
+    differ."""
     (name, value), (other, other_value) = _named_value(a), _named_value(b)
     if name and other:
         return (value, other_value) if _same_letters(name, other) else (name, other)
@@ -99,7 +105,8 @@ def _unnamed(a, b):
 
 
 def _named_value(text):
-    """("x", "5") of "x = 5" and of "5 = x"; (None, text) where no name stands alone on a side: "4x + y = 5"."""
+    """("x", "5") of "x = 5" and of "5 = x"; (None, text) where no name stands alone on a side: "4x + y =
+    5"."""
     sides = EQUALS.split(text)
     if len(sides) == 1 or has_names(text):
         return None, text
@@ -109,9 +116,11 @@ def _named_value(text):
 
 
 def is_name(side):
-    r"""Whether a side of an equation names its value: x_1, AB, \angle ABC, f(2), (u, v), total area; not 2x, xy, a + b."""
+    r"""Whether a side of an equation names its value: x_1, AB, \angle ABC, f(2), (u, v), total area; not 2x,
+    xy, a + b."""
     side = _FUNCTION.sub(r"\1", side.replace("{", "").replace("}", ""))
-    name = re.fullmatch(r"[(|]?[^\W\d][^-+*/^=<>≤≥≠±!]{0,39}|\\(?!frac|sqrt|root|int|sum)[a-z]+[\w\s]{0,20}", side)
+    name = re.fullmatch(r"[(|]?[^\W\d][^-+*/^=<>≤≥≠±!]{0,39}|\\(?!frac|sqrt|root|int|sum)[a-z]+[\w\s]{0,20}",
+                        side)
     return name is not None and not re.fullmatch(r"[a-z]{2}|.*\W\d.*", side)
 
 
@@ -129,7 +138,8 @@ def _same_region(a, b):
     if not _RELATION.search(a + b):
         return None
     sides = [_RELATION.split(side) for side in (a, b)]
-    sides = [[term.translate(_MIRRORED) for term in side[::-1]] if side[1:2] in ([">"], ["≥"]) else side for side in sides]
+    sides = [[term.translate(_MIRRORED) for term in side[::-1]] if side[1:2] in ([">"], ["≥"]) else side
+             for side in sides]
     (terms, signs), (others, other_signs) = ((side[::2], side[1::2]) for side in sides)
     if signs != other_signs:
         return False
@@ -138,7 +148,8 @@ def _same_region(a, b):
 
 
 def _interval(text):
-    """(name or None, low end, closed?, high end, closed?) of "[0, 5)", "0 <= x < 5" or "x >= 0"; None if it is neither."""
+    """(name or None, low end, closed?, high end, closed?) of "[0, 5)", "0 <= x < 5" or "x >= 0"; None if it
+    is neither."""
     if match := _INTERVAL.fullmatch(text):
         name, left, low, high, right = match.groups()
         return name, low.strip(), left == "[", high.strip().lstrip("+"), right == "]"
@@ -159,7 +170,8 @@ def _same_interval(a, b):
 
 
 def _items(text):
-    """(items, bracket) of "[1, 2]", "{1, 2}", "1 and 2" or "1 or 2", which has the bracket of a set; else one item."""
+    """(items, bracket) of "[1, 2]", "{1, 2}", "1 and 2" or "1 or 2", which has the bracket of a set; else one
+    item."""
     text = text.replace("\\{", "{").replace("\\}", "}")
     tokens, depths, depth = list(_LIST_TOKEN.finditer(text)), [], 0
     for token in tokens:
@@ -174,7 +186,8 @@ def _items(text):
 
 
 def _same_list(a, b, depth=0):
-    """Whether two lists hold the same items. In any order: {1, 2}, "1 or 2", "x = 1, y = 2", the roots x = 1, x = 2."""
+    """Whether two lists hold the same items. In any order: {1, 2}, "1 or 2", "x = 1, y = 2", the roots x = 1,
+    x = 2."""
     (items, bracket), (others, other_bracket) = _items(a), _items(b)
     if len(items) == 1 and len(others) == 2:                                             # ±2 is 2, -2
         items, bracket = _signs(items, bracket)
@@ -185,14 +198,17 @@ def _same_list(a, b, depth=0):
     names = [[_named_value(item)[0] for item in side] for side in (items, others)]
     all_named = None not in names[0] + names[1]
     roots = any(None not in side and len(set(side)) == 1 for side in names)
-    mixed = not all_named and any(len(set(side)) > 1 for side in names)                  # x = 1, y = 2 and {1, 2}
+    mixed = not all_named and any(len(set(side)) > 1
+                                  for side in names)                  # x = 1, y = 2 and {1, 2}
     brackets = {bracket, other_bracket}
     return _same_items(items, others, lambda x, y: _same_item(x, y) or _same_list(x, y, depth + 1),
-                       any_order=not brackets & {"(", "["} and ("{" in brackets or all_named or roots) and not mixed)
+                       any_order=not brackets & {"(", "["} and ("{" in brackets or all_named or roots)
+                       and not mixed)
 
 
 def _signs(items, bracket):
-    return ([items[0].replace("±", sign) for sign in "+-"], "{") if items[0].count("±") == 1 else (items, bracket)
+    return ([items[0].replace("±", sign) for sign in "+-"], "{") if items[0].count("±") == 1 else (items,
+                                                                                                   bracket)
 
 
 def _same_items(items, others, same, any_order):
@@ -227,13 +243,15 @@ def _same_item(a, b):
     if all(quantities):
         return _same_quantity(*quantities)
     sides = EQUALS.split(a), EQUALS.split(b)
-    return _same_formula(a, b) or len(sides[0]) == len(sides[1]) == 2 and _same_difference(*sides, either_sign=True)
+    return _same_formula(a, b) or len(sides[0]) == len(sides[1]) == 2 and _same_difference(*sides,
+                                                                                           either_sign=True)
 
 
 # ---- Words
 
 def bare_letter(text):
-    """The letter, upper case, that a text is or opens with: "(B)", "b.", "option B", "B) red circle"; else None."""
+    """The letter, upper case, that a text is or opens with: "(B)", "b.", "option B", "B) red circle"; else
+    None."""
     match = LABEL.fullmatch(plain(text))
     dressed = (match and match[1].isupper() and re.match(r"[)\]}.:]", match[2])
                and not re.search(r"\b[A-Z]\)", match[3] or ""))
@@ -241,8 +259,8 @@ def bare_letter(text):
 
 
 def _canonical(text):
-    """What is compared of words: no article, double or outer quotes, end marks, brackets around one. The braces
-    of a formula stay, for \\frac{1}{23} is not \\frac{12}{3}."""
+    """What is compared of words: no article, double or outer quotes, end marks, brackets around one. The
+    braces of a formula stay, for \\frac{1}{23} is not \\frac{12}{3}."""
     text = re.sub(r"^(?:the|an?)\s(?=\w\w)", "", plain(text), flags=re.IGNORECASE)
     text = re.sub(r"(?<=[_^a-zA-Z}])\s?\{(\w)\}(?!\w)", r"\1", text)
     braces = "" if re.search(r"[\\^_][^{}]*\{[^{}]", re.sub(r"\\(?=[{}])", "", text)) else "{}_"
@@ -251,22 +269,25 @@ def _canonical(text):
 
 
 def same_text(a, b):
-    """The same words. Against a bare yes or no (or true or false), "yes, it does" is a yes; "yes, 3" is not "yes, 4"."""
+    """The same words. Against a bare yes or no (or true or false), "yes, it does" is a yes; "yes, 3" is not
+    "yes, 4"."""
     a, b = _canonical(a), _canonical(b)
     verdicts = [re.match(r"(yes|no|true|false)(?=$|\s?[.,;:!]|\s-)", side, re.IGNORECASE) for side in (a, b)]
     if all(verdicts) and (verdicts[0][0] == a or verdicts[1][0] == b):
-        first, second = (verdict[0].lower().replace("true", "yes").replace("false", "no") for verdict in verdicts)
+        first, second = (verdict[0].lower().replace("true", "yes").replace("false", "no")
+                         for verdict in verdicts)
         return first == second
     return a != "" and _same_letters(a, b)
 
 
 def _same_letters(a, b):
-    """Equal but for case, and for spaces except in "1 2". A word of one or two letters may differ in case only where one
-    side is all lower case: "b" is B, but Aa is not AA, and mW is not MW."""
+    """Equal but for case, and for spaces except in "1 2". A word of one or two letters may differ in case
+    only where one side is all lower case: "b" is B, but Aa is not AA, and mW is not MW."""
     first, second = (re.sub(r"(?<!\d)\s|\s(?!\d)", "", side).lower() for side in (a, b))
     words = zip(*(re.findall(r"[^\W\d_]+", side) for side in (a, b)))
     return first == second and not any(
-        p != q and p.lower() == q.lower() and len(p) < 3 and not p.islower() and not q.islower() for p, q in words)
+        p != q and p.lower() == q.lower() and len(p) < 3 and not p.islower() and not q.islower() for p,
+        q in words)
 
 
 # ---- Numbers with their units
@@ -277,19 +298,23 @@ class Quantity(NamedTuple):
     places: int  # decimals of a literal that may be a rounded value, else 0
 
 
-_NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+_NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+            "sixteen "
             "seventeen eighteen nineteen").split()
 _NUMBERS += [f"{ten} {one}".removesuffix(" zero")
-             for ten in "twenty thirty forty fifty sixty seventy eighty ninety".split() for one in _NUMBERS[:10]]
+             for ten in "twenty thirty forty fifty sixty seventy eighty ninety".split()
+             for one in _NUMBERS[:10]]
 NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(_NUMBERS[::-1])})\b".replace(" ", "[ -]"), re.IGNORECASE)
-_SAID_TWICE = re.compile(rf"({NUMBER_WORD.pattern})\s\((\d+)\)|\b(\d+)\s\(({NUMBER_WORD.pattern})\)", re.IGNORECASE)
-_FRACTIONS = dict(zip("half third fourth fifth sixth seventh eighth ninth tenth".split(), range(2, 11))) | {"quarter": 4}
+_SAID_TWICE = re.compile(rf"({NUMBER_WORD.pattern})\s\((\d+)\)|\b(\d+)\s\(({NUMBER_WORD.pattern})\)",
+                         re.IGNORECASE)
+_FRACTIONS = dict(zip("half third fourth fifth sixth seventh eighth ninth tenth".split(),
+                      range(2, 11))) | {"quarter": 4}
 _FRACTION_WORD = re.compile(  # "one third of the cake"; "twenty third" is none
     rf"(?:(an?|{'|'.join(_NUMBERS[1:10])})[ -])?({'|'.join(_FRACTIONS)})s?(?=$|\sof\b)", re.IGNORECASE)
 _HUNDRED = re.compile(r"\b(?:(?:(\d)|an?)\s)?hundred\b(?:\s(?:and\s)?(\d\d?)\b)?", re.IGNORECASE)
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_EQUAL_PAIR = re.compile(r"(.+?)(?:\s\(|\s*[=≈]\s*)(?:or )?(.+?)\)?")                     # 5 (five), 1/6 ≈ 0.17
-_THOUSANDS = re.compile(                                                                 # 1,234, 1 234; not 1 200/300
+_EQUAL_PAIR = re.compile(r"(.+?)(?:\s\(|\s*[=≈]\s*)(?:or )?(.+?)\)?")  # 5 (five), 1/6 ≈ 0.17
+_THOUSANDS = re.compile(  # 1,234, 1 234; not 1 200/300
     r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\d.,])[1-9]\d{0,2}(?:\s\d{3})+(?![\d,]|\s?/|\s\d)")
 _MIXED = re.compile(r"(?<![\d.])(\d+)(?:\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s+(\d+)\s*/\s*(\d+))")      # 2 1/2
 SEQUENCE = re.compile(r"\d+(?:\s*[-/:]\s*\d+){2,}|\d+\s*-\s*\d+")  # 5-4-3-2-1, a date, a range: no arithmetic
@@ -297,8 +322,10 @@ _UNIT = re.compile(  # a symbol, or a word after a space, and what follows it up
     r"\s*|\s*(?:[%°'\"]|[^\x00-\x7f±]|(?:[pnμcdmkMGT]?(?:m|g|s|[lL]|A|V|W|N|J|F|Ω|Pa|Hz)|[KC]|in|ft|h|hr|min|sq)\b"
     r"|(?<=\s)(?!(?:and|not|than|more|less|plus|minus|over)\b)[^\W\d_]{3,})[^\d\\]*(?:\^?\(?-?\d\)?)?")
 _UNIT_NAMES = dict(pair.split(":") for pair in (
-    "meter:m metre:m gram:g second:s sec:s liter:L litre:L amp:A ampere:A volt:V watt:W newton:N joule:J farad:F ohm:Ω "
-    "hertz:Hz pascal:Pa inch:in inche:in foot:ft feet:ft hour:h hr:h minute:min percent:% percentage:% pct:% degree:° "
+    "meter:m metre:m gram:g second:s sec:s liter:L litre:L amp:A ampere:A volt:V watt:W newton:N joule:J "
+    "farad:F ohm:Ω "
+    "hertz:Hz pascal:Pa inch:in inche:in foot:ft feet:ft hour:h hr:h minute:min percent:% percentage:% "
+    "pct:% degree:° "
     "celsius:C unit: per:/ ':ft \":in").split())
 _UNIT_NAMES |= {prefix + name: short + symbol for name, symbol in _UNIT_NAMES.items() for prefix, short in (
     ("kilo", "k"), ("centi", "c"), ("milli", "m"), ("micro", "μ"), ("mega", "M"))}
@@ -317,7 +344,8 @@ def quantity(text):
             return first
     if fraction := _FRACTION_WORD.match(text):
         text = _fraction_word(fraction) + text[fraction.end():]
-    text = _HUNDRED.sub(lambda word: str(100 * int(word[1] or 1) + int(word[2] or 0)), NUMBER_WORD.sub(_number_word, text))
+    text = _HUNDRED.sub(lambda word: str(100 * int(word[1] or 1) + int(word[2] or 0)),
+                        NUMBER_WORD.sub(_number_word, text))
     if re.search(r"/|%|frac", text):
         text = re.sub(r"\sof\s\D*$", "", text)  # "1/2 of the cake"; "one of them" is no 1
     text = _arithmetic(text)
@@ -325,16 +353,20 @@ def quantity(text):
     literal = re.fullmatch(r"-?\s*(\d*)\.(\d\d+)", text[:end].strip())
     places = len(literal[2]) if literal and len((literal[1] + literal[2]).lstrip("0")) >= 2 else 0
     number = None if SEQUENCE.fullmatch(text) else _value(tokens)
-    return Quantity(number, _unit(text[end:]), places) if number is not None and _UNIT.fullmatch(text, end) else None
+    if number is None or not _UNIT.fullmatch(text, end):
+        return None
+    return Quantity(number, _unit(text[end:]), places)
 
 
 def _unit(text):
-    """A unit in symbols: "square centimeters" is cm2, "feet per second" ft/s; any other word loses its plural."""
+    """A unit in symbols: "square centimeters" is cm2, "feet per second" ft/s; any other word loses its
+    plural."""
     def symbol(word):
         singular = word[0].removesuffix("s") if len(word[0]) > 3 else word[0]
         return _UNIT_NAMES.get(word[0].lower(), _UNIT_NAMES.get(singular.lower(), singular))
 
-    text = re.sub(r"\b(?:square|sq\.?|(cubic))\s(\w+)", lambda power: power[2] + ("3" if power[1] else "2"), text)
+    text = re.sub(r"\b(?:square|sq\.?|(cubic))\s(\w+)", lambda power: power[2] + ("3" if power[1] else "2"),
+                  text)
     text = re.sub(r"[\s^()]", "", re.sub(r"[^\W\d_]+|['\"]", symbol, text))
     return text if text.strip("23") else ""
 
@@ -399,7 +431,8 @@ _VARIABLE = re.compile(  # x, x_1, x1, \theta
 _NO_FORMULA = re.compile(  # a word or sin, a prime or a ratio, "1/2x", which is read in two ways
     r"(?<!\\)\b(?!sqrt)[^\W\d_]{3,}|\\(?:sin|cos|tan|log|ln)|[':]|/\s*\d+[^\W\d_(]")
 _CHAIN = re.compile(r"[A-Z](?:\s?[-/*]?\s?[A-Z])*")  # AB, A-B-C: names of points, whose order counts
-_POINTS = [[Fraction(sign * p, q + 2 * i) for i, p in enumerate((7, 19, 31, 47, 61, 83, 103, 131))] for sign, q in (
+_POINTS = [[Fraction(sign * p, q + 2 * i) for i, p in enumerate((7, 19, 31, 47, 61, 83, 103, 131))] for sign,
+           q in (
     (1, 5), (1, 11), (1, 23), (-1, 17), (1, 41), (-1, 29))]
 _BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, ":": 2, "^": 3}
 
@@ -430,12 +463,14 @@ def _formula(text):
 
 
 def _values(a, b):
-    """The pairs of values of two formulas in the same variables at the points; None if they are none, or one lacks one."""
+    """The pairs of values of two formulas in the same variables at the points; None if they are none, or one
+    lacks one."""
     (tokens, names), (others, other_names) = _formula(a), _formula(b)
     if not tokens or names != other_names:
         return None
     points = [dict(zip(sorted(names), point)) for point in _POINTS]
-    pairs = [pair for point in points if (pair := (_value(tokens, point), _value(others, point))) != (None, None)]
+    pairs = [pair for point in points
+             if (pair := (_value(tokens, point), _value(others, point))) != (None, None)]
     return pairs if len(pairs) > 1 and not any(None in pair for pair in pairs) else None
 
 
@@ -444,14 +479,16 @@ def _close(x, y):
 
 
 def _same_formula(a, b):
-    r"""Whether two formulas have the same values: x/2 and \frac{x}{2}. AB and BA are names: they lack an operator."""
+    r"""Whether two formulas have the same values: x/2 and \frac{x}{2}. AB and BA are names: they lack an
+    operator."""
     operators = re.search(r"[-+*/^\\]", a + b) or (a[:1].isdigit() and b[:1].isdigit())
     pairs = _values(a, b) if operators else None
     return pairs is not None and all(_close(*pair) for pair in pairs)
 
 
 def _same_difference(sides, others, either_sign):
-    """Whether the two sides of each differ by the same but for a factor, which is 1 or -1 if there is one variable."""
+    """Whether the two sides of each differ by the same but for a factor, which is 1 or -1 if there is one
+    variable."""
     difference, other = ("({})-({})".format(*pair) for pair in (sides, others))
     pairs = _values(difference, other)
     if not pairs or not all(x and y for x, y in pairs):  # no point lies on either curve
@@ -473,7 +510,8 @@ def _value(tokens, variables=None):
 
 
 def _evaluate(tokens, variables, floor=0):
-    r"""Precedence climbing over + - * / : ^, brackets, \frac, \sqrt, pi and implied products; consumes `tokens`.
+    r"""Precedence climbing over + - * / : ^, brackets, \frac, \sqrt, pi and implied products; consumes
+    `tokens`.
 
     Stops before an operator that binds no tighter than `floor`; 9 reads one operand. Errors: see the caller.
     """
@@ -503,7 +541,8 @@ def _evaluate(tokens, variables, floor=0):
             tokens.pop(0)
         elif tokens[0][0] in ".0123456789":
             raise ValueError("two numbers in a row are no product")
-        right = _evaluate(tokens, variables, 2 if operator == "^" else _BINDING[operator])  # powers group to the right
+        right = _evaluate(tokens, variables, 2 if operator == "^"
+                          else _BINDING[operator])  # powers group to the right
         if operator in "+-":
             value += right if operator == "+" else -right
         elif operator == "^":

@@ -12,7 +12,8 @@ class QuestionOrder:
     """
 
     def __init__(self, questions, batch_size, seed, rank=0, world=1):
-        self.questions, self.batch_size, self.seed, self.rank, self.world = questions, batch_size, seed, rank, world
+        self.questions, self.batch_size, self.seed = questions, batch_size, seed
+        self.rank, self.world = rank, world
         self.epoch, self.permutation = None, None
 
     def indices(self, step):
@@ -29,8 +30,8 @@ class QuestionOrder:
     def samples(self, step):
         """This rank's questions of a step (list of Sample).
 
-        A question that occurs twice in the step (a file smaller than the batch) gets a second id. Its noise and its
-        rollouts then differ from those of its first occurrence.
+        A question that occurs twice in the step (a file smaller than the batch) gets a second id. Its noise
+        and its rollouts then differ from those of its first occurrence.
         """
         indices, samples = self.indices(step), []
         for place in range(self.rank, len(indices), self.world):
@@ -40,27 +41,31 @@ class QuestionOrder:
 
 
 def micro_batches(vlm, original, noised, run):
-    """Split a step's rollouts for the forward and backward passes -> list of (original, noised or None, weight).
+    """Split a step's rollouts for the forward and backward passes -> list of (original, noised or None,
+    weight).
 
-    original, noised: RolloutBatch, the noised one None where its words are not scored. A pass holds at most --micro_batch
-    questions, and as many as --micro_tokens allows, at least one. Questions with completions of similar length share a
-    pass, because a pass is as wide as its longest row. Every rank gets the same number of passes, because a sharded model
-    needs all ranks in each; the surplus ones have weight 0.
+    original, noised: RolloutBatch, the noised one None where its words are not scored. A pass holds at most
+    --micro_batch questions, and as many as --micro_tokens allows, at least one. Questions with completions of
+    similar length share a pass, because a pass is as wide as its longest row. Every rank gets the same number
+    of passes, because a sharded model needs all ranks in each; the surplus ones have weight 0.
     """
     views = [view for view in (original, noised) if view is not None]
     questions = range(len(original.prompts))
     longest = [max(len(r.tokens) for view in views for r in view.rollouts[q]) for q in questions]
-    prompt_lengths = [max(vlm.prompt_length(view.images[q], view.prompts[q]) for view in views) if run.micro_tokens else 0
+    prompt_lengths = [max(vlm.prompt_length(view.images[q], view.prompts[q]) for view in views)
+                      if run.micro_tokens else 0
                       for q in questions]
     group_size, passes = len(original.rollouts[0]), [[]]
     for q in sorted(questions, key=longest.__getitem__):
         candidate = [*passes[-1], q]
         rows = len(views) * len(candidate)
         tokens = rows * (max(prompt_lengths[i] for i in candidate) + group_size * longest[q])
-        if passes[-1] and (len(candidate) > run.micro_batch or run.micro_tokens and tokens > run.micro_tokens):
+        if passes[-1] and (len(candidate) > run.micro_batch or run.micro_tokens
+                           and tokens > run.micro_tokens):
             passes.append([q])
         else:
             passes[-1] = candidate
     missing = max(gathered([len(passes)])) - len(passes)
     weighted = [(sorted(indices), 1.0) for indices in passes] + [(sorted(passes[-1]), 0.0)] * missing
-    return [(original.select(indices), noised and noised.select(indices), weight) for indices, weight in weighted]
+    return [(original.select(indices), noised and noised.select(indices), weight) for indices,
+            weight in weighted]

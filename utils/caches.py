@@ -1,8 +1,11 @@
-"""The cache of any decoder that `vlm.py` can run: attention layers, and linear attention with states in place of keys.
+"""The cache of any decoder that `vlm.py` can run: attention layers, and linear attention with states in place
+of keys.
 
-A linear-attention layer (Gated DeltaNet of Qwen3.5, short convolutions of LFM2) keeps no keys and values but states of
-fixed size: the last words of a convolution, and a matrix that sums up all words. Transformers' own layer overwrites its
-states in place, which autograd refuses, and has no rows to repeat or select. `StateLayer` replaces states and has rows.
+A linear-attention layer (Gated DeltaNet of Qwen3.5, short convolutions of LFM2) keeps no keys and values but
+states of
+fixed size: the last words of a convolution, and a matrix that sums up all words. Transformers' own layer
+overwrites its states in place, which autograd refuses, and has no rows to repeat or select. `StateLayer`
+replaces states and has rows.
 """
 import copy
 
@@ -10,21 +13,24 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
-STATES = ("conv_states", "recurrent_states")        # dicts {index: tensor (B, ...) or None} of a linear-attention layer
+# dicts {index: tensor (B, ...) or None} of a linear-attention layer
+STATES = ("conv_states", "recurrent_states")
 
 
 class StateLayer(LinearAttentionLayer):
     """A linear-attention entry of the cache whose new states replace the old ones."""
 
     def update_conv_state(self, conv_states, state_idx=0, conv_kernel_size=None, **kwargs):
-        """conv_states (B, C, T): the newest words' -> with those before, as the convolution needs them (B, C, K + T)."""
+        """conv_states (B, C, T): the newest words' -> with those before, as the convolution needs them (B, C,
+        K + T)."""
         if not self.has_previous_state[state_idx]:
             size = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
             self.conv_kernel_size[state_idx] = size
             words = torch.nn.functional.pad(conv_states, (max(0, size - conv_states.shape[-1]), 0))
         else:
             words = torch.cat([self.conv_states[state_idx], conv_states], -1)
-        # A copy: decoding word by word may write into it, and the convolution's backward pass needs `words` as they are.
+        # A copy: decoding word by word may write into it, and the convolution's backward pass needs `words`
+        # as they are.
         self.conv_states[state_idx] = words[..., -self.conv_kernel_size[state_idx]:].clone()
         self.has_previous_state[state_idx] = self.is_conv_states_initialized[state_idx] = True
         return words

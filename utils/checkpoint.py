@@ -14,29 +14,35 @@ from utils.cli import InputError
 from utils.logs import write_json
 from utils.preflight import agreed
 
-# A resumed run may change these; every other setting must be the same. (More steps go on with the lr of the longer run.)
-FREE = ("output", "steps", "save_every", "keep", "resume", "shard", "offload", "micro_batch", "micro_tokens", "memory",
+# A resumed run may change these; every other setting must be the same. (More steps go on with the lr of the
+# longer run.)
+FREE = ("output", "steps", "save_every", "keep", "resume", "shard", "offload", "micro_batch", "micro_tokens",
+        "memory",
         "activation_checkpointing", "clip_cache", "allow_outside", "patience")
 
-# `--resume from` may change these as well. With another batch size the order of the questions goes on elsewhere.
-FREE_FROM_CHECKPOINT = ("lr", "batch_size", "max_grad_norm", "temperature", "mu", "clip_low", "clip_high", "kl_beta")
+# `--resume from` may change these as well. With another batch size the order of the questions goes on
+# elsewhere.
+FREE_FROM_CHECKPOINT = ("lr", "batch_size", "max_grad_norm", "temperature", "mu", "clip_low", "clip_high",
+                        "kl_beta")
 
 
 def open_run(args, vlm, needs_before):
     """Rank 0 prepares the run folder -> (path, newest checkpoint or None) on every rank.
 
-    A run with other settings, or of a file that has changed since, is moved aside. needs_before: a run that goes on must
-    have the answers of the model before training.
+    A run with other settings, or of a file that has changed since, is moved aside. needs_before: a run that
+    goes on must have the answers of the model before training.
     """
     def prepare_on_first_rank():
         if dist.is_initialized() and dist.get_rank():
             return None, None
         output, newest = prepare(args)
-        loading.save_processor(vlm, output)     # a class that cannot be saved fails now, not at its first checkpoint
+        loading.save_processor(vlm,
+                               output)  # a class that cannot be saved fails now, not at its first checkpoint
         return output, newest
     output, newest = distributed.gathered([agreed(prepare_on_first_rank)])[0]
     if newest is not None and needs_before and not (output / "before.json").exists():
-        raise InputError(f"{output} has lost before.json, the answers of the model before training; restore it, or start "
+        raise InputError(f"{output} has lost before.json, the answers of the model before training; restore "
+                         f"it, or start "
                          "again with --resume no")
     return output, newest
 
@@ -44,7 +50,8 @@ def open_run(args, vlm, needs_before):
 def prepare(args):
     """`open_run` without other ranks and the model."""
     output = Path(args.output)
-    settings = settings_of(args) | {"data_checksum": 0 if args.data == "synthetic" else cli.checksum(Path(args.data))}
+    settings = settings_of(args) | {"data_checksum": 0 if args.data == "synthetic"
+                                    else cli.checksum(Path(args.data))}
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {args.output!r} is a file; give a directory")
     # what a kill has left of the very first file is no run yet
@@ -52,37 +59,44 @@ def prepare(args):
         try:
             old = dict(json.loads((output / "args.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"--output {args.output!r} holds something that is not a run; choose another folder") from error
+            raise InputError(f"--output {args.output!r} holds something that is not a run; choose another "
+                             f"folder") from error
         # A key that one side lacks means its default: neither a new setting nor a removed one orphans a run.
         defaults = settings_of(type(args)())
-        other = [key for key, value in settings.items() if key not in FREE and old.get(key, defaults.get(key)) != value]
+        other = [key for key, value in settings.items() if key not in FREE
+                 and old.get(key, defaults.get(key)) != value]
         done = checkpoints(output)
         longer = bool(done) and step_of(done[-1]) > args.steps
         if args.run.resume == "from":
             settings["history"] = _history(args, old, settings, other, done, longer)
         elif args.run.resume == "no" or other or longer:
-            aside = next(p for i in range(1, 10**6) if not (p := output.with_name(f"{output.name}-{i}")).exists())
-            why = f"other settings ({', '.join(other)})" if other else "more steps" if longer else "an earlier run"
+            aside = next(p for i in range(1, 10**6)
+                         if not (p := output.with_name(f"{output.name}-{i}")).exists())
+            why = "more steps" if longer else "an earlier run"
+            why = f"other settings ({', '.join(other)})" if other else why
             try:
                 output.rename(aside)
             except OSError as error:
-                raise InputError(f"--output {args.output!r} holds {why} and cannot be moved to {aside} ({error.strerror}); "
+                raise InputError(f"--output {args.output!r} holds {why} and cannot be moved to {aside} "
+                                 f"({error.strerror}); "
                                  "choose another folder") from error
             print(f"{args.output} held {why}: moved to {aside}")
         elif "history" in old:
             settings["history"] = old["history"]
     elif args.run.resume == "from":
         raise InputError(f"--resume from: {args.output!r} holds no run to go on with; leave the flag out")
-    for torn in output.glob(".checkpoint-*.tmp"):                   # of a kill while it was written; makes room, so first
+    for torn in output.glob(".checkpoint-*.tmp"):  # of a kill while it was written; makes room, so first
         shutil.rmtree(torn, ignore_errors=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "args.json", settings)
     except OSError as error:
-        raise InputError(f"--output {args.output!r} cannot be written ({error.strerror}); choose another folder") from error
+        raise InputError(f"--output {args.output!r} cannot be written ({error.strerror}); choose another "
+                         f"folder") from error
     done = checkpoints(output)
     if not (done and done[-1].name == f"checkpoint-{args.steps}"):
-        for old in (output / "after.json", *output.glob("model*.safetensors*")):    # of an earlier, shorter run in this folder
+        for old in (output / "after.json",
+                    *output.glob("model*.safetensors*")):    # of an earlier, shorter run in this folder
             old.unlink(missing_ok=True)
     return output, done[-1] if done else None
 
@@ -94,15 +108,20 @@ def settings_of(args):
 
 
 def _history(args, old, settings, changed, done, longer):
-    """What `--resume from` changes, after what earlier ones did -> list for args.json. InputError where it cannot go on."""
+    """What `--resume from` changes, after what earlier ones did -> list for args.json. InputError where it
+    cannot go on."""
     fixed = [key for key in changed if key not in FREE_FROM_CHECKPOINT]
     if fixed or longer or not done:
-        why = (f"cannot change {', '.join(fixed)}; it may change {', '.join(('steps', *FREE_FROM_CHECKPOINT))}" if fixed else
-               f"cannot go back to --steps {args.steps}" if longer else f"finds no checkpoint in {args.output!r}")
+        free = ", ".join(("steps", *FREE_FROM_CHECKPOINT))
+        why = (f"cannot change {', '.join(fixed)}; it may change {free}" if fixed else
+               f"cannot go back to --steps {args.steps}" if longer
+               else f"finds no checkpoint in {args.output!r}")
         raise InputError(f"--resume from {why}; choose another --output")
     step = step_of(done[-1])
-    changes = {key: [old.get(key), settings[key]] for key in ("steps", *changed) if old.get(key) != settings[key]}
-    listed = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in changes.items()) or "nothing changed"
+    changes = {key: [old.get(key), settings[key]] for key in ("steps", *changed)
+               if old.get(key) != settings[key]}
+    listed = ", ".join(f"{key} {before} -> {after}" for key,
+                       (before, after) in changes.items()) or "nothing changed"
     print(f"{args.output}: goes on from step {step} with {listed}")
     return [*old.get("history", []), {"step": step, "changes": changes}]
 
@@ -113,19 +132,22 @@ def step_of(checkpoint):
 
 def checkpoints(output):
     """Complete checkpoints, oldest first."""
-    return sorted((path for path in output.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[-1].isdigit()),
+    return sorted((path for path in output.glob("checkpoint-*") if path.is_dir()
+                   and path.name.split("-")[-1].isdigit()),
                   key=step_of)
 
 
 def save_checkpoint(output, vlm, policy, optimizer, step, confidence_map, keep, dtype):
-    """checkpoint-STEP: everything goes into a hidden folder, to the disk, and then one rename makes it the newest. All ranks
-    call it; they share the file system."""
+    """checkpoint-STEP: everything goes into a hidden folder, to the disk, and then one rename makes it the
+    newest. All ranks call it; they share the file system."""
     final, temporary = output / f"checkpoint-{step}", output / f".checkpoint-{step}.tmp"
     main_rank = not dist.is_initialized() or dist.get_rank() == 0
-    state, random_states = distributed.full_state_dict(policy, dtype), distributed.gathered([torch.get_rng_state()])
+    state, random_states = distributed.full_state_dict(policy,
+                                                       dtype), distributed.gathered([torch.get_rng_state()])
     spoilt = [name for name, weight in state.items() if not weight.isfinite().all()]
     if spoilt:
-        raise InputError(f"{spoilt[0]} is not finite after step {step}; lower --lr or the reward's weights; the same "
+        raise InputError(f"{spoilt[0]} is not finite after step {step}; lower --lr or the reward's weights; "
+                         f"the same "
                          f"command with a lower --lr and --resume from goes on from the newest checkpoint in "
                          f"{cli.shown(output)}")
     try:
@@ -150,7 +172,8 @@ def save_checkpoint(output, vlm, policy, optimizer, step, confidence_map, keep, 
         if main_rank:
             shutil.rmtree(temporary, ignore_errors=True)
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise InputError(f"{cli.shown(final)} cannot be written ({cli.reason(cause)}); is the disk full? The checkpoints "
+        raise InputError(f"{cli.shown(final)} cannot be written ({cli.reason(cause)}); is the disk full? "
+                         f"The checkpoints "
                          "before it are whole, and the same command goes on from there") from error
     distributed.gathered([None])                   # no rank goes on, or leaves, before it is there
 
@@ -163,7 +186,8 @@ def _to_disk(path):
 
 
 def load_checkpoint(checkpoint, policy, optimizer):
-    """Fill in weights, optimizer and this rank's random state, on any number of ranks -> (step, map from C to c).
+    """Fill in weights, optimizer and this rank's random state, on any number of ranks -> (step, map from C to
+    c).
 
     InputError, in a sentence, for a checkpoint that has been damaged since it was written.
     """
@@ -174,8 +198,10 @@ def load_checkpoint(checkpoint, policy, optimizer):
         distributed.load_state(policy, optimizer, checkpoint / "state")
     except torch.OutOfMemoryError:
         raise
-    except (Exception, CheckpointException) as error:       # a torn file raises many kinds, that one is no Exception
-        earlier = [path.name for path in checkpoints(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
+    # a torn file raises many kinds, that one is no Exception
+    except (Exception, CheckpointException) as error:
+        earlier = [path.name for path in checkpoints(checkpoint.parent)
+                   if step_of(path) < step_of(checkpoint)]
         then = (f"remove it, and the same command goes on from {earlier[-1]}" if earlier else
                 "there is none before it, so start again with --resume no")
         raise InputError(f"{cli.shown(checkpoint)} is damaged ({cli.reason(error)}); {then}") from error

@@ -16,7 +16,8 @@ def open_clip(path, device=None):
     """A CLIPModel directory or hub id -> (model, image processor, tokenizer). Raises InputError."""
     with _opening(path) as config:
         # sdpa does not return attention weights; eager does.
-        model = CLIPModel.from_pretrained(path, config=config, attn_implementation="eager", dtype=torch.float32)
+        model = CLIPModel.from_pretrained(path, config=config, attn_implementation="eager",
+                                          dtype=torch.float32)
         images, tokenizer = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), images, tokenizer
 

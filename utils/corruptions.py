@@ -1,7 +1,9 @@
-"""Five ways to take the evidence out of a picture, at five severities each: one that training uses, four that it never saw.
+"""Five ways to take the evidence out of a picture, at five severities each: one that training uses, four that
+it never saw.
 
-The kinds follow ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261). Lengths are shares of the picture's longer side, so
-that a severity means the same at any size. Severity 5 leaves nothing to read on the built-in pictures.
+The kinds follow ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261). Lengths are shares of the picture's
+longer side, so that a severity means the same at any size. Severity 5 leaves nothing to read on the built-in
+pictures.
 """
 import numpy as np
 from PIL import Image, ImageFilter
@@ -26,7 +28,8 @@ def occlusion(pixels, severity, rng):
     filled = np.zeros(GRID * GRID, bool)
     filled[rng.permutation(GRID * GRID)[:round(COVERED[severity - 1] * GRID * GRID)]] = True
     height, width = pixels.shape[:2]
-    cell = (np.arange(height) * GRID // height)[:, None] * GRID + np.arange(width) * GRID // width            # (H, W)
+    cell = (np.arange(height) * GRID // height)[:,
+                                                None] * GRID + np.arange(width) * GRID // width  # (H, W)
     return np.where(filled[cell][..., None], pixels.mean((0, 1)), pixels)
 
 
@@ -36,14 +39,16 @@ def pixelation(pixels, severity, rng):
     share = CELLS[severity - 1] / max(height, width)
     if share >= 1:                      # the picture has no more pixels than that
         return pixels
-    small = _picture(pixels).resize((max(1, round(width * share)), max(1, round(height * share))), Image.Resampling.BOX)
+    small = _picture(pixels).resize((max(1, round(width * share)), max(1, round(height * share))),
+                                    Image.Resampling.BOX)
     return np.asarray(small.resize((width, height), Image.Resampling.NEAREST), dtype=np.float64)
 
 
 def fog(pixels, severity, rng):
     """Blended with a light grey haze of slow waves: low contrast."""
     height, width = pixels.shape[:2]
-    waves = Image.fromarray(rng.uniform(-1, 1, (4, 4)).astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+    waves = Image.fromarray(rng.uniform(-1, 1, (4, 4)).astype(np.float32)).resize((width, height),
+                                                                                  Image.Resampling.BICUBIC)
     haze = FOG_LEVEL + FOG_DEPTH * np.asarray(waves, dtype=np.float64)[..., None]
     return pixels + FOG[severity - 1] * (haze - pixels)
 
@@ -55,11 +60,13 @@ NAMES = ("noise", *UNTRAINED)
 def corrupt(image, name, severity, diffuse, *, mask=None, seed=0):
     """A picture with a corruption on it; same size and mode, transparency left alone.
 
-    name: one of NAMES; "noise" is diffuse(image, t, mask=mask, seed=seed), `noise.diffuse`. severity: 1 to 5, 0 = a copy.
-    mask (H, W) in [0, 1]: how much of the corrupted picture shows, default 1 everywhere. ValueError for what does not fit.
+    name: one of NAMES; "noise" is diffuse(image, t, mask=mask, seed=seed), `noise.diffuse`. severity: 1 to 5,
+    0 = a copy. mask (H, W) in [0, 1]: how much of the corrupted picture shows, default 1 everywhere.
+    ValueError for what does not fit.
     """
     if name not in NAMES or severity not in (0, *SEVERITIES):
-        raise ValueError(f"corruption {name!r} at severity {severity!r}; one of {', '.join(NAMES)} at 0 to 5 is expected")
+        raise ValueError(f"corruption {name!r} at severity {severity!r}; one of {', '.join(NAMES)} at 0 to "
+                         f"5 is expected")
     if mask is not None and mask.shape != (image.height, image.width):
         raise ValueError(f"mask has shape {mask.shape}; the image needs {(image.height, image.width)}")
     if severity == 0:

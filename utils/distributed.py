@@ -1,14 +1,15 @@
 """Many processes, one model: ranks, FSDP2, and a state that any number of ranks can go on with.
 
-`shard` puts every repeated block of a model (decoder layers, vision blocks) and what is left over into FSDP2 units. One
-engine serves all cases, because a mesh may have two axes: (replicate, shard).
+`shard` puts every repeated block of a model (decoder layers, vision blocks) and what is left over into FSDP2
+units. One engine serves all cases, because a mesh may have two axes: (replicate, shard).
 
-    --shard fsdp    one axis of all ranks: each holds a share of the weights, gradients and optimizer state, and gathers
+    --shard fsdp    one axis of all ranks: each holds a share of the weights, gradients and optimizer state,
+    and gathers
                     the weights of a block when it computes there
     --shard none    every rank holds all, gradients are summed over ranks (what DDP does): a mesh of ranks x 1
 
-Weights, gradients and optimizer state are fp32 where the computation is bf16, and so are the sums over ranks. One process
-that computes in fp32 needs none of it: its `Policy` passes calls on.
+Weights, gradients and optimizer state are fp32 where the computation is bf16, and so are the sums over ranks.
+One process that computes in fp32 needs none of it: its `Policy` passes calls on.
 
 Left out on purpose: tensor and pipeline parallelism; a model that fits one GPU, with what a rollout
 needs beside it, does not need them.
@@ -31,7 +32,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 from utils import cli, loading, lora
@@ -48,7 +55,8 @@ def place():
     """(rank, world) from torchrun's environment; one process without it."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        raise InputError(f"RANK {rank!r} and WORLD_SIZE {world!r} in the environment do not go together: whole numbers, the "
+        raise InputError(f"RANK {rank!r} and WORLD_SIZE {world!r} in the environment do not go together: "
+                         f"whole numbers, the "
                          "rank below the size, are expected; torchrun sets them")
     return int(rank), int(world)
 
@@ -58,7 +66,8 @@ def start_ranks():
     rank, world = place()
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world > 1 and missing:
-        raise InputError(f"WORLD_SIZE is {world} in the environment, but {', '.join(missing)} is not there; start with "
+        raise InputError(f"WORLD_SIZE is {world} in the environment, but {', '.join(missing)} is not there; "
+                         f"start with "
                          "torchrun, which sets all, or unset WORLD_SIZE")
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -76,7 +85,8 @@ def _backend(device):
 
 def summed(values):
     """Sum a list of numbers over ranks -> list of floats."""
-    tensor = torch.tensor(values, dtype=torch.float64)          # on the CPU, where gloo reduces on any machine
+    tensor = torch.tensor(values,
+                          dtype=torch.float64)          # on the CPU, where gloo reduces on any machine
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor.tolist()
@@ -84,7 +94,8 @@ def summed(values):
 
 @contextmanager
 def stop_on_signals():
-    """Inside, SIGINT and SIGTERM ask for a stop instead of raising -> a StopRequest, which the loop looks at."""
+    """Inside, SIGINT and SIGTERM ask for a stop instead of raising -> a StopRequest, which the loop looks
+    at."""
     request = StopRequest()
     previous = {number: signal.signal(number, request.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -118,11 +129,12 @@ def gathered(items):
 
 
 def blocks(model):
-    """The repeated blocks of a model: the members of every list of two or more modules of one class, outermost lists
-    only."""
+    """The repeated blocks of a model: the members of every list of two or more modules of one class,
+    outermost lists only."""
     repeated, inside = [], set()
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(block) for block in module}) == 1 \
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(block)
+                                                                          for block in module}) == 1 \
                 and module not in inside:
             repeated += list(module)
             inside.update(inner for block in module for inner in block.modules())
@@ -130,8 +142,9 @@ def blocks(model):
 
 
 class Policy(nn.Module):
-    """The one module through which gradients flow: FSDP2's hooks sit on `forward`, and `VLM.score` speaks to parts of the
-    model rather than to the whole. A `Policy` that is not sharded passes calls on and does nothing else."""
+    """The one module through which gradients flow: FSDP2's hooks sit on `forward`, and `VLM.score` speaks to
+    parts of the model rather than to the whole. A `Policy` that is not sharded passes calls on and does
+    nothing else."""
 
     def __init__(self, vlm):
         super().__init__()
@@ -142,13 +155,15 @@ class Policy(nn.Module):
         return self._vlm[0].score(*args, **kwargs) if args else None
 
     def score(self, images, prompts, completions, *, temperature=1.0, inputs=None, rows=None):
-        """`VLM.score`, with gradient. inputs: `VLM.encode` of these prompts and others, of which they are `rows` (indices)."""
+        """`VLM.score`, with gradient. inputs: `VLM.encode` of these prompts and others, of which they are
+        `rows` (indices)."""
         inputs = inputs and inputs.rows(rows)               # here: FSDP makes a plain dict of it on the way
         return self(images, prompts, completions, temperature=temperature, inputs=inputs)
 
     @contextmanager
     def unsharded(self):
-        """Inside, every rank holds all weights, so that rollouts need no communication and may differ in length."""
+        """Inside, every rank holds all weights, so that rollouts need no communication and may differ in
+        length."""
         for unit in self.units:
             unit.unshard()
             unit.set_reshard_after_forward(False, recurse=False)
@@ -160,21 +175,23 @@ class Policy(nn.Module):
                 unit.reshard()
 
     def sum_gradients(self, now):
-        """Whether the next backward pass sums gradients over replicas; of several that accumulate only the last must."""
+        """Whether the next backward pass sums gradients over replicas; of several that accumulate only the
+        last must."""
         for unit in self.units:
             unit.set_requires_all_reduce(now, recurse=False)
 
 
 def needs_fsdp(world, sharded, offload, compute, dtype):
-    """Whether a model is wrapped. dtype: of the weights between steps; FSDP2 makes the copies in the computation's dtype."""
+    """Whether a model is wrapped. dtype: of the weights between steps; FSDP2 makes the copies in the
+    computation's dtype."""
     return world > 1 or sharded or offload or compute != dtype
 
 
 def shard(vlm, device, compute, sharded, offload=False, trains=True):
     """Wrap a model that lies on `device` -> Policy.
 
-    compute: dtype of the computation. sharded: each rank keeps a share, else all of it. offload: weights, gradients and
-    optimizer state stay in the CPU's memory between uses. trains: weights become fp32.
+    compute: dtype of the computation. sharded: each rank keeps a share, else all of it. offload: weights,
+    gradients and optimizer state stay in the CPU's memory between uses. trains: weights become fp32.
     """
     policy = Policy(vlm)
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -185,21 +202,39 @@ def shard(vlm, device, compute, sharded, offload=False, trains=True):
         dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (world,) if sharded else (world, 1),
                             mesh_dim_names=("shard",) if sharded else ("replicate", "shard"))
-    settings = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
-                    offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy())
+    settings = dict(mesh=mesh,
+                    mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+                    offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload
+                    else OffloadPolicy())
     for block in blocks(vlm.model):
         fully_shard(block, **settings)
     fully_shard(policy, **settings)
     policy.units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     if trains and not adapted:                          # an adapter is fp32 already, its base stays as it is
         policy.float()
-    for unit in policy.units:                   # sums, not means: the loss is divided by the global count already
+    for unit in policy.units:  # sums, not means: the loss is divided by the global count already
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     policy()                                    # the first unit that runs becomes the root
     policy.units[0].reshard()
     return policy
 
+
+
+def prepare(vlm, args, device, compute, world, trains=True):
+    """What trains, what is sharded, what is computed twice -> (Policy, the choices in words).
+
+    trains: false for a reference model, whose weights stay as they are.
+    """
+    for p in loading.vision_parameters(vlm) if args.freeze_vision else []:
+        p.requires_grad_(False)
+    if args.run.lora_rank:
+        lora.add(vlm, args.run.lora_rank, args.run.lora_alpha, args.run.lora_target, args.model)
+    sharded, gradient_checkpointing = choices(args, device, world, vlm)
+    if gradient_checkpointing and trains:
+        loading.checkpoint_activations(blocks(vlm.model), vlm.cache_name)
+    policy = shard(vlm, device, compute, sharded, args.run.offload, trains)
+    return policy, describe(compute, sharded, gradient_checkpointing, world)
 
 
 def clip_gradients(parameters, largest):
@@ -209,13 +244,15 @@ def clip_gradients(parameters, largest):
 
 
 def full_state_dict(policy, dtype, frozen=False):
-    """Every weight in full, by its name in the model, in the CPU's memory of rank 0 -> dict ({} on other ranks). All ranks
-    call it. A weight that two modules share (a head tied to the word embeddings) is there once, by its first name.
+    """Every weight in full, by its name in the model, in the CPU's memory of rank 0 -> dict ({} on other
+    ranks). All ranks call it. A weight that two modules share (a head tied to the word embeddings) is there
+    once, by its first name.
     frozen: of an adapted model all weights, else its adapter alone. An adapter is fp32 in any case."""
     adapter_only = lora.is_adapted(policy.model) and not frozen
     state = get_model_state_dict(policy.model, options=StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter_only))
-    names, first = ({name for name, _ in policy.model.named_parameters(remove_duplicate=once)} for once in (False, True))
+    names, first = ({name for name, _ in policy.model.named_parameters(remove_duplicate=once)}
+                    for once in (False, True))
     # popped: two copies of one weight at a time
     return {name: state.pop(name).to(torch.float32 if ".lora_" in name else dtype)
             for name in list(state) if name not in names - first}
@@ -223,17 +260,20 @@ def full_state_dict(policy, dtype, frozen=False):
 
 def _state(policy, optimizer):
     options = StateDictOptions(ignore_frozen_params=lora.is_adapted(policy.model))
-    return {"model": get_model_state_dict(policy, options=options), "optimizer": get_optimizer_state_dict(policy, optimizer)}
+    return {"model": get_model_state_dict(policy, options=options),
+            "optimizer": get_optimizer_state_dict(policy, optimizer)}
 
 
 def save_state(policy, optimizer, path):
-    """Write the fp32 weights and the optimizer's state, each rank its share, by the names of parameters. All ranks call it."""
+    """Write the fp32 weights and the optimizer's state, each rank its share, by the names of parameters. All
+    ranks call it."""
     with warnings.catch_warnings(action="ignore"):         # that one process is one process
         checkpoint.save(_state(policy, optimizer), checkpoint_id=path)
 
 
 def checksums(path):
-    """{name: CRC-32} of the files in a folder, in turns between the ranks, which share the file system. All ranks call it."""
+    """{name: CRC-32} of the files in a folder, in turns between the ranks, which share the file system. All
+    ranks call it."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return dict(gathered([(file.name, cli.checksum(file)) for file in sorted(path.iterdir())[rank::world]]))
 
@@ -241,14 +281,16 @@ def checksums(path):
 def load_state(policy, optimizer, path):
     """The reverse, on any number of ranks, sharded or not: each reads its share. All ranks call it."""
     state = _state(policy, optimizer)
-    # Adam has no state of a weight that never had a gradient (a layer whose output is not used): neither then nor now.
+    # Adam has no state of a weight that never had a gradient (a layer whose output is not used): neither then
+    # nor now.
     stored = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
     moments = state["optimizer"]["state"]
     for name in [name for name in moments if f"optimizer.state.{name}.step" not in stored]:
         del moments[name]
     with warnings.catch_warnings(action="ignore"):
         checkpoint.load(state, checkpoint_id=path)
-    set_model_state_dict(policy, state["model"], options=StateDictOptions(strict=not lora.is_adapted(policy.model)))
+    set_model_state_dict(policy, state["model"],
+                         options=StateDictOptions(strict=not lora.is_adapted(policy.model)))
     set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=StateDictOptions(strict=False))
 
 
@@ -256,7 +298,8 @@ def parameters(vlm, frozen_vision=False, lora_rank=0, lora_target="language"):
     """-> (all, those that train). With lora_rank: of a model that has no adapter yet, as if it had."""
     total = sum(p.numel() for p in vlm.model.parameters())
     if lora_rank or lora.is_adapted(vlm.model):
-        adapter = sum(p.numel() for p in vlm.model.parameters() if p.requires_grad) if lora.is_adapted(vlm.model) else \
+        adapter = sum(p.numel() for p in vlm.model.parameters()
+                      if p.requires_grad) if lora.is_adapted(vlm.model) else \
             lora.count(vlm, lora_rank, lora_target)
         return total if lora.is_adapted(vlm.model) else total + adapter, adapter
     return total, total - (sum(p.numel() for p in loading.vision_parameters(vlm)) if frozen_vision else 0)
@@ -270,12 +313,13 @@ def device_memory(run, device):
 
 
 def state_bytes(total, trained, ranks, offload=False, frozen_size=4):
-    """What a rank holds between steps: weights, gradients and Adam's two moments in fp32 -> bytes by part. frozen_size: bytes
-    of a weight that does not train, which under an adapter keeps the dtype of its file."""
+    """What a rank holds between steps: weights, gradients and Adam's two moments in fp32 -> bytes by part.
+    frozen_size: bytes of a weight that does not train, which under an adapter keeps the dtype of its file."""
     where = "CPU" if offload else "device"
     weights = "weights, fp32" if frozen_size == 4 else "weights, the adapter's in fp32"
     return {(where, weights): (4 * trained + frozen_size * (total - trained)) / ranks,
-            (where, "gradients, fp32"): 4 * trained / ranks, (where, "optimizer state, fp32"): 8 * trained / ranks}
+            (where, "gradients, fp32"): 4 * trained / ranks,
+            (where, "optimizer state, fp32"): 8 * trained / ranks}
 
 
 def dtype_of(run, device):
@@ -286,14 +330,16 @@ def dtype_of(run, device):
 
 
 def choices(args, device, world, vlm):
-    """What `--shard` and `--activation_checkpointing` come to for this model -> (sharded?, activation checkpointing?)."""
+    """What `--shard` and `--activation_checkpointing` come to for this model -> (sharded?, activation
+    checkpointing?)."""
     total, trained = parameters(vlm, args.freeze_vision, args.run.lora_rank, args.run.lora_target)
     sharded, gradient_checkpointing = args.run.shard == "fsdp", args.run.activation_checkpointing == "on"
     if args.run.activation_checkpointing == "auto":
         gradient_checkpointing = total > LARGE
     if args.run.shard == "auto" and world > 1 and (memory := device_memory(args.run, device)):
         frozen_size = vlm.model.dtype.itemsize if args.run.lora_rank else 4
-        sharded = sum(state_bytes(total, trained, 1, frozen_size=frozen_size).values()) > COMFORTABLE * memory * GIB
+        sharded = sum(state_bytes(total, trained, 1,
+                                  frozen_size=frozen_size).values()) > COMFORTABLE * memory * GIB
     return sharded, gradient_checkpointing
 
 

@@ -53,7 +53,8 @@ class File(Sequence):
         if self.broken and not self.indices:
             raise InputError(f"{path} has no row that can be used; the first: {faults[0]}")
         if self.broken:
-            print(f"{path}: {self.broken} broken rows left out, {len(self.indices)} questions kept", file=sys.stderr)
+            print(f"{path}: {self.broken} broken rows left out, {len(self.indices)} questions kept",
+                  file=sys.stderr)
         if systems:
             print(f"{path}: the system prompts of {systems} rows are not used; the prompt asks for a boxed "
                   f"answer",
@@ -75,8 +76,10 @@ class File(Sequence):
             return to_sample(row, where, self.path, self.rows.cells, self.allow_outside)
         except InputError:
             raise
-        except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            raise InputError(f"{where} cannot be read as a question ({reason(error)}); repair or remove it") from error
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError,
+                ValueError) as error:
+            raise InputError(f"{where} cannot be read as a question ({reason(error)}); repair or remove "
+                             "it") from error
 
 
 class Rows(list):
@@ -155,7 +158,8 @@ class TsvRows:
                 pictures.append(cell)
                 continue
             other = self[self.by_index[cell]][1]
-            more = image_cells(other) if isinstance(other, dict) and cell not in visited and len(visited) < 64 else []
+            is_new = isinstance(other, dict) and cell not in visited and len(visited) < 64
+            more = image_cells(other) if is_new else []
             if not more:                                # real files refer once
                 raise InputError(f"{where} has an image that is the index of row {cell!r}, which leads in a "
                                  f"circle, over more "
@@ -195,7 +199,8 @@ def _read_csv(path):
     csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         try:
-            return Rows([(f"{path}, row {number}", {key: value for key, value in row.items() if isinstance(key, str)})
+            return Rows([(f"{path}, row {number}",
+                          {key: value for key, value in row.items() if isinstance(key, str)})
                          for number, row in enumerate(csv.DictReader(file), 1)])
         except csv.Error as error:
             raise InputError(f"{path} is no sound CSV file ({error}); repair it") from error
@@ -211,11 +216,13 @@ def _read_parquet(path):
         rows = parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, AssertionError, AttributeError, LookupError, OverflowError, TypeError,
             ValueError) as error:
-        raise InputError(f"{path} is no sound parquet file ({reason(error)}); fetch or write it again") from error
+        raise InputError(f"{path} is no sound parquet file ({reason(error)}); fetch or write it "
+                         "again") from error
     return Rows([(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)])
 
 
-READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": TsvRows, ".parquet": _read_parquet}
+READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": TsvRows,
+           ".parquet": _read_parquet}
 
 
 def data_file(folder):
@@ -234,15 +241,18 @@ def data_file(folder):
 def image_folder(folder):
     """An imagefolder, one folder of pictures a class -> Rows that ask for the class."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
-    pictures = [(path, file) for path in classes for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES]
+    pictures = [(path, file) for path in classes for file in sorted(path.iterdir())
+                if file.suffix.lower() in SUFFIXES]
     if len({path for path, _ in pictures}) < 2:
         raise InputError(f"folder {str(folder)!r} holds neither a data file ({', '.join(READERS)}) nor a "
                          f"folder of pictures "
                          "for each of several classes; give the path of a file")
     names = sorted({path.name for path, _ in pictures})
     choices = {"choices": names} if len(names) <= 26 else {}
-    return Rows([(str(file), {"id": str(file.relative_to(folder)), "image": str(file.relative_to(folder)), "answer": path.name,
-                              "question": "Which class does the picture show?", **choices}) for path, file in pictures])
+    return Rows([(str(file), {"id": str(file.relative_to(folder)), "image": str(file.relative_to(folder)),
+                              "answer": path.name,
+                              "question": "Which class does the picture show?", **choices}) for path,
+                              file in pictures])
 
 
 def open_rows(source):
@@ -262,4 +272,5 @@ def open_rows(source):
                              f"expected")
         return path, READERS[path.suffix.lower()](path)
     except OSError as error:
-        raise InputError(f"data file {shown} cannot be read ({error}); repair it or its permissions") from error
+        raise InputError(f"data file {shown} cannot be read ({error}); repair it or its "
+                         "permissions") from error

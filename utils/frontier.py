@@ -1,4 +1,5 @@
-"""What a policy costs and reaches: means over questions, thresholds with a guarantee, rival ways to spend, intervals."""
+"""What a policy costs and reaches: means over questions, thresholds with a guarantee, rival ways to spend,
+intervals."""
 import math
 from dataclasses import dataclass, field
 
@@ -9,8 +10,8 @@ from utils.metrics import auroc, calibration_error, interval
 
 @dataclass
 class Spent:
-    """What a policy made of one question. p: of the leading answer after each purchase. states: (number of samples,
-    sources) there."""
+    """What a policy made of one question. p: of the leading answer after each purchase. states: (number of
+    samples, sources) there."""
     id: str
     confidence: float = 0.0
     correct: bool = False
@@ -44,7 +45,8 @@ def confidences(spent):
 # ---- "I don't know", with a guarantee
 
 def risk_bound(wrong, n, delta=0.1):
-    """Clopper and Pearson's upper bound: the risk under which `wrong` errors or fewer in n have probability delta."""
+    """Clopper and Pearson's upper bound: the risk under which `wrong` errors or fewer in n have probability
+    delta."""
     if wrong >= n:
         return 1.0
     log_choose = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(wrong + 1)]
@@ -57,14 +59,15 @@ def risk_bound(wrong, n, delta=0.1):
 
 
 def certified_threshold(confidence, correct, risk, delta=0.1, steps=40):
-    """The lowest confidence from which on answers are wrong at most at the rate `risk`; inf where none can be certified.
+    """The lowest confidence from which on answers are wrong at most at the rate `risk`; inf where none can be
+    certified.
 
-    It holds with probability 1 - delta over the held-out questions (confidence, correct: (N,)). Thresholds are tried
-    from the highest down, and the first that fails ends the search (fixed-sequence testing): so trying many costs no
-    confidence. The first one keeps just enough answers to be certified at all.
+    It holds with probability 1 - delta over the held-out questions (confidence, correct: (N,)). Thresholds
+    are tried from the highest down, and the first that fails ends the search (fixed-sequence testing): so
+    trying many costs no confidence. The first one keeps just enough answers to be certified at all.
     """
     order = np.argsort(-confidence, kind="stable")
-    least = math.ceil(math.log(delta) / math.log1p(-risk))          # fewer cannot show it, even without an error
+    least = math.ceil(math.log(delta) / math.log1p(-risk))  # fewer cannot show it, even without an error
     best = math.inf
     for size in sorted({max(least, round(len(order) * k / steps)) for k in range(1, steps + 1)}):
         if size > len(order):
@@ -82,11 +85,12 @@ def certified_threshold(confidence, correct, risk, delta=0.1, steps=40):
 def gate(signal, before, after, share):
     """Accuracy by question (N,) where the share of questions with the lowest signal goes to the Expert.
 
-    signal (N,); before, after (N,): right without and with the Expert. share: of the questions; the last one is split,
-    so that the mean number of calls is the share exactly.
+    signal (N,); before, after (N,): right without and with the Expert. share: of the questions; the last one
+    is split, so that the mean number of calls is the share exactly.
     """
     order = np.argsort(signal, kind="stable")
-    weight = np.clip(share * len(signal) - np.arange(len(signal)), 0, 1)        # of each question's call, in that order
+    weight = np.clip(share * len(signal) - np.arange(len(signal)), 0,
+                     1)        # of each question's call, in that order
     right = np.empty(len(signal))
     right[order] = before[order] * (1 - weight) + after[order] * weight
     return right
@@ -95,7 +99,8 @@ def gate(signal, before, after, share):
 def mixed(points, calls):
     """By question (N,): the outcome at a mean number of calls, by a coin between the two nearest of points.
 
-    points: [(mean calls, right (N,)), ...]. A coin between two policies is a policy. nan (N,) outside their range.
+    points: [(mean calls, right (N,)), ...]. A coin between two policies is a policy. nan (N,) outside their
+    range.
     """
     points = sorted(points, key=lambda point: point[0])
     at = [point[0] for point in points]
@@ -108,7 +113,8 @@ def mixed(points, calls):
 
 
 def paired_difference(first, second, rounds=1000, seed=0):
-    """second minus first, outcomes by question (N,) -> (mean, low, high), the 95% interval by resampled questions."""
+    """second minus first, outcomes by question (N,) -> (mean, low, high), the 95% interval by resampled
+    questions."""
     difference = np.asarray(second, float) - np.asarray(first, float)
     draws = np.random.default_rng(seed).integers(len(difference), size=(rounds, len(difference)))
     return float(difference.mean()), *interval(difference[draws].mean(1))

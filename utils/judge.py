@@ -4,19 +4,21 @@ r"""The judge: what a response answers, and whether that is right. Rules, no mod
     extract_answer("The answer is (B), since (A) is red.", ["red", "blue"])        # "B"
     equivalent("1/2", r"\frac{1}{2}")                         # True
 
-| kind of response | its answer                                                                   | read by         |
-|------------------|------------------------------------------------------------------------------|-----------------|
-| a box            | \boxed{4}, no: \boxed{6} -> 6; \boxed{4} and \boxed{6} -> 4 and 6            | _last_boxes     |
-| a marker         | The answer is 48, in total. -> 48; "answer": "B" -> B; Answer \( 17 \) -> 17 | _marked         |
-| a revision       | \boxed{4} ... The final answer is 6. -> 6; Answer: A ... so **D** -> D       | _revision       |
-| an option        | B. green; (A) is too dark, hence (B); I would take D - it is tall; its text  | _closing_option |
-| a last sentence  | So 5 + 4 = 9. -> 9; We find that $x \neq 6$. -> x \neq 6; It is red. -> red  | _ending         |
-| one number       | She took 7 cubes out of the box. -> 7                                        | _only_number    |
-| none             | not B; A or B; because (A) ...; all the options again; Is it 7?              |                 |
+| kind of response | its answer                                                                   | read by
+     | |------------------|------------------------------------------------------------------------------|-----------------|
+| a box            | \boxed{4}, no: \boxed{6} -> 6; \boxed{4} and \boxed{6} -> 4 and 6            |
+_last_boxes     | | a marker         | The answer is 48, in total. -> 48; "answer": "B" -> B; Answer \( 17 \)
+-> 17 | _marked         | | a revision       | \boxed{4} ... The final answer is 6. -> 6; Answer: A ... so
+**D** -> D       | _revision       | | an option        | B. green; (A) is too dark, hence (B); I would take D
+- it is tall; its text  | _closing_option | | a last sentence  | So 5 + 4 = 9. -> 9; We find that $x \neq 6$.
+-> x \neq 6; It is red. -> red  | _ending         | | one number       | She took 7 cubes out of the box. -> 7
+                                       | _only_number    | | none             | not B; A or B; because (A)
+                                       ...; all the options again; Is it 7?              |                 |
 
-Which answers are the same: see the table in answers.py. With options, B = (B) = b. = the option's text or value,
-and two letters differ. A response of any length is read in linear time, and no text raises. Left out on purpose: a
-model as the judge. The package math-verify changes no verdict unless `use_math_verify` switches it on.
+Which answers are the same: see the table in answers.py. With options, B = (B) = b. = the option's text or
+value, and two letters differ. A response of any length is read in linear time, and no text raises. Left out
+on purpose: a model as the judge. The package math-verify changes no verdict unless `use_math_verify` switches
+it on.
 """
 import re
 from functools import lru_cache
@@ -38,7 +40,8 @@ from utils.answers import (
 
 MAX_RESPONSE = 50_000  # characters of a response that are read: its first fifth, and its end
 MAX_ANSWER = 1000      # characters of an answer; longer ones are compared as they stand
-MATH_VERIFY = None     # or the package's version, if `use_math_verify` switched it on: store it with the verdicts
+# or the package's version, if `use_math_verify` switched it on: store it with the verdicts
+MATH_VERIFY = None
 
 # ---- Patterns of a response: what ends it, where an answer is stated, what denies one
 
@@ -83,7 +86,8 @@ _DOUBTED = re.compile(
 
 # ---- Patterns of a last sentence: the value that it arrives at
 
-_VALUE_STARTS = re.compile(r"\s(?:is|are|be|was|were|equals)\s(?!the (?:\w+ )?answer$)|(?<![<>!])[=≈](?!=)|:\s")
+_VALUE_STARTS = re.compile(r"\s(?:is|are|be|was|were|equals)\s(?!the (?:\w+ "
+                           r")?answer$)|(?<![<>!])[=≈](?!=)|:\s")
 _TRAILING_NUMBER = re.compile(  # "7 red circles"
     r"-?[$€£]?\d[\d,.]*(?:\s?[/:]\s?\d+)?\s?[%°]?(?:\s[^\W\d]+){0,4}$")
 _SUBJECT_NUMBER = re.compile(  # "42 is the sum"
@@ -94,21 +98,25 @@ _COUNTED = re.compile(  # a verb before the one number: "took 7 cubes out of ...
     r"|sees?|saw|found|gets?|got|makes?|made|gives?|leaves?|left|contains?|shows?|bought|sold|ate)"
     r"\s(?:exactly\s|only\s|a total of\s)?[*$]{0,3}(-?\d[\d,.]*\s?[%°]?)[*$]{0,3}(?=\s[a-z])", re.IGNORECASE)
 _STATED = re.compile(  # what comes before a value that a sentence arrives at
-    r"(?:\b(?:is|are|was|were|be|equals?|gives?|yields?|makes?|leaves?|gets?|have)|[=≈])[\s*$]*$", re.IGNORECASE)
+    r"(?:\b(?:is|are|was|were|be|equals?|gives?|yields?|makes?|leaves?|gets?|have)|[=≈])[\s*$]*$",
+    re.IGNORECASE)
 _STATEMENT_STARTS = re.compile(  # "We find that $x \neq 3$"
-    r"\b(?:is|are|be|that|so|thus|hence|therefore|get|have|means|find|obtain|then)\b[,:]?\s|:\s", re.IGNORECASE)
+    r"\b(?:is|are|be|that|so|thus|hence|therefore|get|have|means|find|obtain|then)\b[,:]?\s|:\s",
+    re.IGNORECASE)
 
 
 def extract_answer(text, choices=None):
-    r"""The final answer of a response, or None. With `choices`, the option's letter wherever one is recognised.
+    r"""The final answer of a response, or None. With `choices`, the option's letter wherever one is
+    recognised.
 
-    In order: the last non-empty balanced `\boxed{}` (or else `\fbox{}`), or several that one sentence joins, as a list;
-    what follows the last "answer is", "answer:", `"answer":` or "答案是" (an "answer would be" gives way to an earlier
-    "answer is"); with choices, the option that the response opens or closes with, the last letter named, the last option
-    quoted, the value that the last sentence arrives at; without, an opening "Yes," or "No,", or what the last sentence
-    ends in, if that is a formula, a number or at most four words, or its only number. A closing "answer is 7" or
-    "**D**", or a second thought, revises what comes before. No answer is what is denied ("not B"), left open
-    ("A or B"), only argued with ("because (A) ..."), or an echo of all the options.
+    In order: the last non-empty balanced `\boxed{}` (or else `\fbox{}`), or several that one sentence joins,
+    as a list; what follows the last "answer is", "answer:", `"answer":` or "答案是" (an "answer would be" gives
+    way to an earlier "answer is"); with choices, the option that the response opens or closes with, the last
+    letter named, the last option quoted, the value that the last sentence arrives at; without, an opening
+    "Yes," or "No,", or what the last sentence ends in, if that is a formula, a number or at most four words,
+    or its only number. A closing "answer is 7" or "**D**", or a second thought, revises what comes before. No
+    answer is what is denied ("not B"), left open ("A or B"), only argued with ("because (A) ..."), or an echo
+    of all the options.
     """
     if not isinstance(text, str):
         return None
@@ -139,7 +147,8 @@ def _texts(choices):
 
 
 def _response(text):
-    """The first turn, without "I hope it is correct" at its end. Of a very long one, its beginning and its end."""
+    """The first turn, without "I hope it is correct" at its end. Of a very long one, its beginning and its
+    end."""
     roles = ("", "assistant", "user", "model")
     text = next((turn for turn in _CHAT_TOKEN.split(text) if turn.strip() not in roles), "").rstrip()
     if len(text) > MAX_RESPONSE:
@@ -148,7 +157,8 @@ def _response(text):
 
 
 def boxes(text):
-    r"""(start, slice of the content) of each balanced `\boxed{...}`. An outer box follows its inner ones; one pass."""
+    r"""(start, slice of the content) of each balanced `\boxed{...}`. An outer box follows its inner ones; one
+    pass."""
     contents, opened = [], []
     for token in re.compile(r"\\boxed\s*\{|\\[{}]|[{}]").finditer(text, (text + "\\boxed").find("\\boxed")):
         if token[0] == "}" and opened:
@@ -161,7 +171,8 @@ def boxes(text):
 
 
 def _last_boxes(text):
-    r"""The last box's content, or a list of those that one sentence joins ("4 and 6"); and its end in the text."""
+    r"""The last box's content, or a list of those that one sentence joins ("4 and 6"); and its end in the
+    text."""
     text = text if boxes(text) else text.replace(r"\fbox", r"\boxed")
     filled = [(start, content) for start, content in boxes(text) if text[content].strip()]
     if not filled:
@@ -195,7 +206,8 @@ def _marked(text, choices):
 
 
 def _settled(text, markers):
-    """The last "answer is" before a closing "if we ..., the answer would be". That concludes nothing: one or none."""
+    """The last "answer is" before a closing "if we ..., the answer would be". That concludes nothing: one or
+    none."""
     if not markers or not _WOULD_BE.search(markers[-1][0]):
         return []
     end = markers[-1].end()
@@ -215,7 +227,8 @@ def _conditional(sentence):
 
 
 def _revision(rest, choices, boxed=False):
-    r"""What the text behind an answer puts in its place: a closing "**D**", "No, it is C", a value after a box."""
+    r"""What the text behind an answer puts in its place: a closing "**D**", "No, it is C", a value after a
+    box."""
     closing = _CLOSING_BOLD.search(rest[-MAX_ANSWER:])
     if closing and not _REJECTED.search(closing["line"]):
         option = _labelled(closing["bold"], choices) if choices else None
@@ -246,12 +259,14 @@ def _asks(text):
 
 
 def _parts(sentence):
-    """The clauses of a sentence that may state its answer: no reasons, nothing that the answer is set against."""
+    """The clauses of a sentence that may state its answer: no reasons, nothing that the answer is set
+    against."""
     return [part for part in _PART_END.split(sentence) if part.strip() and not _ASIDE.match(part)]
 
 
 def _ending(sentence):
-    """The formula, the number, or the at most four words, that a sentence leads up to. None if it denies them."""
+    """The formula, the number, or the at most four words, that a sentence leads up to. None if it denies
+    them."""
     part = (_parts(sentence) or [""])[-1]
     part = re.sub(r",?\sI (?:believe|think|guess|suppose)\W*$", "", part)
     part = re.sub(r"[\s$]+is (?:the|our|my) (?:answer|solution)\W*$", "", part)
@@ -273,7 +288,8 @@ def _ending(sentence):
 
 
 def _statement(part):
-    r"""The formula that a sentence ends in: "x \neq 3", "5 = 2a + b", a span in $. Not "x = 5", which is 5."""
+    r"""The formula that a sentence ends in: "x \neq 3", "5 = 2a + b", a span in $. Not "x = 5", which is
+    5."""
     part = re.sub(r"(=[^$]*)\$\s*(,?\s*(?:and|or)|,)\s*\$(?=[^$]*=)", r"\1 \2 ", part)  # $a=2$ and $b=3$
     spans = re.split(r"\$+|\\[()\[\]]", part.strip(" *`,."))
     in_span = len(spans) % 2 == 0 or (len(spans) > 1 and not spans[-1])
@@ -304,13 +320,14 @@ def _only_number(sentence):
 def equivalent(a, b, choices=None):
     """Whether two answers are the same. Symmetric; never raises, never evaluates code; None equals nothing.
 
-    With `choices`, a letter in any dress and an option's text both name the option. An upper-case letter comes first,
-    and two letters are the same only where the two options are one text.
-    Text: spaces, articles, LaTeX dress and, in words of three letters or more, case are ignored; true = yes.
-    Numbers: relative tolerance 1e-6, integers exactly. A decimal with two places and two significant digits, or more,
-    also equals what rounds to it (0.333 and 1/3). A unit counts only if both sides have one. A percentage against a
-    bare number is read as written or as a ratio (50% equals 50 and 0.5). "1.5 million" equals 1.5 and 1500000.
-    "One third" is 1/3, but "third" and "three quarters" (coins?) are no numbers. More: the table in answers.py.
+    With `choices`, a letter in any dress and an option's text both name the option. An upper-case letter
+    comes first, and two letters are the same only where the two options are one text. Text: spaces, articles,
+    LaTeX dress and, in words of three letters or more, case are ignored; true = yes. Numbers: relative
+    tolerance 1e-6, integers exactly. A decimal with two places and two significant digits, or more, also
+    equals what rounds to it (0.333 and 1/3). A unit counts only if both sides have one. A percentage against
+    a bare number is read as written or as a ratio (50% equals 50 and 0.5). "1.5 million" equals 1.5 and
+    1500000. "One third" is 1/3, but "third" and "three quarters" (coins?) are no numbers. More: the table in
+    answers.py.
     """
     if a is None or b is None:
         return False
@@ -325,11 +342,12 @@ def equivalent(a, b, choices=None):
 
 
 def is_correct(text, sample):
-    """The judge: does the response `text` answer `sample` correctly (a data.Sample: .id, .answer, .choices, .meta)?
+    """The judge: does the response `text` answer `sample` correctly (a data.Sample: .id, .answer, .choices,
+    .meta)?
 
-    sample.answer: with choices the option's letter, else a value; a list or tuple means any of it. No answer: False.
-    As in MathVista's judge, meta["answer_type"] == "float" rounds both sides to meta["precision"] decimals.
-    Raises ValueError if the sample has no gold answer.
+    sample.answer: with choices the option's letter, else a value; a list or tuple means any of it. No answer:
+    False. As in MathVista's judge, meta["answer_type"] == "float" rounds both sides to meta["precision"]
+    decimals. Raises ValueError if the sample has no gold answer.
     """
     return accepts(extract_answer(text, sample.choices), sample)
 
@@ -379,7 +397,8 @@ def _labelled(text, choices):
 
 
 def _is_option(text, choices):
-    """Index of the option that a text is, by its very text, its letter or its value. None if none or several."""
+    """Index of the option that a text is, by its very text, its letter or its value. None if none or
+    several."""
     text = text.strip()
     if not text or len(text) > MAX_ANSWER:
         return None
@@ -396,13 +415,15 @@ def _is_option(text, choices):
 
 
 def _option(answer, choices):
-    """Index of the option that a short answer is, or that its first words or else later ones name; or None."""
+    """Index of the option that a short answer is, or that its first words or else later ones name; or
+    None."""
     option = _is_option(answer, choices)
     if option is not None or len(answer) > MAX_ANSWER:
         return option
     letter = f"[A-{_letter(len(choices) - 1)}]"
     opening = re.match(rf"(?:\W|{_QUOTED}|(?:the|option|choice)\s)*({letter})(?![\w']|\s*=)(?!(?<=[AI])\s[a-z])"
-                       rf"(?!\W*(?:[,/&、]|\b(?:and|or)\b)\W{{0,3}}{letter}\b)", "".join(_claims(answer, choices)[:1]))
+                       rf"(?!\W*(?:[,/&、]|\b(?:and|or)\b)\W{{0,3}}{letter}\b)",
+                       "".join(_claims(answer, choices)[:1]))
     return ord(opening[1]) - ord("A") if opening else _named([answer], choices)
 
 
@@ -433,7 +454,8 @@ def _arrived_at(sentences, choices):
 
 
 def _claims(sentence, choices):
-    """The clauses of a sentence that deny nothing, with a mark and the letter for each option's text in them."""
+    """The clauses of a sentence that deny nothing, with a mark and the letter for each option's text in
+    them."""
     sentence = plain(re.sub(r"\s?—\s?|\s(?:–|--+)\s", " ; ", sentence))
     quotes = {plain(choice).strip(" ."): i for i, choice in enumerate(choices)}
     fold = re.IGNORECASE if len({quote.lower() for quote in quotes}) == len(quotes) else 0
@@ -481,7 +503,8 @@ def _same(a, b):
 def use_math_verify(on=True):
     """Let the package `math-verify` accept what these rules refuse (log_2 8 = 3), or, as by default, not.
 
-    Returns the new MATH_VERIFY: the package's version, or None. Raises ImportError, one sentence, if it is missing.
+    Returns the new MATH_VERIFY: the package's version, or None. Raises ImportError, one sentence, if it is
+    missing.
     """
     global MATH_VERIFY
     MATH_VERIFY = None

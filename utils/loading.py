@@ -1,7 +1,8 @@
-"""Opens models: processors without torchvision, the checks of a class, ids, positions, saving, activation checkpointing.
+"""Opens models: processors without torchvision, the checks of a class, ids, positions, saving, activation
+checkpointing.
 
-`check` compares a model with its own `generate` when it is loaded. A class that works differently from what `vlm.py`
-assumes is refused by name, in a sentence, before anything is computed with it.
+`check` compares a model with its own `generate` when it is loaded. A class that works differently from what
+`vlm.py` assumes is refused by name, in a sentence, before anything is computed with it.
 """
 import copy
 import errno
@@ -47,15 +48,19 @@ def read_map(file):
 def largest(values, k, width=128):
     """The k largest of (..., V), in falling order -> (..., k), equal to `topk`.
 
-    `topk` walks over a real vocabulary several times. The k largest lie in the k chunks of `width` with the highest
-    maxima, so that one walk for the maxima is enough.
+    `topk` walks over a real vocabulary several times. The k largest lie in the k chunks of `width` with the
+    highest maxima, so that one walk for the maxima is enough.
     """
     chunks = values.shape[-1] // width
     if chunks < 8 * k:
         return values.topk(k).values
-    chunked = values[..., :chunks * width].unflatten(-1, (chunks, width))                     # (..., chunks, width)
+    chunked = values[..., :chunks * width].unflatten(-1,
+                                                     (chunks,
+                                                      width))                     # (..., chunks, width)
     best = chunked.detach().amax(-1).topk(k).indices[..., None]                                 # (..., k, 1)
-    candidates = chunked.gather(-2, best.expand(*best.shape[:-1], width)).flatten(-2)                # (..., k * width)
+    candidates = chunked.gather(-2,
+                                best.expand(*best.shape[:-1],
+                                            width)).flatten(-2)                # (..., k * width)
     return torch.cat([candidates, values[..., chunks * width:]], -1).topk(k).values
 
 
@@ -78,17 +83,21 @@ class _ImagesOnly(ProcessorMixin):
     @classmethod
     def from_args_and_dict(cls, args, *rest, **kwargs):
         by_name = dict(zip(cls.get_attributes(), args))         # each class has its own order of parts
-        return super().from_args_and_dict([by_name.get(name) for name in super().get_attributes()], *rest, **kwargs)
+        return super().from_args_and_dict([by_name.get(name) for name in super().get_attributes()], *rest,
+                                          **kwargs)
 
 
 def torchvision_advice():
     """The torchvision that fits this torch (2.0 goes with 0.15, 2.1 with 0.16, ...), in words (str)."""
-    return f'pip install "torchvision==0.{int(torch.__version__.split(".")[1]) + 15}.*" from the index that torch came from'
+    minor = int(torch.__version__.split(".")[1]) + 15
+    return f'pip install "torchvision==0.{minor}.*" from the index that torch came from'
 
 
 def load_processor(path):
-    """AutoProcessor. Where it insists on a video processor, which needs torchvision: the same class without one."""
-    blind = InputError(f"model {str(path)!r} has no image processor that can be opened; a vision-language model with "
+    """AutoProcessor. Where it insists on a video processor, which needs torchvision: the same class without
+    one."""
+    blind = InputError(f"model {str(path)!r} has no image processor that can be opened; a vision-language "
+                       f"model with "
                        "preprocessor_config.json or processor_config.json is needed")
     if Path(path).is_dir() and not list(Path(path).glob("*processor_config.json")):
         raise blind                 # transformers would take its class's defaults, which are not this model's
@@ -108,7 +117,8 @@ def load_processor(path):
     try:
         AutoImageProcessor.from_pretrained(path)
     except broken as error:
-        raise (cannot_open("an image processor", error, "its class") if "torchvision" in str(error) else blind) from error
+        raise (cannot_open("an image processor", error, "its class") if "torchvision" in str(error)
+               else blind) from error
     class_name = None
     try:
         # The class that the files name may differ from the one that belongs to the model's class (Pixtral).
@@ -122,7 +132,7 @@ def load_processor(path):
         raise cannot_open("a processor", error, class_name or "its class") from error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Does a class work here?
 
 def trial(vlm):
@@ -132,7 +142,8 @@ def trial(vlm):
     images = [[Image.new("RGB", (64, 64), "gray")], [Image.new("RGB", (120, 40), "red")]]
     prompts = ["What is this?", "What colour is it?"]
     if vlm.model.config.is_encoder_decoder:
-        raise InputError("it is an encoder and a decoder, whose cross-attention looks at the prompt past the cache")
+        raise InputError("it is an encoder and a decoder, whose cross-attention looks at the prompt past "
+                         "the cache")
     for layer in new_cache(vlm.text_config).layers:
         if not hasattr(layer, "batch_repeat_interleave"):
             raise InputError(f"its cache holds more than keys, values and states ({type(layer).__name__})")
@@ -147,18 +158,20 @@ def trial(vlm):
 
 @torch.no_grad()
 def check(vlm):
-    """Compare the log-probs of prefill, repeated cache and head with those of the model's own `generate`, on two pictures.
+    """Compare the log-probs of prefill, repeated cache and head with those of the model's own `generate`, on
+    two pictures.
 
     InputError for a class that differs. Decides whether samples share their prompt (`vlm.shares_prefix`)."""
     try:
         images, prompts, inputs = trial(vlm)
         inputs = cast_pixels(inputs, vlm.head.weight.dtype)
-        outputs = vlm.model.generate(**inputs, max_new_tokens=3, do_sample=False, cache_implementation="dynamic",
+        outputs = vlm.model.generate(**inputs, max_new_tokens=3, do_sample=False,
+                                     cache_implementation="dynamic",
                                      return_dict_in_generate=True, output_logits=True)
         tokens = outputs.sequences[:, inputs["input_ids"].shape[1]:]                           # (2, T)
         logprobs = torch.stack(outputs.logits, 1).float().log_softmax(-1)                      # (2, T, V)
         expected = logprobs.gather(-1, tokens[..., None])[..., 0]                              # (2, T)
-        trials = []                                                                            # (error, factor, scores)
+        trials = []  # (error, factor, scores)
         for factor in logit_factors(vlm.text_config):
             vlm.logit_factor = factor
             scored = vlm.score(images, prompts, tokens.repeat_interleave(2, 0)).logprobs[::2]
@@ -170,12 +183,14 @@ def check(vlm):
         raise
     except Exception as error:
         raise refusal(vlm.model, error) from error
-    for wanted, logprobs, what in ((expected, scored, "from a repeated cache are off from its own `generate`"),
+    for wanted, logprobs, what in ((expected, scored,
+                                    "from a repeated cache are off from its own `generate`"),
                                    (alone, scored[1:], "of a prompt alone are off from those in a batch")):
         off = (wanted - logprobs).abs().max().item()
-        if not off < tolerance(vlm.model):                                          # not: nan is refused as well
+        if not off < tolerance(vlm.model):  # not: nan is refused as well
             raise refusal(vlm.model, f"its log-probs {what} by {off:.2g}; rounding explains at most "
-                                     f"{tolerance(vlm.model):g} in {str(vlm.model.dtype).removeprefix('torch.')}")
+                                     f"{tolerance(vlm.model):g} in "
+                                     f"{str(vlm.model.dtype).removeprefix('torch.')}")
 
 
 def _decodes_shared(vlm, images, prompts, tokens, expected):
@@ -197,7 +212,8 @@ def _decodes_shared(vlm, images, prompts, tokens, expected):
 def tolerance(model):
     """How far two ways to compute a log-prob may be apart, in nats (float).
 
-    In half precision rounding may send a token between two experts to the other one, which changes its log-probs more."""
+    In half precision rounding may send a token between two experts to the other one, which changes its
+    log-probs more."""
     if model.dtype == torch.float32:
         return 1e-3
     return 2.0 if experts(model.config.get_text_config())[0] > 1 else 0.5
@@ -222,17 +238,20 @@ def refusal(model, why):
     """The InputError for a class that cannot work here. why: words, or the error that it failed with."""
     why = reason(why)
     if "no attribute 'video_processor'" in why:
-        why = f"its processor needs one for videos, even for pictures, which takes torchvision; {torchvision_advice()}"
+        why = ("its processor needs one for videos, even for pictures, which takes torchvision; "
+               + torchvision_advice())
     return InputError(f"model class {type(model).__name__} cannot be used here: {why}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What differs between classes
 
 def eos_ids(model, tokenizer, template_of=None):
-    """The ids that end a completion -> (E,) int64: those of generation_config, the tokenizer's, the template's end of turn.
+    """The ids that end a completion -> (E,) int64: those of generation_config, the tokenizer's, the
+    template's end of turn.
 
-    A checkpoint often names only one of them, and a model that may not sample what its template ends turns with never stops.
+    A checkpoint often names only one of them, and a model that may not sample what its template ends turns
+    with never stops.
     template_of: the processor's `apply_chat_template`."""
     ids = model.generation_config.eos_token_id
     ids = [*ids] if isinstance(ids, list) else [ids]
@@ -249,16 +268,18 @@ def end_of_turn(tokenizer, template_of):
     except Exception:           # templates fail in any way on roles that they do not know
         return None
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return next((special[token] for token in sorted(special, key=len, reverse=True) if tail.startswith(token)), None)
+    return next((special[token] for token in sorted(special, key=len, reverse=True)
+                 if tail.startswith(token)), None)
 
 
 def banned_ids(model, tokenizer, eos):
-    """Ids that must never be sampled -> (V,) bool: all special tokens but EOS, and rows of the head beyond the tokenizer.
-    A picture's placeholder in a completion would break the next forward pass."""
+    """Ids that must never be sampled -> (V,) bool: all special tokens but EOS, and rows of the head beyond
+    the tokenizer. A picture's placeholder in a completion would break the next forward pass."""
     banned = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool, device=eos.device)
     banned[len(tokenizer):] = True
     special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-    settings = [value if isinstance(value, list | tuple) else [value] for name, value in vars(model.config).items()
+    settings = [value if isinstance(value, list | tuple) else [value] for name,
+                value in vars(model.config).items()
                 if name.endswith(("token_id", "token_ids", "token_index"))]
     from_settings = [i for value in settings for i in value if isinstance(i, int)]
     banned[[i for i in special + from_settings + tokenizer.all_special_ids if i < len(banned)]] = True
@@ -279,14 +300,16 @@ def cast_pixels(inputs, dtype):
 
 
 def position_ids(model, inputs):
-    """Position ids of the prompts, by the method that the model's own `generate` uses -> (B, L), or (A, B, L) with A axes
-    for multimodal rotary embeddings."""
+    """Position ids of the prompts, by the method that the model's own `generate` uses -> (B, L), or (A, B, L)
+    with A axes for multimodal rotary embeddings."""
     return model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
 
 
 def logit_factors(config):
-    """What a class with this text config may multiply its logits by (list of float); `check` finds out which it is."""
-    scaling = getattr(config, "logits_scaling", None) or 1.0            # Granite divides by it, HyperCLOVA X multiplies
+    """What a class with this text config may multiply its logits by (list of float); `check` finds out which
+    it is."""
+    scaling = getattr(config, "logits_scaling",
+                      None) or 1.0            # Granite divides by it, HyperCLOVA X multiplies
     others = [getattr(config, name, None) or 1.0 for name in ("output_multiplier", "logit_scale")]
     return list(dict.fromkeys([1.0, 1.0 / scaling, scaling, *others]))
 
@@ -294,28 +317,30 @@ def logit_factors(config):
 def apply_head(head, hidden):
     """The vocabulary head, (N, D) -> (N, V).
 
-    For a few rows and a real vocabulary MKL takes up to twice as long as oneDNN (`benchmarks/rollout.py`), and torch asks
-    oneDNN only for tensors in its layout."""
+    For a few rows and a real vocabulary MKL takes up to twice as long as oneDNN (`benchmarks/rollout.py`),
+    and torch asks oneDNN only for tensors in its layout."""
     weight = head.weight
     if (len(hidden) in FEW_ROWS and weight.numel() >= LARGE_HEAD and not torch.is_grad_enabled()
-            and weight.device.type == "cpu" and weight.dtype == torch.float32 and type(head) is torch.nn.Linear
+            and weight.device.type == "cpu" and weight.dtype == torch.float32
+            and type(head) is torch.nn.Linear
             and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return torch.nn.functional.linear(hidden.to_mkldnn(), weight, head.bias).to_dense()
     return head(hidden)
 
 
 def vision_parameters(vlm):
-    """The vision tower and what joins it to the language model (list): all but the language model and its head."""
+    """The vision tower and what joins it to the language model (list): all but the language model and its
+    head."""
     language = {id(p) for module in (vlm.model.get_decoder(), vlm.head) for p in module.parameters()}
     return [p for p in vlm.model.parameters() if id(p) not in language]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Saving
 
 def save(vlm, path, state=None):
-    """Write the model and its processor in Hugging Face form; of an adapted model the adapter alone, unless `state` holds
-    merged weights. OSError where it cannot be written.
+    """Write the model and its processor in Hugging Face form; of an adapted model the adapter alone, unless
+    `state` holds merged weights. OSError where it cannot be written.
 
     state: the weights by name, of any dtype, where the model itself holds only a shard of them."""
     try:
@@ -337,13 +362,14 @@ def save_processor(vlm, path):
     """Write the processor. InputError for a class that cannot be written."""
     try:
         vlm.processor.save_pretrained(path)
-        # With torchvision, a class opened here without its video processor looks for that one's settings in this file.
+        # With torchvision, a class opened here without its video processor looks for that one's settings in
+        # this file.
         vlm.processor.image_processor.save_pretrained(path)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise refusal(vlm.model, f"its processor cannot be saved ({error})") from error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Activation checkpointing
 
 def checkpoint_activations(blocks, cache_name):
@@ -357,9 +383,9 @@ def checkpoint_activations(blocks, cache_name):
 def _checkpointed(block, cache_name):
     """A forward for `block` that keeps its inputs and runs the original one again in the backward pass.
 
-    A decoder layer reads and extends its entry of the cache. The second run must find the entry as it was, and must not
-    extend it twice. Each run therefore works on a copy of the entry; the copy's tensors (keys and values, or states) leave
-    as outputs, with gradient.
+    A decoder layer reads and extends its entry of the cache. The second run must find the entry as it was,
+    and must not extend it twice. Each run therefore works on a copy of the entry; the copy's tensors (keys
+    and values, or states) leave as outputs, with gradient.
     """
     forward = block.forward
     index = next((module.layer_idx for module in block.modules() if hasattr(module, "layer_idx")), None)

@@ -1,4 +1,5 @@
-"""Conditional logit: the probability of each of several answers, fitted by maximum likelihood with a ridge."""
+"""Conditional logit: the probability of each of several answers, fitted by maximum likelihood with a
+ridge."""
 import numpy as np
 
 
@@ -10,8 +11,9 @@ def softmax(scores):
 def fit_logit(designs, rights, weights, ridge=1.0):
     """Maximum likelihood with a ridge, by Newton's method -> coefficients (D,).
 
-    designs: list of (K + 1, D) matrices. rights: list of (K + 1,) bool, which rows are right. weights: of each. Where
-    several rows are right (answers that the judge accepts but that are not equal), their probabilities add up.
+    designs: list of (K + 1, D) matrices. rights: list of (K + 1,) bool, which rows are right. weights: of
+    each. Where several rows are right (answers that the judge accepts but that are not equal), their
+    probabilities add up.
     """
     size, dim = max(map(len, designs)), designs[0].shape[1]
     x, absent = np.zeros((len(designs), size, dim)), np.full((len(designs), size), -np.inf)
@@ -29,9 +31,10 @@ def fit_logit(designs, rights, weights, ridge=1.0):
         target = p * right / (p * right).sum(1, keepdims=True)                  # the share of each right row
         gradient = (w[:, None] * (p - target)).ravel() @ flat + ridge * beta
         mean = np.einsum("nk,nkd->nd", p, x)
-        hessian = (flat * (w[:, None] * p).reshape(-1, 1)).T @ flat - (mean * w[:, None]).T @ mean + ridge * np.eye(dim)
+        hessian = (flat * (w[:, None] * p).reshape(-1, 1)).T @ flat - (mean * w[:, None]).T @ mean
+        hessian += ridge * np.eye(dim)
         step = np.linalg.solve(hessian, gradient)
-        while loss(beta - step) > loss(beta) and abs(step).max() > 1e-9:       # a full Newton step may overshoot
+        while loss(beta - step) > loss(beta) and abs(step).max() > 1e-9:  # a full Newton step may overshoot
             step = step / 2
         beta = beta - step
         if abs(step).max() < 1e-9:

@@ -1,4 +1,5 @@
-"""What a training run writes down: one line of metrics.jsonl a step, samples.jsonl, trimmed after a resume."""
+"""What a training run writes down: one line of metrics.jsonl a step, samples.jsonl, trimmed after a
+resume."""
 import json
 import math
 import sys
@@ -9,30 +10,35 @@ import torch
 from utils import cli
 from utils.distributed import gathered, summed
 
-# What a micro-batch adds up for the log: the loss and its pathwise part; KL and clipped ratios, and the tokens they are of.
+# What a micro-batch adds up for the log: the loss and its pathwise part; KL and clipped ratios, and the
+# tokens they are of.
 LOSS_SUMS = ("loss", "pathwise", "kl", "clipped", "tokens")
 
 
 def statistics(batches):
     """Every reward term, confidence, length and entropy of each view (dict of floats).
 
-    Each mean is scaled so that averaging it over ranks gives the mean over all rollouts. Std, entropy and the word count
-    are not means: they are already reduced over all ranks. batches: RolloutBatch of the original, and of the noised view.
+    Each mean is scaled so that averaging it over ranks gives the mean over all rollouts. Std, entropy and the
+    word count are not means: they are already reduced over all ranks. batches: RolloutBatch of the original,
+    and of the noised view.
     """
     stats = {}
     for batch in batches:
         rollouts = [r for group in batch.rollouts for r in group]
         total = sum(batch.rewards.values())
         c, logprobs = batch.confidence.double(), torch.cat([r.logprobs for r in rollouts]).double()
-        count, c_sum, squares, tokens, logprob = summed([c.numel(), c.sum(), (c**2).sum(), len(logprobs), logprobs.sum()])
+        count, c_sum, squares, tokens, logprob = summed([c.numel(), c.sum(), (c**2).sum(), len(logprobs),
+                                                         logprobs.sum()])
         means = {"reward": total.mean(), **{name: term.mean() for name, term in batch.rewards.items()},
                  "confidence": batch.confidence.mean(),
                  "length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
                  "truncated": sum(not r.finished for r in rollouts) / len(rollouts),
                  "zero_variance": (total.std(-1) < 1e-6).float().mean(),
-                 "distinct": sum(len({r.text for r in group}) / len(group) for group in batch.rollouts) / len(batch.rollouts),
+                 "distinct": sum(len({r.text for r in group}) / len(group)
+                                 for group in batch.rollouts) / len(batch.rollouts),
                  "confidence_std": math.sqrt(max(0.0, squares - c_sum**2 / count) / max(1, count - 1)),
-                 # minus the mean log-prob of the sampled tokens: an unbiased estimate of the policy's entropy per token
+                 # minus the mean log-prob of the sampled tokens: an unbiased estimate of the policy's entropy
+                 # per token
                  "entropy": -logprob / tokens,
                  "words": len(set(gathered(sorted({word for r in rollouts for word in r.text.split()}))))}
         stats |= {f"{batch.view}/{name}": float(value) for name, value in means.items()}
@@ -41,7 +47,7 @@ def statistics(batches):
         gap = (original.confidence - noised.confidence).mean(-1)                                    # (Q,)
         for name, chosen in (("gap", ~original.is_control), ("gap/controls", original.is_control)):
             total, ranks = summed([chosen.sum(), 1])
-            if total:                   # the mean over all ranks' questions, once the ranks' values are averaged
+            if total:  # the mean over all ranks' questions, once the ranks' values are averaged
                 stats[name] = float(gap[chosen].sum()) * ranks / total
     return stats
 
@@ -53,7 +59,8 @@ def log_row(step, batches, updates, lr):
     means = {name: total / ranks for name, total in zip(stats, totals)}
     sums = dict(zip(LOSS_SUMS, summed([sum(update[name] for update in updates) for name in LOSS_SUMS])))
     tokens = max(1.0, sums["tokens"])
-    return {"step": step, **means, "loss": sums["loss"] / len(updates), "pathwise": sums["pathwise"] / len(updates),
+    return {"step": step, **means, "loss": sums["loss"] / len(updates),
+            "pathwise": sums["pathwise"] / len(updates),
             "kl": sums["kl"] / tokens, "clipped": sums["clipped"] / tokens,
             "grad_norm": sum(update["grad_norm"] for update in updates) / len(updates), "lr": lr}
 
@@ -65,7 +72,8 @@ def postfix(row):
 
 
 def write_step(output, row, samples, batches):
-    """Append to metrics.jsonl, and to samples.jsonl all that rebuilds the step's first two questions by hand."""
+    """Append to metrics.jsonl, and to samples.jsonl all that rebuilds the step's first two questions by
+    hand."""
     with open(output / "metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
     with open(output / "samples.jsonl", "a") as file:
@@ -73,7 +81,8 @@ def write_step(output, row, samples, batches):
             for q, sample in enumerate(samples[:2]):
                 for g, rollout in enumerate(batch.rollouts[q]):
                     file.write(json.dumps({
-                        "step": row["step"], "view": batch.view, "id": sample.id, "rollout": g, "text": rollout.text,
+                        "step": row["step"], "view": batch.view, "id": sample.id, "rollout": g,
+                        "text": rollout.text,
                         "answer": sample.answer, "control": bool(batch.is_control[q]),
                         "confidence": float(batch.confidence[q, g]), "finished": rollout.finished,
                         "logprob": float(rollout.logprobs.mean()), "tokens": len(rollout.tokens),
@@ -84,7 +93,8 @@ def write_step(output, row, samples, batches):
 def training_log(folder):
     """The lines of a run folder's metrics.jsonl, an empty list where there is none."""
     log = Path(folder) / "metrics.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines() if line.strip()] if log.is_file() else []
+    return [json.loads(line) for line in log.read_text().splitlines()
+            if line.strip()] if log.is_file() else []
 
 
 def smoothed(points, most=60):
@@ -113,6 +123,7 @@ def trim_logs(output, step):
             except (json.JSONDecodeError, KeyError, TypeError):
                 pass
         if lost := step - len(steps):
-            print(f"{path} has lost {lost} of the {step} steps so far: it, and what is drawn from it, goes on without them",
+            print(f"{path} has lost {lost} of the {step} steps so far: it, and what is drawn from it, goes "
+                  f"on without them",
                   file=sys.stderr)
         cli.write_atomically(path, "".join(lines))

@@ -7,14 +7,17 @@ import torch
 
 
 def _tied(confidence, correct):
-    """Correctness, most confident first, ties replaced by their mean: the expected value under a random order of ties."""
+    """Correctness, most confident first, ties replaced by their mean: the expected value under a random order
+    of ties."""
     order = np.argsort(-confidence, kind="stable")
-    block = np.cumsum(np.diff(confidence[order], prepend=confidence[order[:1]]) != 0)          # which run of equal values
+    block = np.cumsum(np.diff(confidence[order],
+                              prepend=confidence[order[:1]]) != 0)          # which run of equal values
     return (np.bincount(block, correct[order]) / np.bincount(block))[block]
 
 
 def auroc(confidence, correct):
-    """P(a right answer is more confident than a wrong one), ties count half; nan when all are right or all wrong."""
+    """P(a right answer is more confident than a wrong one), ties count half; nan when all are right or all
+    wrong."""
     right, wrong = int(correct.sum()), int(len(correct) - correct.sum())
     if not right or not wrong:
         return float("nan")
@@ -24,12 +27,14 @@ def auroc(confidence, correct):
 
 
 def average_precision_of_errors(confidence, correct):
-    """AUPR with wrong answers as the positive class and low confidence as the score; nan when nothing is wrong."""
+    """AUPR with wrong answers as the positive class and low confidence as the score; nan when nothing is
+    wrong."""
     errors = 1 - correct
     if not errors.sum():
         return float("nan")
     order = np.argsort(confidence, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(confidence[order])), len(order) - 1)     # one threshold a distinct value
+    ends = np.append(np.flatnonzero(np.diff(confidence[order])),
+                     len(order) - 1)     # one threshold a distinct value
     found = np.cumsum(errors[order])[ends]
     return float(np.sum(np.diff(found, prepend=0) / errors.sum() * found / (ends + 1)))
 
@@ -47,13 +52,15 @@ def calibration_error(confidence, correct, bins=15, mass=False):
 def confidence_metrics(confidence, correct, groups=None):
     """Everything about one list of answers -> dict of floats.
 
-    confidence (N,) any real numbers, higher = surer; correct (N,) 0/1; groups (N,) labels: the same metrics within each
-    under "groups". accuracy, auroc, aupr (errors), aurc, eaurc, accuracy at 50/80/90% coverage; ece, ece_mass and brier
-    only when every confidence lies in [0, 1], else nan. Raises ValueError on empty, unequal or non-finite input.
+    confidence (N,) any real numbers, higher = surer; correct (N,) 0/1; groups (N,) labels: the same metrics
+    within each under "groups". accuracy, auroc, aupr (errors), aurc, eaurc, accuracy at 50/80/90% coverage;
+    ece, ece_mass and brier only when every confidence lies in [0, 1], else nan. Raises ValueError on empty,
+    unequal or non-finite input.
     """
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if confidence.ndim != 1 or confidence.shape != correct.shape or not len(confidence):
-        raise ValueError(f"confidence {confidence.shape} and correct {correct.shape}: two equally long lists are needed")
+        raise ValueError(f"confidence {confidence.shape} and correct {correct.shape}: two equally long "
+                         f"lists are needed")
     if not np.isfinite(confidence).all() or not np.isin(correct, (0, 1)).all():
         raise ValueError("confidence must be finite and correct 0 or 1")
     kept = _tied(confidence, correct)
@@ -87,10 +94,12 @@ def clusters(ids):
 
 
 def bootstrap(ids, confidence, correct, statistics, rounds=1000, seed=0):
-    """Statistics of (confidence, correct) on `rounds` resamples of whole questions -> {name: (rounds,) floats}.
+    """Statistics of (confidence, correct) on `rounds` resamples of whole questions -> {name: (rounds,)
+    floats}.
 
-    statistics: (confidence, correct) -> {name: float}, such as `confidence_metrics`. The answers to one question stay
-    together. The same ids and seed give the same questions: differences of two results are paired.
+    statistics: (confidence, correct) -> {name: float}, such as `confidence_metrics`. The answers to one
+    question stay together. The same ids and seed give the same questions: differences of two results are
+    paired.
     """
     groups, rng, found = clusters(ids), np.random.default_rng(seed), []
     for _ in range(rounds):
@@ -116,7 +125,8 @@ def interval(values, level=0.95):
 
 
 def fit_isotonic(confidence, correct):
-    """Isotonic regression by pooling adjacent violators -> a function of confidences, rising, linear between blocks."""
+    """Isotonic regression by pooling adjacent violators -> a function of confidences, rising, linear between
+    blocks."""
     order = np.argsort(confidence, kind="stable")
     values, index = np.unique(confidence[order], return_inverse=True)
     weights = np.bincount(index).astype(float)
@@ -126,7 +136,8 @@ def fit_isotonic(confidence, correct):
         while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
             mean, weight, size = blocks.pop()
             last = blocks[-1]
-            blocks[-1] = [(last[0] * last[1] + mean * weight) / (last[1] + weight), last[1] + weight, last[2] + size]
+            blocks[-1] = [(last[0] * last[1] + mean * weight) / (last[1] + weight), last[1] + weight,
+                          last[2] + size]
     fitted = np.repeat([block[0] for block in blocks], [block[2] for block in blocks])
     return lambda x: np.interp(x, values, fitted)
 
@@ -155,8 +166,8 @@ def cross_fitted(ids, confidence, correct, kind="platt"):
 
 
 def threshold_for(confidence, correct, risk):
-    """The lowest confidence from which on at most a share `risk` of the answers is wrong -> (threshold, coverage, risk);
-    (inf, 0.0, nan) when no threshold reaches it."""
+    """The lowest confidence from which on at most a share `risk` of the answers is wrong -> (threshold,
+    coverage, risk); (inf, 0.0, nan) when no threshold reaches it."""
     best = (math.inf, 0.0, math.nan)
     for threshold in np.unique(confidence)[::-1]:
         kept = confidence >= threshold
@@ -167,13 +178,14 @@ def threshold_for(confidence, correct, risk):
 
 
 def calibrated(confidences, scale):
-    """c = sigmoid(slope * C + intercept) of C (N,), the map that a training run stores in confidence.json (N,)."""
+    """c = sigmoid(slope * C + intercept) of C (N,), the map that a training run stores in confidence.json
+    (N,)."""
     return probability(torch.as_tensor(confidences), scale["slope"], scale["intercept"]).double().numpy()
 
 
 def as_fitted(scale):
-    """The map of a training run before it was made steeper (`--steepness`): how the c of a model that was not trained by it is
-    read."""
+    """The map of a training run before it was made steeper (`--steepness`): how the c of a model that was not
+    trained by it is read."""
     steepness = scale.get("steepness", 1.0)
     return scale | {"slope": scale["slope"] / steepness, "intercept": scale["intercept"] / steepness}
 
@@ -189,11 +201,13 @@ def risk_coverage(confidence, correct, points=40):
 def reliability_points(confidence, correct, bins=10):
     """[(mean confidence, accuracy), ...] in bins of equal mass, rising."""
     order = np.argsort(confidence, kind="stable")
-    return [(float(confidence[g].mean()), float(correct[g].mean())) for g in np.array_split(order, min(bins, len(order)))]
+    return [(float(confidence[g].mean()), float(correct[g].mean()))
+            for g in np.array_split(order, min(bins, len(order)))]
 
 
 def probability(c, slope, intercept):
-    """The probability of being right that a confidence stands for: sigmoid(slope * c + intercept); any shape."""
+    """The probability of being right that a confidence stands for: sigmoid(slope * c + intercept); any
+    shape."""
     return torch.sigmoid(slope * c + intercept)
 
 
@@ -201,12 +215,13 @@ def fit_platt(c, correct, ridge=1e-3):
     """Fit `probability` by logistic regression (Platt, 1999): c, correct (N,) -> floats slope, intercept.
 
     Newton's method in float64 on the standardised confidence. Platt's smoothed targets, (N+ + 1)/(N+ + 2) and
-    1/(N- + 2), keep the optimum finite for separable or one-class data; the ridge settles the slope of a constant c.
-    ValueError unless both are equally long, not empty, and c is finite.
+    1/(N- + 2), keep the optimum finite for separable or one-class data; the ridge settles the slope of a
+    constant c. ValueError unless both are equally long, not empty, and c is finite.
     """
     c, right = (torch.as_tensor(x).detach().cpu().double() for x in (c, correct))
     if c.ndim != 1 or c.shape != right.shape or len(c) == 0 or not c.isfinite().all():
-        raise ValueError(f"fit_platt needs two finite (N,) inputs, got {tuple(c.shape)} and {tuple(right.shape)}.")
+        raise ValueError(f"fit_platt needs two finite (N,) inputs, got {tuple(c.shape)} and "
+                         f"{tuple(right.shape)}.")
     targets = torch.where(right > 0, (right.sum() + 1) / (right.sum() + 2), 1 / (len(c) - right.sum() + 2))
     centre, scale = c.mean(), c.std(correction=0)
     scale = torch.where(scale > 1e-12 * (1 + centre.abs()), scale, 1)
@@ -223,7 +238,8 @@ def fit_platt(c, correct, ridge=1e-3):
         step = torch.linalg.solve(hessian, design.T @ (p - targets) + ridge * weights)
         if step.abs().max() < 1e-7:
             break
-        while loss(weights - step) > loss(weights) and step.abs().max() > 1e-7:  # a full Newton step may overshoot
+        # a full Newton step may overshoot
+        while loss(weights - step) > loss(weights) and step.abs().max() > 1e-7:
             step = step / 2
         weights = weights - step
     slope = weights[0] / scale

@@ -15,7 +15,8 @@ MAX_PIXELS = 2**26  # decoded at once, 268 MB; larger JPEGs are decoded at a hal
 MAX_RATIO = 200             # what the models' processors take
 # These hand the file to another program or need a plugin that is not part of Pillow.
 UNSAFE_FORMATS = {"EPS", "WMF", "GRIB", "BUFR", "HDF5", "FPX", "MIC", "MPEG"}
-UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, TypeError, LookupError, ArithmeticError, AttributeError,
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, TypeError, LookupError, ArithmeticError,
+              AttributeError,
               AssertionError, Image.DecompressionBombError)
 
 
@@ -26,7 +27,8 @@ def open_header(source):
         raise ValueError("it is no regular file")           # a FIFO or a device would wait for ever
     Image.init()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd tags, and of sizes, for which `load_picture` has its own bound
+        # of odd tags, and of sizes, for which `load_picture` has its own bound
+        warnings.simplefilter("ignore")
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source,
                           formats=sorted({*Image.OPEN} - UNSAFE_FORMATS))
 
@@ -37,7 +39,8 @@ def shown_size(source):
     with open_header(source) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _check_shape(file)
-        turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8) and file.format != "TIFF"  # Pillow turns a TIFF itself
+        turned = file.getexif().get(0x0112, 1) in (5, 6, 7,
+                                                   8) and file.format != "TIFF"  # Pillow turns a TIFF itself
         return file.size[::-1] if turned else file.size
 
 
@@ -96,8 +99,10 @@ def _eight_bits(image, zero_is_white):
     if sixteen:
         low, high = 0.0, 65535.0
     elif low >= 0 and high <= 65535:
-        low, high = 0.0, next(white for white in (1.0, 255.0, 65535.0) if high <= white and (image.mode == "F" or white > 1))
-    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255 / (high - low) if high > low else 0)
+        low, high = 0.0, next(white for white in (1.0, 255.0, 65535.0) if high <= white
+                              and (image.mode == "F" or white > 1))
+    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255 / (high - low)
+                                                                                if high > low else 0)
     if zero_is_white:
         scaled = 255 - scaled
     grey = Image.fromarray(np.rint(scaled).astype(np.uint8))
@@ -119,7 +124,8 @@ def _to_srgb(image):
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if "sRGB" not in ImageCms.getProfileDescription(source):
-                return ImageCms.profileToProfile(flat, source, ImageCms.createProfile("sRGB"), outputMode="RGB",
+                return ImageCms.profileToProfile(flat, source, ImageCms.createProfile("sRGB"),
+                                                 outputMode="RGB",
                                                  renderingIntent=ImageCms.getDefaultIntent(source))
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             pass

@@ -11,7 +11,8 @@ class Ahead:
     """
 
     def __init__(self, make, last):
-        self.make, self.last, self.pool, self.step, self.future = make, last, ThreadPoolExecutor(1), None, None
+        self.make, self.last, self.pool = make, last, ThreadPoolExecutor(1)
+        self.step, self.future = None, None
 
     def __call__(self, step):
         batch = self.future.result() if self.step == step else self.make(step)

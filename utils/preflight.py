@@ -14,7 +14,8 @@ from utils.cli import InputError
 from utils.distributed import gathered
 
 SHOWN_FAULTS = 20
-MARGIN = 8  # tokens that text and template may share or not; lengths within it of the limit are counted exactly
+# tokens that text and template may share or not; lengths within it of the limit are counted exactly
+MARGIN = 8
 
 
 def agreed(check):
@@ -74,8 +75,10 @@ class PromptLengths:
         if self.arithmetic is None or not sizes:
             return None
         try:
-            return sum(self.arithmetic(image_sizes=[[height, width] for width, height in sizes])["num_image_tokens"])
-        except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError):  # a class that only inherits it
+            return sum(self.arithmetic(image_sizes=[[height, width] for width,
+                                                    height in sizes])["num_image_tokens"])
+        except (AttributeError, KeyError, NotImplementedError, TypeError,
+                ValueError):  # a class that only inherits it
             self.arithmetic = None
             return None
 
@@ -118,6 +121,21 @@ def check_questions(lengths, samples, prompt_of, max_new_tokens, context):
     if faults:
         raise InputError(faults[0])
     return counts
+
+
+def check_run(vlm, train_set, held_out, order, args, prompt_of):
+    """Check this rank's share of the questions before training. Pictures of a file are then decoded no larger
+    than the vision tower can use. Built-in questions are alike in length: those of the first steps stand for
+    all."""
+    if isinstance(train_set, list):
+        indices, largest = range(len(train_set)), tower_pixels(vlm)
+        for sample in (*train_set, *held_out):
+            sample.enough = largest
+    else:
+        indices = sorted({i for step in range(min(args.steps, 16)) for i in order.indices(step)})
+    questions = [train_set[i] for i in indices] + list(held_out)
+    check_questions(PromptLengths(vlm), questions[order.rank::order.world], prompt_of, args.max_new_tokens,
+                    vlm.context)
 
 
 def disk_plan(folder, parameters, trained, itemsize, keep):

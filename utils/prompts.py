@@ -7,8 +7,8 @@ import torch
 def place_images(prompt, count):
     """A prompt and its number of pictures -> (content of a chat message, order of the pictures in it).
 
-    `<image>` is the next picture not named yet, `<image 2>` and `<image2>` the second. A picture stands at its first
-    mention; those never named stand in front. A tag of a picture that does not exist stays text.
+    `<image>` is the next picture not named yet, `<image 2>` and `<image2>` the second. A picture stands at
+    its first mention; those never named stand in front. A tag of a picture that does not exist stays text.
     """
     pieces, order = [], []
     for piece in re.split(r"(<image ?\d{0,3}>)", prompt):
@@ -33,10 +33,11 @@ class Inputs(dict):
         self.one_picture_each = one_picture_each
 
     def rows(self, indices):
-        """The inputs of these prompts (list of int), in this order, without columns that are padding only -> Inputs.
+        """The inputs of these prompts (list of int), in this order, without columns that are padding only ->
+        Inputs.
 
-        None where a tensor does not tell which of its rows belong to which prompt: pictures cut into any number of
-        tiles, or prompts without exactly one picture."""
+        None where a tensor does not tell which of its rows belong to which prompt: pictures cut into any
+        number of tiles, or prompts without exactly one picture."""
         if not self.one_picture_each:
             return None
         count, length = self["input_ids"].shape

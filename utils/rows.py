@@ -19,9 +19,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ID = ("id", "qid", "pid", "index", "question_id", "uid")
 QUESTION = ("question", "problem", "query", "prompt", "instruction")
 TURNS = ("messages", "conversations", "conversation", "prompt")
-IMAGE = ("decoded_image", "image", "images", "image_path", "img", "image_file", "img_path", "image_paths", "image_url",
+IMAGE = ("decoded_image", "image", "images", "image_path", "img", "image_file", "img_path", "image_paths",
+         "image_url",
          "picture", "file_name")
-ANSWER = ("answer_option", "answer", "ground_truth", "gold", "gt_answer", "correct_answer", "solution", "label", "target")
+ANSWER = ("answer_option", "answer", "ground_truth", "gold", "gt_answer", "correct_answer", "solution",
+          "label", "target")
 LAYOUT = (f"a question ({', '.join(QUESTION)}) or {', '.join(TURNS[:2])}, pictures "
           f"({', '.join(IMAGE[1:5])}, image_1, .. "
           f"or parts of messages), an answer ({', '.join(ANSWER[1:4])} or solution), and for multiple "
@@ -56,7 +58,8 @@ def to_sample(row, where, path, cells, allow_outside=False):
     question, choices = _choices(row, question, here)
     answer = _gold(row, extra, reply, choices, here)
     images = [_picture(cell, path.parent, here, allow_outside) for cell in cells(row, here)]
-    if not images and (column := next((key for key in row if key not in IMAGE and _looks_like_a_picture(row[key])), None)):
+    if not images and (column := next((key for key in row if key not in IMAGE
+                                       and _looks_like_a_picture(row[key])), None)):
         raise InputError(f"{here} has no picture under a known name, but the field {_text(column)!r} looks "
                          f"like one; rename "
                          f"it to image (known: {', '.join(IMAGE[1:])}, image_1, ..)")
@@ -133,7 +136,8 @@ def _content(content, here):
         if isinstance(part, str):
             texts.append(_text(part))
             continue
-        kind = part.get("type", next((name for name in ("text", "image", "image_url") if name in part), None)) \
+        kind = part.get("type",
+                        next((name for name in ("text", "image", "image_url") if name in part), None)) \
             if isinstance(part, dict) else type(part).__name__
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(_text(part["text"]))
@@ -150,9 +154,11 @@ def _content(content, here):
 # ----------
 # Question and choices
 
-_HINT = re.compile(r"^Hint: .*?\nQuestion: ", re.DOTALL)  # VLMEvalKit and MathVista wrap the question in instructions
+_HINT = re.compile(r"^Hint: .*?\nQuestion: ",
+                   re.DOTALL)  # VLMEvalKit and MathVista wrap the question in instructions
 _OPTIONS = re.compile(r"\n(?:Options?|Choices): *\n?(?=\(?A)", re.IGNORECASE)
-_TAG = re.compile(r"<\|vision_start\|><\|image_pad\|><\|vision_end\|>|<\|?(?:image|img)[ _]?(\d{0,3})\|?>", re.IGNORECASE)
+_TAG = re.compile(r"<\|vision_start\|><\|image_pad\|><\|vision_end\|>|<\|?(?:image|img)[ _]?(\d{0,3})\|?>",
+                  re.IGNORECASE)
 
 
 def _with_plain_tags(text):
@@ -169,7 +175,8 @@ def _check_tags(text, count, here):
     """Refuse a prompt that names other pictures than the row has."""
     numbers = [int(number) for number in re.findall(r"<image (\d+)>", text)]
     unnumbered = text.count("<image>")
-    if unnumbered and not numbers and unnumbered != count or max(numbers, default=0) > count or unnumbered > count:
+    if unnumbered and not numbers and unnumbered != count or max(numbers,
+                                                                 default=0) > count or unnumbered > count:
         raise InputError(f"{here} names {max([unnumbered, *numbers])} pictures in its text (<image>) and "
                          f"has {count}; give "
                          "one tag for each picture, or none")
@@ -203,7 +210,8 @@ def _choices(row, question, here):
         used = [index for index, text in enumerate(columns) if text]
         choices = columns[:used[-1] + 1] if len(used) > 1 else written
     choices = choices and [_with_plain_tags(choice) for choice in choices]
-    if choices and all(_lettered(text, letter) for text, letter in zip(choices, LETTERS)):  # "A. two", "B. three"
+    if choices and all(_lettered(text, letter) for text,
+                       letter in zip(choices, LETTERS)):  # "A. two", "B. three"
         choices = [_lettered(text, letter)[1].strip() for text, letter in zip(choices, LETTERS)]
     if written and written == [choice.strip() for choice in choices]:           # the prompt lists them, once
         question = stem
@@ -227,7 +235,8 @@ def _gold(row, extra, reply, choices, here):
     """
     reward = row.get("reward_model")                                                                # verl
     sources = [(key, row[key]) for key in ANSWER if key in row]
-    sources += [("ground_truth", reward["ground_truth"])] if isinstance(reward, dict) and "ground_truth" in reward else []
+    if isinstance(reward, dict) and "ground_truth" in reward:
+        sources.append(("ground_truth", reward["ground_truth"]))
     sources += [("answer", extra["answer"])] if not is_absent(extra.get("answer")) else []
     sources += [("reply", reply)] if reply else []
     if not sources:
@@ -246,7 +255,8 @@ def _gold(row, extra, reply, choices, here):
     golds = [_unwrapped(gold, key in ("solution", "reply"), choices, here) for gold in golds]
     if choices:
         # MathVista's own files give the option's text, even where it looks like a letter
-        golds = [_letter_of(gold, choices, "pid" in row and "answer_option" not in row, here) for gold in golds]
+        golds = [_letter_of(gold, choices, "pid" in row and "answer_option" not in row, here)
+                 for gold in golds]
     return golds[0] if len(golds) == 1 else golds
 
 
@@ -305,7 +315,8 @@ def _looks_like_a_picture(value):
     value = value[0] if isinstance(value, list) and value else value
     if isinstance(value, dict):
         return "bytes" in value and "path" in value
-    return isinstance(value, str) and (value.startswith("data:image/") or value.lower().strip().endswith(SUFFIXES)
+    return isinstance(value, str) and (value.startswith("data:image/")
+                                       or value.lower().strip().endswith(SUFFIXES)
                                        and "\n" not in value.strip() and len(value) < 1000)
 
 

@@ -33,16 +33,19 @@ class Sight:
 
     def __call__(self, texts, images, **settings):
         """Texts and as many lists of pictures -> the model's inputs (dict of tensors)."""
-        twins = [image for pictures in images for image in pictures if hasattr(image, "noised_values") and image.t > 0]
+        twins = [image for pictures in images for image in pictures if hasattr(image, "noised_values")
+                 and image.t > 0]
         twins = [twin for twin in twins if not self.unchanged.get(twin.size)]
         places = []                                     # of each batch: pixel values' name, and `_places`
         for batch in (twins[first:first + MAX_TWINS] for first in range(0, len(twins), MAX_TWINS)):
             numbers = {id(twin): i for i, twin in enumerate(batch)}
             probes = self._run(texts, images, settings | RAW,
                                lambda image, of=numbers: probe(image.size, of.get(id(image)), image))
-            places += [(name, self._places(value, batch)) for name, value in probes.items() if is_pixels(name)]
+            places += [(name, self._places(value, batch)) for name, value in probes.items()
+                       if is_pixels(name)]
         resized = {id(twin) for twin in twins if not self.unchanged[twin.size]}
-        inputs = self._run(texts, images, settings, lambda image: image.source if id(image) in resized else image)
+        inputs = self._run(texts, images, settings, lambda image: image.source if id(image) in resized
+                           else image)
         for name, place in places:
             for twin, *where in place:
                 if id(twin) in resized:
@@ -51,7 +54,8 @@ class Sight:
 
     def _run(self, texts, images, settings, picture_of):
         nested = [[picture_of(image) for image in pictures] for pictures in images]
-        return dict(self.processor(text=texts, images=nested if any(nested) else None, padding=True, return_tensors="pt",
+        return dict(self.processor(text=texts, images=nested if any(nested) else None, padding=True,
+                                   return_tensors="pt",
                                    **settings))
 
     def levels(self, value):
@@ -70,7 +74,9 @@ class Sight:
         if value.ndim == 3:                                         # patches (B, N, P * P * C): Gemma 4
             return value.view(-1, value.shape[-1] // 3, 3).transpose(1, 2)[:, :, None]
         if value.shape[-2] == getattr(images, "patch_size", None) != value.shape[-1]:
-            return value.flatten(0, -4)[0].permute(2, 0, 1)[:, :, None]         # columns of patches (1, C, P, N * P): MiniCPM
+            return value.flatten(0, -4)[0].permute(2, 0, 1)[:, :,
+                                                            # columns of patches (1, C, P, N * P): MiniCPM
+                                                            None]
         return value.view(-1, 3, 1, value.shape[-2] * value.shape[-1])          # tiles (.., C, H, W)
 
     def _normalisation(self):
@@ -87,7 +93,8 @@ class Sight:
         every_unit = self._units(value.contiguous())[:, :, 0]                           # (units, 3, n)
         sparse = every_unit[:, :, ::SPARSE].float().numpy()
         green = np.rint(sparse[:, 1]).astype(int)
-        counted = (sparse[:, 2] > CONTENT) & (abs(sparse[:, 1] - green) < 0.3) & (green >= 0) & (green <= len(twins))
+        counted = (sparse[:, 2] > CONTENT) & (abs(sparse[:, 1] - green) < 0.3)
+        counted &= (green >= 0) & (green <= len(twins))
         votes = np.arange(len(green))[:, None] * (len(twins) + 1) + green  # a unit's number is its pixels'
         votes = np.bincount(votes[counted], minlength=len(green) * (len(twins) + 1)).reshape(len(green), -1)
         numbers = votes.argmax(1) - 1
@@ -128,7 +135,8 @@ def probe(size, number=None, twin=None):
     """A picture whose red is the twin's mask, green its number + 1 (0: no twin), blue a texture of 192 ..
     255."""
     red = Image.new("L", size) if number is None else twin.mask_picture(size)
-    return Image.merge("RGB", (red, Image.new("L", size, 0 if number is None else number + 1), _texture(size)))
+    return Image.merge("RGB", (red, Image.new("L", size, 0 if number is None else number + 1),
+                               _texture(size)))
 
 
 @lru_cache(16)
