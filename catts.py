@@ -62,7 +62,8 @@ class Settings:
     tau1: float = option(0.5, "weight of the Voter", least=0)
     tau2: float = option(0.5, "weight of Self-Reflection", least=0)
     tau3: float = option(0.5, "weight of Visual Self-Check", least=0)
-    order: str = option("auto", "of the modules: names with commas, planner (asks the Expert, one more call), "
+    order: str = option("auto", "of the modules: names with commas, planner (asks the Expert, one more "
+                                "call), "
                         "or auto: cheapest first. It changes the cost of --early_exit exact, and no vote")
     early_exit: str = option("off", "exact: stop when nothing left can change the answer", ("off", "exact"))
     check_alpha: float = option(0.5, "contrast of Visual Self-Check", least=0)
@@ -473,7 +474,8 @@ def answer_one(args, settings):
 
 
 def answer_many(args, settings, defaults):
-    """Answer the questions of --data into --output and print their means. defaults: of the flags (Namespace)."""
+    """Answer the questions of --data into --output and print their means. defaults: of the flags
+    (Namespace)."""
     samples = data.load(args.data, "test", args.limit, args.data_seed, args.strict,
                         allow_outside=args.allow_outside)
     controller = build(args, settings)

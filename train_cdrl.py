@@ -478,7 +478,8 @@ def train(args):
                                                     num_loss_tokens, args))
                 updates[-1]["grad_norm"] = distributed.clip_gradients(parameters, args.max_grad_norm)
                 if not math.isfinite(updates[-1]["grad_norm"]):
-                    raise InputError(f"the gradient of step {step} is not finite; lower --lr ({args.lr:g}) or "
+                    raise InputError(f"the gradient of step {step} is not finite; lower --lr ({args.lr:g}) "
+                                     f"or "
                                      "the reward's weights: the same command with a lower --lr and "
                                      f"--resume from goes on from the newest checkpoint in {output}")
                 optimizer.step()

@@ -28,19 +28,26 @@ def add_sources(parser):
     parser.add_argument("--data", help="many questions: 'synthetic' (its test split) or a file")
     parser.add_argument("--limit", type=int, help="at most so many of them")
     parser.add_argument("--strict", action="store_true", help="a broken row of --data ends the run")
-    parser.add_argument("--allow_outside", action="store_true", help="pictures of --data may lie outside its folder")
+    parser.add_argument("--allow_outside", action="store_true",
+                        help="pictures of --data may lie outside its folder")
     parser.add_argument("--data_seed", type=int, default=0, help="which built-in questions")
-    parser.add_argument("--batch_size", type=int, default=16, help="questions answered together; another number may "
+    parser.add_argument("--batch_size", type=int, default=16,
+                        help="questions answered together; another number may "
                         "change the last digits")
-    parser.add_argument("--model", default=str(TINY / "base"), help="base: model directory, hub id, or URL of a server")
-    parser.add_argument("--model_name", default="", help="the base model's name on its server (key: MODEL_API_KEY)")
+    parser.add_argument("--model", default=str(TINY / "base"),
+                        help="base: model directory, hub id, or URL of a server")
+    parser.add_argument("--model_name", default="", help="the base model's name on its server (key: "
+                                                         "MODEL_API_KEY)")
     parser.add_argument("--check_model", help="local model for Visual Self-Check when --model is a server")
-    parser.add_argument("--clip", default=str(TINY / "clip"), help="CLIPModel directory or hub id, finds the key regions")
+    parser.add_argument("--clip", default=str(TINY / "clip"),
+                        help="CLIPModel directory or hub id, finds the key regions")
     parser.add_argument("--clip_map", default="auto", choices=("auto", "attention", "contribution"),
-                        help="the map it makes; auto: attention for the built-in CLIP, contribution for any other")
+                        help="the map it makes; auto: attention for the built-in CLIP, contribution for any "
+                             "other")
     parser.add_argument("--expert", default=str(TINY / "expert"),
                         help="'self' (the base plays the roles), directory, hub id, or URL of a server")
-    parser.add_argument("--expert_model", default="", help="the Expert's name on its server (key: EXPERT_API_KEY)")
+    parser.add_argument("--expert_model", default="", help="the Expert's name on its server (key: "
+                                                           "EXPERT_API_KEY)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds a server may take for a reply")
     parser.add_argument("--retries", type=int, default=4, help="how often a failed request is sent again")
     parser.add_argument("--cache", default="runs/cache", help="folder for servers' replies; '' = none")
@@ -49,23 +56,27 @@ def add_sources(parser):
 def check_sources(args):
     """Refuse flags of `add_sources` that cannot work. Raises InputError."""
     if args.batch_size < 1 or not 0 < args.timeout <= 1e6 or args.retries < 0:
-        raise InputError(f"--batch_size {args.batch_size} and --timeout {args.timeout:g} must be above 0 (a time-out at most "
+        raise InputError(f"--batch_size {args.batch_size} and --timeout {args.timeout:g} must be above 0 (a "
+                         f"time-out at most "
                          f"1e6), --retries {args.retries} not negative")
 
 
 def check_choices(choices):
-    """Refuse options of a question that letters cannot name. choices: list of str, or None. Raises InputError."""
+    """Refuse options of a question that letters cannot name. choices: list of str, or None. Raises
+    InputError."""
     if choices is not None and (not 2 <= len(choices) <= 26 or not all(choice.strip() for choice in choices)
                                 or len(set(choices)) < len(choices)):
         raise InputError(f"--choices {' '.join(map(repr, choices))}: 2 to 26 different options are expected")
 
 
 class InputError(ValueError):
-    """Bad input from the user: one sentence that says what, its value, and what to do. Commands exit with code 2."""
+    """Bad input from the user: one sentence that says what, its value, and what to do. Commands exit with
+    code 2."""
 
 
 def command(name, function):
-    """Run a command's main function: quiet libraries, and bad input as one sentence on stderr with exit code 2."""
+    """Run a command's main function: quiet libraries, and bad input as one sentence on stderr with exit code
+    2."""
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -96,16 +107,16 @@ def command(name, function):
 def option(default, text, choices=None, *, least=None, above=None, most=None, below=None, bare=None):
     """A dataclass field that is also a command-line flag: its default, a sentence of help, what it may be.
 
-    choices: the words it may be. least, most: bounds that are allowed values; above, below: bounds that are not. bare: the
-    value of the flag without one.
+    choices: the words it may be. least, most: bounds that are allowed values; above, below: bounds that are
+    not. bare: the value of the flag without one.
     """
     bounds = {"least": least, "above": above, "most": most, "below": below}
     return field(default=default, metadata={"help": text, "choices": choices, "bounds": bounds, "bare": bare})
 
 
 def check_bounds(settings):
-    """Refuse a number outside the bounds of its `option`, and a float that is not finite. settings: a dataclass instance.
-    Raises InputError, one sentence with flag, value and bounds."""
+    """Refuse a number outside the bounds of its `option`, and a float that is not finite. settings: a
+    dataclass instance. Raises InputError, one sentence with flag, value and bounds."""
     for f in fields(settings):
         value, bounds = getattr(settings, f.name), f.metadata.get("bounds", {})
         if isinstance(value, float) and not math.isfinite(value):
@@ -131,37 +142,53 @@ def _expected(least, above, most, below):
 
 @dataclass
 class RunOptions:
-    """How a training is run: memory, ranks, checkpoints. None of it changes the method; see also `checkpoint.FREE`."""
-    resume: str = option("auto", "auto: go on where the run folder stopped; from: go on from its newest checkpoint with "
-                         "another lr, steps or batch size; no: move an earlier run aside", ("auto", "from", "no"))
-    clip_cache: str = option("", "folder that keeps CLIP's maps for further epochs and runs; empty: none is kept")
-    micro_batch: int = option(8, "questions a forward pass when learning; less saves memory, the gradient is the same", least=1)
-    micro_tokens: int = option(0, "and at most so many tokens, prompts and all completions on each view, padding included; "
+    """How a training is run: memory, ranks, checkpoints. None of it changes the method; see also
+    `checkpoint.FREE`."""
+    resume: str = option("auto", "auto: go on where the run folder stopped; from: go on from its newest "
+                                 "checkpoint with "
+                         "another lr, steps or batch size; no: move an earlier run aside",
+                         ("auto", "from", "no"))
+    clip_cache: str = option("", "folder that keeps CLIP's maps for further epochs and runs; empty: none is "
+                                 "kept")
+    micro_batch: int = option(8, "questions a forward pass when learning; less saves memory, the gradient "
+                                 "is the same", least=1)
+    micro_tokens: int = option(0, "and at most so many tokens, prompts and all completions on each view, "
+                                  "padding included; "
                                "0 = no limit", least=0)
     save_every: int = option(20, "steps between checkpoints", least=1)
     keep: int = option(2, "newest checkpoints that stay", least=1)
     allow_outside: bool = option(False, "pictures of --data may lie outside its folder")
     eval_size: int = option(200, "held-out questions for the table before and after; 0 = no table", least=0)
-    dtype: str = option("auto", "of the computation, auto: bfloat16 on a GPU, else float32; weights stay float32 beside it",
+    dtype: str = option("auto", "of the computation, auto: bfloat16 on a GPU, else float32; weights stay "
+                                "float32 beside it",
                         ("auto", "float32", "bfloat16"))
-    shard: str = option("auto", "fsdp: each rank holds a share of weights, gradients and optimizer state; none: all of it; "
+    shard: str = option("auto", "fsdp: each rank holds a share of weights, gradients and optimizer state; "
+                                "none: all of it; "
                         "auto: fsdp where all of it is over half of a GPU's memory", ("auto", "none", "fsdp"))
     offload: bool = option(False, "weights, gradients and optimizer state wait in the CPU's memory")
-    activation_checkpointing: str = option("auto", "run each block again in the backward pass instead of holding what it "
+    activation_checkpointing: str = option("auto", "run each block again in the backward pass instead of "
+                                                   "holding what it "
                                            "computed; auto: above 1e9 parameters", ("auto", "on", "off"))
-    lora_rank: int = option(0, "rank of an adapter beside the frozen model's linear layers, which learns alone; 0 = train all",
+    lora_rank: int = option(0, "rank of an adapter beside the frozen model's linear layers, which learns "
+                               "alone; 0 = train all",
                             least=0)
     lora_alpha: float = option(32.0, "the adapter is scaled by lora_alpha / lora_rank", above=0)
-    lora_target: str = option("language", "which linear layers get one: language, all (vision too), or names: q_proj,v_proj")
-    merge: bool = option(False, "with --lora_rank: the final model is the merged weights, its adapter a folder beside them")
-    clip_map: str = option("auto", "CLIP's map: attention (the paper), contribution (for a CLIP not trained to point); auto: "
+    lora_target: str = option("language", "which linear layers get one: language, all (vision too), or "
+                                          "names: q_proj,v_proj")
+    merge: bool = option(False, "with --lora_rank: the final model is the merged weights, its adapter a "
+                                "folder beside them")
+    clip_map: str = option("auto", "CLIP's map: attention (the paper), contribution (for a CLIP not trained "
+                                   "to point); auto: "
                            "attention for the built-in one alone", ("auto", "attention", "contribution"))
-    patience: int = option(20, "steps in a row that teach nothing (none right, all cut off, all groups tied) end the run; "
+    patience: int = option(20, "steps in a row that teach nothing (none right, all cut off, all groups "
+                               "tied) end the run; "
                            "0: never", least=0)
-    explain: str = option("", "print one question's whole step in real numbers, and stop; an id, else one of the first step",
+    explain: str = option("", "print one question's whole step in real numbers, and stop; an id, else one "
+                              "of the first step",
                           bare="first")
     dry_run: bool = option(False, "print parameters, tokens and memory, and stop; refuses what cannot fit")
-    memory: float = option(0.0, "GiB of a device for --dry_run and --shard auto; 0 = what the GPU says", least=0)
+    memory: float = option(0.0, "GiB of a device for --dry_run and --shard auto; 0 = what the GPU says",
+                           least=0)
 
 
 def add_options(parser, settings):
@@ -172,8 +199,10 @@ def add_options(parser, settings):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         kind |= {"choices": f.metadata["choices"]} if f.metadata["choices"] else {}
         kind |= {"nargs": "?", "const": f.metadata["bare"]} if f.metadata.get("bare") else {}
-        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"),
-                            default=f.default if parser.argument_default is None else parser.argument_default, **kind)
+        parser.add_argument(f"--{f.name}",
+                            help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"),
+                            default=f.default if parser.argument_default is None else parser.argument_default,
+                            **kind)
 
 
 def reason(error):
@@ -215,7 +244,8 @@ def write_atomically(path, text):
 def checksum(path):
     """CRC-32 of a file's content, or of a model directory's weights and settings (int)."""
     kinds = ("*.safetensors", "*.bin", "*config.json", "*token*", "chat_template*")
-    files = [path] if path.is_file() else sorted({file for kind in kinds for file in path.glob(kind) if file.is_file()})
+    files = [path] if path.is_file() else sorted({file for kind in kinds for file in path.glob(kind)
+                                                  if file.is_file()})
     total = 0
     for file in files:
         with open(file, "rb") as stream:
@@ -234,5 +264,6 @@ def table(rows, intervals=True):
     columns = list(next(iter(rows.values())))
     lines = [["", *columns]] + [[name, *(shown(row[c]) for c in columns)] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i,
+                               (cell, w) in enumerate(zip(line, widths)))
                      for line in lines)

@@ -48,7 +48,8 @@ class MapCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"the folder of CLIP's maps, {str(folder)!r}, cannot be made ({error})") from error
+            raise InputError(f"the folder of CLIP's maps, {str(folder)!r}, cannot be made "
+                             f"({error})") from error
         weights = hashlib.sha256()
         for value in model.state_dict().values():
             weights.update(value.cpu().numpy().tobytes())

@@ -1,12 +1,14 @@
-"""Whom a prompt can be put to besides a local base model: an Expert, local or behind a server, and a base behind a server.
+"""Whom a prompt can be put to besides a local base model: an Expert, local or behind a server, and a base
+behind a server.
 
     LocalExpert(vlm).ask([(pictures, prompt)])                                   # a VLM in the Expert's roles
-    ServerExpert(Server("https://host/v1", "gpt-x", key)).ask([...])             # any OpenAI-compatible endpoint
-    ServerVLM(Server("http://host:8000/v1", "qwen"), Rollout).sample(images, prompts, 8)      # the base, e.g. vLLM
+    ServerExpert(Server("https://host/v1", "gpt-x", key)).ask([...])             # any OpenAI-compatible
+    endpoint ServerVLM(Server("http://host:8000/v1", "qwen"), Rollout).sample(images, prompts, 8)      # the
+    base, e.g. vLLM
 
-HTTP(S) by the standard library: a time-out for the whole reply, retries with back-off, a cache on disk of replies that could
-be used, a cap on what is read, and the key cut out of everything that comes back. What a server says is data: it is parsed,
-never run.
+HTTP(S) by the standard library: a time-out for the whole reply, retries with back-off, a cache on disk of
+replies that could be used, a cap on what is read, and the key cut out of everything that comes back. What a
+server says is data: it is parsed, never run.
 """
 import base64
 import hashlib
@@ -54,7 +56,8 @@ class LocalExpert:
         """[(pictures, prompt), ...] -> list of Reply."""
         if not turns:
             return []
-        groups = self.vlm.sample([pictures for pictures, _ in turns], [prompt for _, prompt in turns], greedy=attempt == 0,
+        groups = self.vlm.sample([pictures for pictures, _ in turns], [prompt for _, prompt in turns],
+                                 greedy=attempt == 0,
                                  seed=[f"expert {attempt} {prompt}" for _, prompt in turns],
                                  max_new_tokens=self.max_new_tokens)
         return [Reply(r.text, len(r.tokens)) for (r,) in groups]
@@ -72,7 +75,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def at_once(function, items, workers):
-    """[function(item), ...] on several threads. They are daemons: Ctrl-C does not wait for a server that hangs."""
+    """[function(item), ...] on several threads. They are daemons: Ctrl-C does not wait for a server that
+    hangs."""
     results, work = [None] * len(items), queue.SimpleQueue()
     for pair in enumerate(items):
         work.put(pair)
@@ -102,10 +106,11 @@ def at_once(function, items, workers):
 class Server:
     """An OpenAI-compatible chat endpoint over HTTP(S); pictures travel as data URLs.
 
-    url: up to and including /v1. key: sent as a bearer token, and cut out of everything the server says (a key of fewer
-    than 8 characters is no secret, and cutting it would cut words). timeout: seconds for a whole reply. retries: on 429,
-    5xx, time-outs, broken connections and replies that cannot be used, with exponential back-off. cache: folder of earlier
-    replies, keyed by model, prompt, pictures and options; None = no cache.
+    url: up to and including /v1. key: sent as a bearer token, and cut out of everything the server says (a
+    key of fewer than 8 characters is no secret, and cutting it would cut words). timeout: seconds for a whole
+    reply. retries: on 429, 5xx, time-outs, broken connections and replies that cannot be used, with
+    exponential back-off. cache: folder of earlier replies, keyed by model, prompt, pictures and options; None
+    = no cache.
     """
 
     def __init__(self, url, model, key=None, timeout=60.0, retries=4, cache=None, backoff=0.5, workers=8):
@@ -119,7 +124,8 @@ class Server:
         if not model:
             raise InputError(f"server {url!r} needs the name of a model: --expert_model or --model_name")
         if key is not None and not re.fullmatch(r"[!-~]+", key):
-            raise InputError("the API key holds blanks or other characters that no header can carry; set it again")
+            raise InputError("the API key holds blanks or other characters that no header can carry; set it "
+                             "again")
         self.url, self.model, self.key = url.rstrip("/") + "/chat/completions", model, key
         self.timeout, self.retries, self.backoff, self.workers = timeout, retries, backoff, workers
         self.cache = Path(cache) if cache else None
@@ -128,11 +134,12 @@ class Server:
     def chat(self, pictures, prompt, read, attempt=0, **options):
         """One request -> (read(the reply's JSON object), from the cache?). Raises ServerError.
 
-        read: raises KeyError, IndexError, TypeError, ValueError or OverflowError for a reply that cannot be used; that one
-        is asked for again and never cached.
+        read: raises KeyError, IndexError, TypeError, ValueError or OverflowError for a reply that cannot be
+        used; that one is asked for again and never cached.
         """
         content = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures]
-        body = {"model": self.model, "messages": [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}],
+        body = {"model": self.model,
+                "messages": [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}],
                 **options}
         payload = json.dumps(body).encode()
         name = hashlib.sha256(f"{self.url} {attempt} ".encode() + payload).hexdigest()
@@ -151,7 +158,8 @@ class Server:
         return found, False
 
     def _post(self, payload, read):
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
+        headers = {"Content-Type": "application/json",
+                   **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         why = ""
         for attempt in range(self.retries + 1):
             wait = self.backoff * 2**attempt * (0.5 + random.random() / 2)
@@ -164,7 +172,8 @@ class Server:
                     break
                 after = error.headers.get("Retry-After", "")
                 wait = min(30.0, float(after)) if re.fullmatch(r"\d{1,6}", after) else wait
-            except (OSError, http.client.HTTPException) as error:      # time-outs and refused connections are OSErrors
+            # time-outs and refused connections are OSErrors
+            except (OSError, http.client.HTTPException) as error:
                 why = self._hide(f"{type(error).__name__}: {error}")
             except RecursionError:
                 why = "a reply that is no JSON object, but a pit of brackets"
@@ -175,8 +184,8 @@ class Server:
         raise ServerError(f"server {self.url}: {why}")
 
     def _reply(self, request):
-        """One exchange -> the reply's JSON object. On a thread of its own: a socket's time-out starts anew with every byte,
-        also of the headers, so that only the clock outside bounds a server that drips."""
+        """One exchange -> the reply's JSON object. On a thread of its own: a socket's time-out starts anew
+        with every byte, also of the headers, so that only the clock outside bounds a server that drips."""
         found = []
 
         def exchange():
@@ -236,7 +245,8 @@ class ServerExpert:
 
     def _one(self, pictures, prompt, attempt):
         try:
-            (text, tokens), cached = self.server.chat(pictures, prompt, self._read, attempt, temperature=float(attempt > 0),
+            (text, tokens), cached = self.server.chat(pictures, prompt, self._read, attempt,
+                                                      temperature=float(attempt > 0),
                                                       max_tokens=self.max_new_tokens)
         except ServerError as error:
             return Reply(error=str(error), final=True)
@@ -252,10 +262,11 @@ class ServerExpert:
 
 
 class ServerVLM:
-    """The base model behind a Server (vLLM and others): `sample` as that of VLM. C is read from `logprobs` with
-    `top_logprobs` = 20; a Rollout's token ids are unknown, -1 each.
+    """The base model behind a Server (vLLM and others): `sample` as that of VLM. C is read from `logprobs`
+    with `top_logprobs` = 20; a Rollout's token ids are unknown, -1 each.
 
-    A completion that is empty or whose numbers make no sense is a Rollout without words and without confidence: unanswered.
+    A completion that is empty or whose numbers make no sense is a Rollout without words and without
+    confidence: unanswered.
 
     rollout: the class of what `sample` returns, `vlm.Rollout`.
     """
@@ -263,11 +274,14 @@ class ServerVLM:
     def __init__(self, server, rollout):
         self.server, self.rollout, self.warned = server, rollout, set()
 
-    def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, greedy=False, seed=0,
+    def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, greedy=False,
+               seed=0,
                first=0):
-        """As VLM.sample. top_k travels as vLLM's parameter of that name. Raises InputError when the server cannot serve."""
+        """As VLM.sample. top_k travels as vLLM's parameter of that name. Raises InputError when the server
+        cannot serve."""
         seeds = seed if isinstance(seed, (list, tuple)) else [f"{seed} {b}" for b in range(len(prompts))]
-        return at_once(lambda i: self._one(images[i], prompts[i], n, f"{seeds[i]} {first}" if not greedy else "greedy",
+        return at_once(lambda i: self._one(images[i], prompts[i], n, f"{seeds[i]} {first}" if not greedy
+                                           else "greedy",
                                            max_new_tokens, 0.0 if greedy else temperature, top_k),
                        range(len(prompts)), self.server.workers)
 
@@ -280,16 +294,19 @@ class ServerVLM:
             return [self._rollout(choice) for choice in reply["choices"]]
 
         try:
-            rollouts, _ = self.server.chat(pictures, prompt, read, n=n, max_tokens=max_new_tokens, temperature=temperature,
+            rollouts, _ = self.server.chat(pictures, prompt, read, n=n, max_tokens=max_new_tokens,
+                                           temperature=temperature,
                                            seed=number, logprobs=True, top_logprobs=ALTERNATIVES,
                                            **({"top_k": top_k} if top_k else {}))
         except ServerError as error:
-            raise InputError(f"{error}; a base model's server must return text, logprobs and top_logprobs; what was done is "
+            raise InputError(f"{error}; a base model's server must return text, logprobs and top_logprobs; "
+                             f"what was done is "
                              "kept, the same command goes on") from error
         return rollouts
 
     def _rollout(self, choice):
-        """One of a reply's choices -> Rollout. Raises KeyError, TypeError or ValueError where logprobs are missing."""
+        """One of a reply's choices -> Rollout. Raises KeyError, TypeError or ValueError where logprobs are
+        missing."""
         content, text = choice["logprobs"]["content"], choice["message"]["content"]
         counts = {len(token["top_logprobs"]) for token in content}
         if 0 in counts:
@@ -297,7 +314,8 @@ class ServerVLM:
         try:
             logprobs = torch.tensor([float(token["logprob"]) for token in content])
             # k alternatives of every token: a mean over more of them would be on another scale
-            tops = torch.tensor([[float(top["logprob"]) for top in token["top_logprobs"][:min(counts)]] for token in content])
+            tops = torch.tensor([[float(top["logprob"]) for top in token["top_logprobs"][:min(counts)]]
+                                 for token in content])
             sane = bool(text) and isinstance(text, str) and all(bool((-1e4 <= x).all() and (x <= 1e-3).all())
                                                                for x in (logprobs, tops))
         except (ValueError, OverflowError):
@@ -306,7 +324,8 @@ class ServerVLM:
             return self.rollout("", torch.tensor([-1]), torch.tensor([-100.0]), torch.zeros(1), False)
         if min(counts) < ALTERNATIVES and min(counts) not in self.warned:
             self.warned.add(min(counts))
-            print(f"server {self.server.url} gives {min(counts)} top_logprobs where {ALTERNATIVES} were asked for: C is read "
+            print(f"server {self.server.url} gives {min(counts)} top_logprobs where {ALTERNATIVES} were "
+                  f"asked for: C is read "
                   "from those, on another scale", file=sys.stderr)
         text = text.encode(errors="replace").decode()                   # JSON may hold half a character
         finished = choice.get("finish_reason") == "stop"
@@ -318,7 +337,8 @@ MAX_CRITIQUE = 1000             # characters of a critique that the base model i
 
 
 def parse_list(text):
-    """A reply that is one JSON list, perhaps in a code fence -> list. ValueError otherwise; NaN is no JSON."""
+    """A reply that is one JSON list, perhaps in a code fence -> list. ValueError otherwise; NaN is no
+    JSON."""
     def refuse(constant):
         raise ValueError(f"{constant} is no number")
     text = text.strip()
@@ -333,8 +353,8 @@ def parse_list(text):
 
 
 def parse_probabilities(text, n):
-    """The Voter's reply -> n probabilities that sum to 1. It may think aloud first: then the list is its last line.
-    ValueError says what is wrong with it."""
+    """The Voter's reply -> n probabilities that sum to 1. It may think aloud first: then the list is its last
+    line. ValueError says what is wrong with it."""
     try:
         values = parse_list(text)
     except ValueError:
@@ -365,7 +385,8 @@ def parse_critique(text):
 
 
 def consult(expert, role, turns, make_prompt, parse):
-    """Ask the Expert in a role about every turn -> what `parse(turn, text)` made of each reply, None where it abstains.
+    """Ask the Expert in a role about every turn -> what `parse(turn, text)` made of each reply, None where it
+    abstains.
 
     A reply that does not parse is asked for again, ATTEMPTS times in all; every request goes into the ledger.
     """
@@ -375,7 +396,8 @@ def consult(expert, role, turns, make_prompt, parse):
         replies = expert.ask([(turns[i].pictures, prompts[i]) for i in pending], attempt)
         again = []
         for i, reply in zip(pending, replies):
-            turns[i].result.ledger.add(role, expert_calls=int(not reply.cached), cached_calls=int(reply.cached),
+            turns[i].result.ledger.add(role, expert_calls=int(not reply.cached),
+                                       cached_calls=int(reply.cached),
                                        expert_tokens=reply.tokens)
             text = reply.text.encode(errors="replace").decode()         # JSON may hold half a character
             try:
