@@ -252,7 +252,7 @@ def test_stored_votes_of_other_weights_or_another_file_are_refused(measured, tmp
     shutil.copytree(ROOT / "tiny" / "base", tmp_path / "base")
     (tmp_path / "q.jsonl").write_text(json.dumps({"id": "a", "image": str(ROOT / "tiny" / "example.png"), "question": "Red?",
                                                   "answer": "1"}))
-    argv = ["--samples", "2", "--t", "999", "--regions", "key", "--probe_samples", "1", "--max_new_tokens", "8",
+    argv = ["--samples", "2", "--t", "999", "--regions", "key", "--probe_samples", "1", "--max_new_tokens", "8", "--allow_outside",
             "--expert_tokens", "8", "--data", str(tmp_path / "q.jsonl"), "--model", str(tmp_path / "base"),
             "--output", str(tmp_path / "out")]
     eval.main(argv)

@@ -11,7 +11,7 @@ from utils import cli, tables
 from utils.baselines import by_figure
 from utils.cli import InputError
 from utils.logs import smoothed
-from utils.metrics import calibration_error, reliability_points
+from utils.metrics import auroc, calibrated, calibration_error, reliability_points, risk_coverage
 
 
 def draw_probe(path, named):
@@ -26,17 +26,6 @@ def draw_probe(path, named):
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def plot_reliability(axis, named, bins=10):
-    """Reliability diagram of the sequence probability. named: {label: list of Answer}."""
-    axis.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
-    for label, answers in named.items():
-        p, correct = (np.array([getattr(a, field) for a in answers], float) for field in ("probability", "correct"))
-        axis.plot(*zip(*reliability_points(p, correct, bins)), marker="o", markersize=4,
-                  label=f"{label}, ECE {calibration_error(p, correct):.2f}")
-    axis.set(xlabel="sequence probability", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title="Reliability")
-    axis.legend(fontsize=8)
 
 
 def plot_probe(axis, named, field, ylabel):
@@ -260,31 +249,94 @@ def page(title, lead, sections):
             f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>{body}</html>")
 
 
-def draw_report(output, before, after, args):
-    """report.png: reward and gap over steps; reliability; accuracy and confidence against noise, before and after."""
+SHORT_RUN = 100                 # steps; a figure of a shorter run says so
+
+
+def draw_report(output, before, after, confidence_map, args, t):
+    """report.png of a training run: what it did to accuracy and confidence. Each title says the finding in words.
+
+    before, after: {noise step: list of Answer} on held-out questions. confidence_map: from C to c. t: the noise step
+    of training.
+    """
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(2, 3, figsize=(14, 8))
-    for axis, key, color in ((axes[0, 0], "original/reward", "tab:blue"), (axes[0, 0], "original/outcome", "tab:orange"),
-                             (axes[0, 0], "noised/reward", "tab:green"), (axes[0, 1], "gap", "tab:green")):
-        points = [(row["step"], row[key]) for row in log if key in row]
-        if points:
-            axis.plot(*zip(*points), color=color, alpha=0.25)
-            axis.plot(*zip(*smoothed(points)), color=color, label=key)
-    axes[0, 0].set(xlabel="step", title="Reward")
-    axes[0, 0].legend(fontsize=8)
-    axes[0, 1].set(xlabel="step", title="Gap C - C' while training")
-    plot_reliability(axes[0, 2], {"before": before[0], "after": after[0]})
-    named = {"before": before, "after": after}
-    for axis, name, label in ((axes[1, 0], "correct", "accuracy"), (axes[1, 1], "token_probability", "mean token probability"),
-                              (axes[1, 2], "confidence", "confidence C")):
-        plot_probe(axis, named, name, label)
-    figure.suptitle(f"{args.recipe}, {len(log)} steps; below: noise on the {args.region} region of held-out questions")
+    models = {"before": before, "after": after}
+    c = {when: calibrated([a.confidence for a in answers[0]], confidence_map) for when, answers in models.items()}
+    correct = {when: np.array([a.correct for a in answers[0]], float) for when, answers in models.items()}
+    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8.6))
+    draw_reliability(axes[0, 0], c, correct)
+    draw_risk(axes[0, 1], c, correct)
+    draw_gap(axes[0, 2], models, log, t)
+    for axis, field, ylabel in ((axes[1, 0], "correct", "accuracy"), (axes[1, 1], "confidence", "confidence C")):
+        plot_probe(axis, models, field, ylabel)
+    axes[1, 0].set_title(f"held-out accuracy {correct['before'].mean():.2f} before, {correct['after'].mean():.2f} after")
+    axes[1, 1].set_title("confidence against the noise step")
+    draw_rewards(axes[1, 2], log)
+    short = f", A SHORT RUN OF {len(log)} STEPS" if len(log) < SHORT_RUN else f", {len(log)} steps"
+    figure.suptitle(f"recipe {args.recipe}{short}; noise on the {args.region} region of held-out questions")
     figure.tight_layout()
     figure.savefig(output / "report.png", dpi=110)
     pyplot.close(figure)
+
+
+def draw_reliability(axis, c, correct):
+    """Reliability of c before and after. c, correct: {when: (N,)}."""
+    axis.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
+    errors = {when: calibration_error(c[when], correct[when]) for when in c}
+    for when in c:
+        axis.plot(*zip(*reliability_points(c[when], correct[when])), marker="o", markersize=4,
+                  label=f"{when}, ECE {errors[when]:.3f}")
+    axis.set(xlabel="stated confidence c", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=reliability_title(errors))
+    axis.legend(fontsize=8)
+
+
+def reliability_title(errors):
+    """The finding about calibration in words (str). errors: {"before": ECE, "after": ECE}."""
+    better = errors["after"] < errors["before"] - 0.005
+    return ("what it states is nearer to the truth" if better else
+            "what it states is no nearer to the truth")
+
+
+def draw_risk(axis, c, correct):
+    """Share of wrong answers against the share that is answered, most confident first."""
+    areas = {when: auroc(c[when], correct[when]) for when in c}
+    for when in c:
+        axis.plot(*zip(*risk_coverage(c[when], correct[when])), label=f"{when}, AUROC {areas[when]:.3f}")
+    better = areas["after"] > areas["before"] + 0.005
+    axis.set(xlabel="coverage", ylabel="risk", xlim=(0, 1), ylim=(0, None),
+             title=f"confidence tells right from wrong {'better' if better else 'no better'} than before")
+    axis.legend(fontsize=8)
+
+
+def gap_title(before, after):
+    """The finding under noise in words (str). before, after: C on clean minus C on noised pictures, in nats."""
+    if after > before + 0.1 and after > 1.5 * before:
+        return f"under noise it now says so: C falls by {after:.2f} (before {before:.2f})"
+    return f"under noise it still does not say so: C falls by {after:.2f} (before {before:.2f})"
+
+
+def draw_gap(axis, models, log, t):
+    """C on clean pictures minus C on noised ones: while training, on the key region and on controls, and held out."""
+    gaps = {when: np.mean([a.confidence for a in answers[0]]) - np.mean([a.confidence for a in answers[t]])
+            for when, answers in models.items()}
+    for key, label in (("gap", "training, key region"), ("gap/controls", "training, controls: the evidence is spared")):
+        if points := [(row["step"], row[key]) for row in log if key in row]:
+            axis.plot(*zip(*smoothed(points)), label=label)
+    for when, style in (("before", ":"), ("after", "--")):
+        axis.axhline(gaps[when], color="0.4", linestyle=style, linewidth=1, label=f"held out, {when}: {gaps[when]:.2f}")
+    axis.set(xlabel="step", ylabel="gap C - C'", title=gap_title(gaps["before"], gaps["after"]))
+    axis.legend(fontsize=8)
+
+
+def draw_rewards(axis, log):
+    """The reward terms of the original view over steps."""
+    for term in ("outcome", "format", "calibration", "perception"):
+        if points := [(row["step"], row[f"original/{term}"]) for row in log if f"original/{term}" in row]:
+            axis.plot(*zip(*smoothed(points)), label=term)
+    axis.set(xlabel="step", ylabel="mean reward", title="reward terms on original pictures")
+    axis.legend(fontsize=8)
 
 
 def read_probe(path, answer_class):
@@ -300,7 +352,7 @@ def finish_run(output, before, after, confidence_map, args, t):
 
     before, after: {noise step: list of Answer}. t: the noise step of the table's noised column.
     """
-    draw_report(output, before, after, args)
+    draw_report(output, before, after, confidence_map, args, t)
     rows = tables.before_after(*(tables.within_skills(answers[0], answers[t], confidence_map) for answers in (before, after)))
     questions = {answer.id for answer in before[0]}
     print(f"\n{len(questions)} held-out questions x {len(before[0]) // len(questions)} answers; "
