@@ -326,7 +326,8 @@ def draw_gap(axis, models, log, t):
             axis.plot(*zip(*smoothed(points)), label=label)
     for when, style in (("before", ":"), ("after", "--")):
         axis.axhline(gaps[when], color="0.4", linestyle=style, linewidth=1, label=f"held out, {when}: {gaps[when]:.2f}")
-    axis.set(xlabel="step", ylabel="gap C - C'", title=gap_title(gaps["before"], gaps["after"]))
+    axis.set(xlabel="step", ylabel="gap C - C'")
+    axis.set_title(gap_title(gaps["before"], gaps["after"]), fontsize=10)
     axis.legend(fontsize=8)
 
 
