@@ -35,13 +35,20 @@ import noise
 import parallel
 from data import LETTERS, MODULES, InputError, Sample, add_options, command, option
 from reward import sequence_confidence
-from utils.experts import LocalExpert, Server, ServerExpert, ServerVLM
+from utils.experts import (
+    LocalExpert,
+    Server,
+    ServerExpert,
+    ServerVLM,
+    consult,
+    parse_critique,
+    parse_order,
+    parse_probabilities,
+)
 from utils.judge import accepts, equivalent, extract_answer
-from vlm import VLM
+from vlm import VLM, Rollout
 
 TINY = Path(__file__).resolve().parent / "tiny"
-ATTEMPTS = 3                    # how often a role is asked before it abstains
-MAX_CRITIQUE = 1000             # characters of a critique that the base model is shown
 TIE = 1e-9                      # totals closer than this are equal; the samples' order then decides
 
 
@@ -216,88 +223,6 @@ def decided(rows, remaining, taus, threshold=None):
         return True
     total, rest = sum(row.total for row in rows), sum(taus[SOURCE[module]] for module in remaining)
     return leader.total / (total + rest) >= threshold or (leader.total + rest) / (total + rest) < threshold
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The Expert's roles
-
-def parse_list(text):
-    """A reply that is one JSON list, perhaps in a code fence -> list. ValueError otherwise; NaN is no JSON."""
-    def refuse(constant):
-        raise ValueError(f"{constant} is no number")
-    text = text.strip()
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text[:10_000], re.DOTALL)
-    try:
-        value = json.loads(fenced[1] if fenced else text[:10_000], parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("not a JSON list") from error
-    if not isinstance(value, list):
-        raise ValueError("not a JSON list")
-    return value
-
-
-def parse_probabilities(text, n):
-    """The Voter's reply -> n probabilities that sum to 1. It may think aloud first: then the list is its last line.
-    ValueError says what is wrong with it."""
-    try:
-        values = parse_list(text)
-    except ValueError:
-        values = parse_list(text.strip().rsplit("\n", 1)[-1])
-    if len(values) != n:
-        raise ValueError(f"{len(values)} numbers for {n} candidates")
-    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-        raise ValueError("something in the list is no number")
-    if not all(0 <= value < 1e9 for value in values) or not sum(values) > 0:
-        raise ValueError("numbers that are negative, all zero or not finite")
-    return [value / sum(values) for value in values]
-
-
-def parse_order(text):
-    """The Planner's reply -> the names of MODULES in its order. ValueError otherwise."""
-    names = parse_list(text)
-    if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(MODULES):
-        raise ValueError(f"not each of {', '.join(MODULES)} once")
-    return names
-
-
-def parse_critique(text):
-    """The Critic's reply -> one line of at most MAX_CRITIQUE characters. ValueError when it is empty."""
-    line = " ".join(text.split())[:MAX_CRITIQUE]
-    if not line:
-        raise ValueError("an empty critique")
-    return line
-
-
-def consult(expert, role, turns, make_prompt, parse):
-    """Ask the Expert in a role about every turn -> what `parse(turn, text)` made of each reply, None where it abstains.
-
-    A reply that does not parse is asked for again, ATTEMPTS times in all; every request goes into the ledger.
-    """
-    found, reasons, pending = {}, {}, list(range(len(turns)))
-    prompts = [make_prompt(turn) for turn in turns]
-    for attempt in range(ATTEMPTS):
-        replies = expert.ask([(turns[i].pictures, prompts[i]) for i in pending], attempt)
-        again = []
-        for i, reply in zip(pending, replies):
-            turns[i].result.ledger.add(role, expert_calls=int(not reply.cached), cached_calls=int(reply.cached),
-                                       expert_tokens=reply.tokens)
-            text = reply.text.encode(errors="replace").decode()         # JSON may hold half a character
-            try:
-                if reply.error:
-                    raise ValueError(reply.error)
-                found[i] = parse(turns[i], text)
-                turns[i].result.said[role] = text[:MAX_CRITIQUE]
-            except ValueError as error:
-                reasons[i] = str(error)
-                if not reply.final:
-                    again.append(i)
-        pending = again
-        if not pending:
-            break
-    for i in range(len(turns)):
-        if i not in found:
-            turns[i].result.ledger.notes.append(f"{role} abstained: {reasons[i]}")
-    return [found.get(i) for i in range(len(turns))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,7 +457,7 @@ class Controller:
             if len(self.modules) > 1 and turns:
                 with timed(turns):
                     plans = consult(self.expert, "planner", turns, lambda t: data.planner_prompt(t.sample),
-                                    lambda _, text: parse_order(text))
+                                    lambda _, text: parse_order(text, MODULES))
         for turn, plan in zip(turns, plans):
             turn.result.order = [module for module in plan or MODULES if module in self.modules]
 
@@ -832,7 +757,7 @@ def build(args, settings, model=None):
     parallel.start_ranks()                      # before a model is loaded: each rank to a GPU of its own
     clip = noise.ClipAttention.from_pretrained(args.clip)
     remote = re.match("https?:", model)
-    vlm = ServerVLM(server(model, args.model_name, "MODEL_API_KEY")) if remote else VLM.load(model)
+    vlm = ServerVLM(server(model, args.model_name, "MODEL_API_KEY"), Rollout) if remote else VLM.load(model)
     expert = None
     if re.match("https?:", args.expert):
         expert = ServerExpert(server(args.expert, args.expert_model, "EXPERT_API_KEY"), settings.expert_tokens)

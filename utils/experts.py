@@ -29,8 +29,9 @@ from pathlib import Path
 import torch
 
 from data import InputError
-from vlm import Rollout
 
+ATTEMPTS = 3                    # how often a role is asked before it abstains
+MAX_CRITIQUE = 1000             # characters of a critique that the base model is shown
 MAX_BODY = 4 * 2**20            # bytes of a server's reply that are read
 ALTERNATIVES = 20               # top_logprobs asked for: the k of Eq. 3
 
@@ -259,8 +260,8 @@ class ServerVLM:
     A completion that is empty or whose numbers make no sense is a Rollout without words and without confidence: unanswered.
     """
 
-    def __init__(self, server):
-        self.server, self.warned = server, set()
+    def __init__(self, server, rollout):
+        self.server, self.rollout, self.warned = server, rollout, set()
 
     def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, greedy=False, seed=0,
                first=0):
@@ -302,10 +303,92 @@ class ServerVLM:
         except (ValueError, OverflowError):
             sane = False
         if not content or not sane:
-            return Rollout("", torch.tensor([-1]), torch.tensor([-100.0]), torch.zeros(1), False)
+            return self.rollout("", torch.tensor([-1]), torch.tensor([-100.0]), torch.zeros(1), False)
         if min(counts) < ALTERNATIVES and min(counts) not in self.warned:
             self.warned.add(min(counts))
             print(f"server {self.server.url} gives {min(counts)} top_logprobs where {ALTERNATIVES} were asked for: C is read "
                   "from those, on another scale", file=sys.stderr)
         text = text.encode(errors="replace").decode()                   # JSON may hold half a character
-        return Rollout(text, torch.full((len(content),), -1), logprobs, -tops.mean(-1), choice.get("finish_reason") == "stop")
+        return self.rollout(text, torch.full((len(content),), -1), logprobs, -tops.mean(-1), choice.get("finish_reason") == "stop")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Expert's roles
+
+def parse_list(text):
+    """A reply that is one JSON list, perhaps in a code fence -> list. ValueError otherwise; NaN is no JSON."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is no number")
+    text = text.strip()
+    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text[:10_000], re.DOTALL)
+    try:
+        value = json.loads(fenced[1] if fenced else text[:10_000], parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not a JSON list") from error
+    if not isinstance(value, list):
+        raise ValueError("not a JSON list")
+    return value
+
+
+def parse_probabilities(text, n):
+    """The Voter's reply -> n probabilities that sum to 1. It may think aloud first: then the list is its last line.
+    ValueError says what is wrong with it."""
+    try:
+        values = parse_list(text)
+    except ValueError:
+        values = parse_list(text.strip().rsplit("\n", 1)[-1])
+    if len(values) != n:
+        raise ValueError(f"{len(values)} numbers for {n} candidates")
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        raise ValueError("something in the list is no number")
+    if not all(0 <= value < 1e9 for value in values) or not sum(values) > 0:
+        raise ValueError("numbers that are negative, all zero or not finite")
+    return [value / sum(values) for value in values]
+
+
+def parse_order(text, modules):
+    """The Planner's reply -> the names of `modules` in its order. ValueError otherwise."""
+    names = parse_list(text)
+    if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(modules):
+        raise ValueError(f"not each of {', '.join(modules)} once")
+    return names
+
+
+def parse_critique(text):
+    """The Critic's reply -> one line of at most MAX_CRITIQUE characters. ValueError when it is empty."""
+    line = " ".join(text.split())[:MAX_CRITIQUE]
+    if not line:
+        raise ValueError("an empty critique")
+    return line
+
+
+def consult(expert, role, turns, make_prompt, parse):
+    """Ask the Expert in a role about every turn -> what `parse(turn, text)` made of each reply, None where it abstains.
+
+    A reply that does not parse is asked for again, ATTEMPTS times in all; every request goes into the ledger.
+    """
+    found, reasons, pending = {}, {}, list(range(len(turns)))
+    prompts = [make_prompt(turn) for turn in turns]
+    for attempt in range(ATTEMPTS):
+        replies = expert.ask([(turns[i].pictures, prompts[i]) for i in pending], attempt)
+        again = []
+        for i, reply in zip(pending, replies):
+            turns[i].result.ledger.add(role, expert_calls=int(not reply.cached), cached_calls=int(reply.cached),
+                                       expert_tokens=reply.tokens)
+            text = reply.text.encode(errors="replace").decode()         # JSON may hold half a character
+            try:
+                if reply.error:
+                    raise ValueError(reply.error)
+                found[i] = parse(turns[i], text)
+                turns[i].result.said[role] = text[:MAX_CRITIQUE]
+            except ValueError as error:
+                reasons[i] = str(error)
+                if not reply.final:
+                    again.append(i)
+        pending = again
+        if not pending:
+            break
+    for i in range(len(turns)):
+        if i not in found:
+            turns[i].result.ledger.notes.append(f"{role} abstained: {reasons[i]}")
+    return [found.get(i) for i in range(len(turns))]
