@@ -11,33 +11,52 @@ at least twice --samples answers a question, so that majority voting can be held
 Left out on purpose: an LLM as the judge; the rules of judge.py decide.
 """
 import argparse
-import json
 import math
 import os
 import re
 import shlex
 import zlib
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import torch
+from tqdm import tqdm
 
 import catts
 import data
-import probe
-import report
 from catts import Vote, sample_votes, share_of, spoken, tally, winner
-from data import InputError, command
-from noise import MODES, ClipAttention, make_pair, parse_t
-from probe import PROBE_STEPS, bootstrap, calibrated, interval, mean_interval, metrics, probed
-from utils.judge import accepts, extract_answer
+from noise import MODES, ClipAttention, make_pair, make_pairs, parse_t
+from utils import cli, metrics, report, results_file
+from utils.cli import InputError
+from utils.judge import accepts, extract_answer, is_correct
+from utils.logs import training_log
+from utils.metrics import calibrated
+from utils.report import draw_probe
+from utils.tables import (
+    CALIBRATED,
+    HEADLINE,
+    Outcome,
+    abstention,
+    against_majority,
+    arrays,
+    calibration,
+    check_rows,
+    curves_of,
+    groups_of,
+    method_of,
+    modules_of,
+    paired,
+    resampled,
+    scaling,
+    stored_scales,
+    summarise,
+    summary_intervals,
+    within_skills,
+)
 from vlm import VLM
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Methods: one stored run of samples and votes, from which every table is recomputed
 
 class Memo:
     """An Expert that is asked the same thing once. What it said before counts as asked anew: costs stay those of a method
@@ -86,62 +105,6 @@ def collector(controller, sizes, drawn):
             rows.append(row)
         return rows
     return collect
-
-
-@dataclass
-class Outcome:
-    """What a method made of one question: confidence in [0, 1] or nan; tokens, a contrasted one counting twice, the
-    Expert's included; calls of the Expert."""
-    id: str
-    confidence: float
-    correct: bool
-    tokens: int
-    calls: int = 0
-
-
-LETTER = {"voter": "V", "self_reflection": "R", "self_check": "C"}
-# Whose work each module's vote takes, as the ledger's parts name it.
-WORKERS = {"voter": ("voter",), "self_reflection": ("critic", "self_reflection"), "self_check": ("self_check",)}
-
-
-def method_of(modules):
-    """The name of a subset of LETTER's modules, added to the samples' weighted vote."""
-    return {0: "weighted", len(LETTER): "CA-TTS"}.get(len(modules), "+" + "".join(LETTER[source] for source in modules))
-
-
-def modules_of(row, n):
-    """The modules that ran on the first n samples of a stored row, in the table's order."""
-    return tuple(source for source in LETTER if source in row["by_n"][str(n)]["ran"])
-
-
-def check_rows(rows, sizes, drawn, modules):
-    """Every stored row holds what the tables need, and votes of all `modules` (sources). Raises InputError that names the
-    question."""
-    for row in rows:
-        try:
-            wrong = _missing(row, sizes, drawn)
-            if not wrong and any(set(modules_of(row, n)) != set(modules) for n in sizes):
-                wrong = f"other modules than {', '.join(modules) or 'none'}"
-        except (KeyError, TypeError, AttributeError) as error:
-            wrong = f"no {error}"
-        if wrong:
-            raise InputError(f"question {row['id']!r} has {wrong} in the stored votes; remove its line, and the same command "
-                             "collects it again")
-
-
-def _missing(row, sizes, drawn):
-    """What a stored row lacks, "" if nothing. KeyError or the like where a whole part of it is gone."""
-    row["greedy"]["correct"], row["cut_only"], row["expert"]["correct"], row["meta"], row["choices"]
-    if len(row["samples"]) != drawn:
-        return f"{len(row['samples'])} samples, not {drawn},"
-    for n in sizes:
-        run = row["by_n"][str(n)]
-        for source in run["ran"]:
-            if source not in run["votes"] or not run["votes"][source] and not run["notes"]:     # who abstains says why
-                return f"no votes of {source} for {n} samples"
-            if run["votes"][source] and not run["parts"].keys() >= {*WORKERS.get(source, ())}:
-                return f"no cost of {source} for {n} samples"
-    return ""
 
 
 def outcomes(row, n, settings):
@@ -208,9 +171,6 @@ def by_method(rows, n, settings):
     return dict(found)
 
 
-CALIBRATED = "pass@1, c"
-
-
 def methods_of(votes, settings, scales):
     """{model name: stored rows} -> {model name: `by_method`}. scales: {model name: a map of `stored_scales`}; with one,
     `CALIBRATED` is pass@1 once more, its confidence c = sigmoid(slope * C + intercept): the probability that a run trained."""
@@ -222,159 +182,6 @@ def methods_of(votes, settings, scales):
             c = calibrated([s["confidence"]["mean"] for _, s in drawn], scales[name])
             found[name][CALIBRATED] = [Outcome(i, p, s["correct"], s["tokens"]) for (i, s), p in zip(drawn, c.tolist())]
     return found
-
-
-def stored_scales(paths):
-    """The map from C to c of each model directory, fixed before the first step -> list of dicts, or of None where there is
-    none: its confidence.json, of a training run that judged C of Eq. 3; of a model that no such run has left, that of the
-    last which one has, as it was fitted on the base."""
-    files = [Path(path) / "confidence.json" for path in paths]
-    found = [json.loads(file.read_text()) if file.is_file() else {} for file in files]
-    found = [scale if scale.get("judged") == "topk" else None for scale in found]
-    known = next(filter(None, reversed(found)), None)
-    return [scale or (known and probe.as_fitted(known)) for scale in found]
-
-
-def arrays(some):
-    """List of Outcome -> ids, confidence (N,), correct (N,)."""
-    return [o.id for o in some], np.array([o.confidence for o in some]), np.array([o.correct for o in some], float)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables: plain dicts of numbers; a triple is (value, low, high), a 95% interval clustered by question
-
-ROUNDS = 1000
-HEADLINE = ("accuracy", "auroc", "ece", "brier", "aurc", "accuracy@80")
-REPORTED = (*HEADLINE, "ece_mass", "aupr", "eaurc", "accuracy@50", "accuracy@90")
-
-
-def statistics(confidence, correct):
-    """What is reported of (confidence, correct) -> dict of floats; a method without a confidence has an accuracy alone."""
-    if not np.isfinite(confidence).all():
-        return {"accuracy": float(correct.mean())}
-    found = metrics(confidence, correct)
-    return {name: found[name] for name in REPORTED}
-
-
-def resampled(some):
-    """List of Outcome -> `bootstrap` of its `statistics`."""
-    return bootstrap(*arrays(some), statistics, ROUNDS)
-
-
-def method_row(some):
-    """List of Outcome -> one row of the methods' table, without intervals."""
-    known = statistics(*arrays(some)[1:])
-    return {**{name: known.get(name, math.nan) for name in HEADLINE},
-            "tokens": float(np.mean([o.tokens for o in some])), "calls": float(np.mean([o.calls for o in some]))}
-
-
-def summarise(some, boot):
-    """List of Outcome and its `resampled` -> all of REPORTED with intervals, tokens and calls."""
-    known = {name: (value, *interval(boot[name])) for name, value in statistics(*arrays(some)[1:]).items()}
-    return method_row(some) | known
-
-
-def paired(first, second, boots):
-    """second minus first, both lists of Outcome on the same questions, boots their two `resampled`
-    -> {statistic: (difference, low, high)}."""
-    values = [statistics(*arrays(some)[1:]) for some in (first, second)]
-    return {name: (values[1][name] - values[0][name], *interval(boots[1][name] - boots[0][name]))
-            for name in HEADLINE if name in values[0].keys() & values[1].keys()}
-
-
-def groups_of(rows):
-    """{id: labels}: skill, level, category and question type, for tables within them; a label is "what: value"."""
-    found = {}
-    for row in rows:
-        meta = row["meta"]
-        labels = [f"{name}: {meta[name]}" for name in ("skill", "level", "category", "subject") if name in meta]
-        found[row["id"]] = [*labels, "type: multiple choice" if row["choices"] else "type: open"]
-    return found
-
-
-def slope(accuracies, sizes):
-    """Least-squares slope of accuracy per log2 N. accuracies (..., len(sizes))."""
-    x = np.log2(sizes) - np.mean(np.log2(sizes))
-    return (accuracies * x).sum(-1) / (x**2).sum()
-
-
-def curve(by_n, name):
-    """{N: by_method} -> of the method `name`: the N at which it was measured, correct (Q, sizes), tokens (sizes,)."""
-    sizes = [n for n in sorted(by_n) if f"{name}@{n}" in by_n[n]]
-    found = [by_n[n][f"{name}@{n}"] for n in sizes]
-    return (sizes, np.array([[o.correct for o in some] for some in found], float).T,
-            np.array([np.mean([o.tokens for o in some]) for some in found]))
-
-
-def scaling(by_n):
-    """Accuracy and tokens against N for the methods that scale, and the slope per log2 N in points, with intervals."""
-    found = {}
-    for name in sorted({method.split("@")[0] for some in by_n.values() for method in some if re.search(r"@\d+$", method)}
-                       - {"pass"}):
-        sizes, table, tokens = curve(by_n, name)
-        if len(sizes) > 1:
-            draws = np.random.default_rng(0).integers(len(table), size=(ROUNDS, len(table)))
-            means = table[draws].mean(1)                                                                # (rounds, sizes)
-            found[name] = {str(n): (float(table[:, i].mean()), *interval(means[:, i])) for i, n in enumerate(sizes)}
-            found[name]["slope"] = tuple(100 * v for v in (float(slope(table.mean(0), sizes)),
-                                                           *interval(slope(means, sizes))))
-            found[name]["tokens"] = {str(n): float(cost) for n, cost in zip(sizes, tokens)}
-    return found
-
-
-def against_majority(by_n, n):
-    """Every method on n samples against majority@n, and against majority voting at the same tokens: its curve over N,
-    linear in log tokens between two measured N, nan where the method costs more than the largest -> {method: row}."""
-    found, (sizes, table, tokens) = {}, curve(by_n, "majority")
-    ids = [o.id for o in by_n[n][f"majority@{n}"]]
-    for method, some in by_n[n].items():
-        if not method.endswith(f"@{n}") or method == f"majority@{n}":
-            continue
-        cost, correct = float(np.mean([o.tokens for o in some])), np.array([o.correct for o in some], float)
-        row = {"tokens": cost, "accuracy": float(correct.mean()),
-               "minus majority, same N": mean_interval(ids, correct - table[:, sizes.index(n)], ROUNDS),
-               "majority, same tokens": math.nan, "minus it": (math.nan,) * 3}
-        if tokens[0] <= cost <= tokens[-1]:
-            place = np.interp(math.log(cost), np.log(tokens), np.arange(len(sizes)))
-            low = min(int(place), max(0, len(sizes) - 2))
-            high = min(low + 1, len(sizes) - 1)
-            same = table[:, low] * (1 - (place - low)) + table[:, high] * (place - low)
-            row |= {"majority, same tokens": float(same.mean()), "minus it": mean_interval(ids, correct - same, ROUNDS)}
-        found[method] = row
-    return found
-
-
-def calibration(methods, names):
-    """ECE and Brier as they are, and after a map fitted on the other half of the questions, with intervals."""
-    found = {}
-    for name in names:
-        ids, confidence, correct = arrays(methods[name])
-        found[name] = {}
-        for kind, mapped in (("", confidence), *((kind, probe.cross_fitted(ids, confidence, correct, kind))
-                                                 for kind in ("platt", "isotonic"))):
-            if np.isfinite(mapped).all():
-                known, boot = metrics(mapped, correct), bootstrap(ids, mapped, correct, metrics, ROUNDS)
-                found[name] |= {f"{key}, {kind}".strip(", "): (known[key], *interval(boot[key])) for key in ("ece", "brier")}
-    return found
-
-
-def abstention(some, risk):
-    """A threshold for a target risk, fitted on one half of the questions, and what it does on the other half."""
-    ids, confidence, correct = arrays(some)
-    half, nothing = probe.first_half(ids), (math.nan,) * 3
-    if half.all() or not half.any():
-        return {"threshold": math.inf, "target risk": risk, "coverage": nothing, "risk": nothing}
-    threshold, _, _ = probe.threshold_for(confidence[half], correct[half], risk)
-    ids, kept, wrong = [i for i, inside in zip(ids, half) if not inside], confidence[~half] >= threshold, 1 - correct[~half]
-    return {"threshold": threshold, "target risk": risk, "coverage": share_of_questions(ids, kept.astype(float)),
-            "risk": share_of_questions([i for i, k in zip(ids, kept) if k], wrong[kept]) if kept.any() else nothing}
-
-
-def share_of_questions(ids, values):
-    """A mean with its interval; where it is 0 or 1, which no bootstrap leaves, the exact binomial one (Clopper, Pearson)."""
-    mean, low, high = mean_interval(ids, values, ROUNDS)
-    bound = 1 - 0.025 ** (1 / len(set(ids)))
-    return (mean, 0.0, bound) if mean == 0 else (mean, 1 - bound, 1.0) if mean == 1 else (mean, low, high)
 
 
 def make_tables(votes, probes, settings, sizes, drawn, regions, ts, risk, scales):
@@ -405,28 +212,18 @@ def make_tables(votes, probes, settings, sizes, drawn, regions, ts, risk, scales
                 tables["within"][f"{name}, {label}, {method}"] = {"n": len({o.id for o in part})} | {
                     key: row.get(key, math.nan) for key in ("accuracy", "auroc", "ece", "brier")}
     tables["calibration"] = {name: calibration(found, shown) for name, found in methods.items()}
-    for heading, points in (("reliability", probe.reliability_points), ("risk and coverage", probe.risk_coverage)):
+    for heading, points in (("reliability", metrics.reliability_points), ("risk and coverage", metrics.risk_coverage)):
         tables[heading] = {method: {name: points(*arrays(found[method])[1:]) for name, found in methods.items()
                                     if method in found} for method in shown if method != f"majority@{n}" or method == best}
     tables["abstention"] = {name: {"method": best} | abstention(found[best], risk) for name, found in methods.items()
                             if best in found}
     tables["probe"] = {f"{name}, {region}, {part}": row for name, rows in probes.items() for region in regions
-                       for part, row in probe.within_skills(probed(rows, region, 0), probed(rows, region, last),
-                                                            scales[name], probe.summary_intervals).items()}
+                       for part, row in within_skills(probed(rows, region, 0), probed(rows, region, last),
+                                                            scales[name], summary_intervals).items()}
     tables["curves"] = {name: {region: curves_of({t: probed(rows, region, t) for t in ts}) for region in regions}
                         for name, rows in probes.items()}
     return tables
 
-
-def curves_of(by_t):
-    """{t: list of Answer} -> {field: {t: (mean, low, high)}}."""
-    columns = {t: probe.columns_of(answers) for t, answers in by_t.items()}
-    return {field: {str(t): mean_interval(view["id"], view[field].astype(float), ROUNDS) for t, view in columns.items()}
-            for field in ("correct", "token_probability", "confidence")}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
 
 def cases(rows, settings, samples, clip, method, number=12):
     """About a dozen questions of one model for the report -> list of dicts for `report.case`: three each where the method
@@ -456,15 +253,9 @@ def cases(rows, settings, samples, clip, method, number=12):
     return found
 
 
-def training_log(folder):
-    """The lines of a run folder's metrics.jsonl, an empty list where there is none."""
-    log = Path(folder) / "metrics.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines() if line.strip()] if log.is_file() else []
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Methods, calibration, scaling and the probe, for one model or two.")
-    catts.add_sources(parser)
+    cli.add_sources(parser)
     parser.add_argument("--baseline", help="a second model to hold it against")
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of samples for which every module votes; default "
                         "1 2 4 8 16 32 on the built-in questions, else --samples alone")
@@ -474,7 +265,7 @@ def main(argv=None):
     parser.add_argument("--target_risk", type=float, default=0.1, help="share of wrong answers that abstention aims at")
     parser.add_argument("--output", default="runs/eval", help="folder for what is measured")
     parser.add_argument("--json", action="store_true", help="print tables.json")
-    data.add_options(parser, catts.Settings)
+    cli.add_options(parser, catts.Settings)
     parser.set_defaults(batch_size=50)
     args = parser.parse_args(argv)
     settings = catts.Settings(**{name: getattr(args, name) for name in catts.Settings.__dataclass_fields__})
@@ -501,12 +292,12 @@ def main(argv=None):
     for name, path in zip(names, paths):
         controller = catts.build(args, settings, path)
         folder = output / re.sub(r"[^\w.-]+", "_", name)
-        frame = catts.frame_of(args, model=path, baseline=None, target_risk=None)
-        votes[name] = catts.answer_file(collector(controller, args.sizes, drawn), samples, folder / "votes.jsonl", frame,
+        frame = results_file.frame_of(args, model=path, baseline=None, target_risk=None)
+        votes[name] = results_file.answer_file(collector(controller, args.sizes, drawn), samples, folder / "votes.jsonl", frame,
                                         args.batch_size, f"{name}: votes", args.strict)
         if isinstance(controller.vlm, VLM):
-            probes[name] = catts.answer_file(
-                probe.prober(controller.vlm, controller.clip, args.regions, ts, settings.mass, args.probe_samples,
+            probes[name] = results_file.answer_file(
+                prober(controller.vlm, controller.clip, args.regions, ts, settings.mass, args.probe_samples,
                              settings.seed, max_new_tokens=settings.max_new_tokens),
                 samples, folder / "probe.jsonl", frame, args.batch_size, f"{name}: probe", args.strict)
     if votes[names[0]] is None:             # not the first rank
@@ -522,13 +313,14 @@ def main(argv=None):
     tables = make_tables(votes, probes, settings, args.sizes, drawn, args.regions, ts, args.target_risk, scales)
     kept, left_out = len(votes[names[-1]]), len(ids) - len(votes[names[-1]]) + getattr(samples, "broken", 0)
     about = (f"{kept} questions of {args.data or 'the built-in test split'}{f' ({left_out} left out)' if left_out else ''}, "
-             f"N = {settings.samples}, noise at t = {max(ts)}, seed {settings.seed}; {' and '.join(map(data.shown, paths))}; "
-             f"Expert {data.shown(args.expert)}; torch {torch.__version__}.")
+             f"N = {settings.samples}, noise at t = {max(ts)}, seed {settings.seed}; {' and '.join(map(cli.shown, paths))}; "
+             f"Expert {cli.shown(args.expert)}; torch {torch.__version__}.")
     about += "".join(f" {name}: c = sigmoid({scale['slope']:.3g} C {scale['intercept']:+.3g}), fixed before the training began."
                      for name, scale in scales.items() if scale)
-    data.write_atomically(output / "tables.json", data.strict_json({"about": about, **tables}, indent=1))
-    threshold = tables["abstention"][names[-1]] | {"settings": catts.deciding(settings), "sources": catts.sources_of(args)}
-    data.write_atomically(output / "threshold.json", data.strict_json(threshold, indent=1))
+    cli.write_atomically(output / "tables.json", cli.strict_json({"about": about, **tables}, indent=1))
+    threshold = tables["abstention"][names[-1]] | {"settings": results_file.deciding(settings),
+                                                   "sources": results_file.sources_of(args)}
+    cli.write_atomically(output / "threshold.json", cli.strict_json(threshold, indent=1))
     clip = controller.clip or ClipAttention.from_pretrained(args.clip)
     (output / "report.html").write_text(report.build(
         tables, cases(votes[names[-1]], settings, samples, clip, threshold["method"]),
@@ -537,42 +329,96 @@ def main(argv=None):
         draw_probe(output / "probe.png", {f"{name}, {region}": {t: probed(rows, region, t) for t in ts}
                                           for name, rows in probes.items() for region in args.regions})
     if args.json:
-        print(data.strict_json(tables))
+        print(cli.strict_json(tables))
         return
     for name, found in tables["methods"].items():
         print(f"\n{name}: {about}")
-        print(data.table({method: {key: row.get(key, math.nan) for key in (*HEADLINE, "tokens", "calls")}
+        print(cli.table({method: {key: row.get(key, math.nan) for key in (*HEADLINE, "tokens", "calls")}
                           for method, row in found.items()}, intervals=False))
         print(f"\n{name}: against majority voting at the same N and at the same tokens")
-        print(data.table(tables["against majority"][name]))
+        print(cli.table(tables["against majority"][name]))
         if any(math.isnan(row["majority, same tokens"]) for row in tables["against majority"][name].values()):
             print(f"nan: more tokens than majority@{drawn}; a larger --sizes draws more samples")
     if probes:
         print("\nThe probe")
-        print(data.table(tables["probe"], intervals=False))
+        print(cli.table(tables["probe"], intervals=False))
     print(f"\nwrote {output}/: report.html, tables.json, threshold.json, probe.png and the stored votes; "
           "the page and tables.json hold every interval")
-    changed = [f"--{key} {shlex.quote(str(value))}" for key, value in catts.deciding(settings).items()
+    changed = [f"--{key} {shlex.quote(str(value))}" for key, value in results_file.deciding(settings).items()
                if value != getattr(catts.Settings, key)]
     changed += [f"--{key} {shlex.quote(getattr(args, key))}" for key in ("expert", "expert_model", "clip", "check_model")
                 if getattr(args, key) != parser.get_default(key)]
     print("next: " + " ".join(["python catts.py tiny/example.png \"How many red crosses are there?\" --model",
-                               data.shown(args.model), *changed, f"--abstain {output}/threshold.json"]))
+                               cli.shown(args.model), *changed, f"--abstain {output}/threshold.json"]))
 
 
-def draw_probe(path, named):
-    """probe.png: accuracy, token probability and C against noise. named: {label: {t: list of Answer}}."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4))
-    for axis, field, ylabel in zip(axes, ("correct", "token_probability", "confidence"),
-                                   ("accuracy", "mean token probability", "confidence C")):
-        probe.plot_probe(axis, named, field, ylabel)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+PROBE_STEPS = (0, 300, 500, 700, 850, 999)
+
+
+@dataclass
+class Answer:
+    """One sampled answer. confidence: C (Eq. 3, mean); probability: exp of the mean log-prob, in (0, 1];
+    token_probability: mean probability of the sampled tokens (the paper's Figure 1)."""
+    id: str
+    skill: str
+    level: str
+    text: str
+    correct: bool
+    confidence: float
+    probability: float
+    token_probability: float
+    length: int
+    finished: bool
+
+
+def answer(vlm, samples, images, n=4, *, seed=0, batch_size=32, progress=None, **sampling):
+    """n sampled answers for each question about given images (lists of PIL images) -> list of Answer, in order."""
+    answers = []
+    for start in range(0, len(samples), batch_size):
+        part = samples[start:start + batch_size]
+        rollouts = vlm.sample(images[start:start + batch_size], [data.prompt(s) for s in part], n, seed=[
+            f"{seed} {s.id}" for s in part], **sampling)
+        for sample, group in zip(part, rollouts):
+            for r in group:
+                answers.append(Answer(
+                    sample.id, str(sample.meta.get("skill", "")), str(sample.meta.get("level", "")), r.text,
+                    is_correct(r.text, sample), r.confidences.mean().item(), r.logprobs.mean().exp().item(),
+                    r.logprobs.exp().mean().item(), len(r.tokens), r.finished))
+        if progress is not None:
+            progress.update(len(part))
+    return answers
+
+
+def noised_answers(vlm, samples, clip, t, mode, mass, n, seed, progress=None, **sampling):
+    """Answers to the same questions on pictures noised at step t on a region -> list of Answer."""
+    images = make_pairs([s.pictures() for s in samples], [s.question for s in samples], clip, (t, t),
+                        [mode if t else "all"] * len(samples), mass, [f"{seed} {s.id}" for s in samples])
+    return answer(vlm, samples, images, n, seed=f"{seed} {t}", progress=progress, **sampling)
+
+
+def probe(vlm, samples, clip, ts=PROBE_STEPS, mode="key", mass=0.5, n=4, seed=0, name="", **sampling):
+    """Answers on the same questions at each noise step t (paper Figure 1) -> {t: list of Answer}."""
+    samples = list(samples)
+    with tqdm(total=len(samples) * len(ts), desc=f"probe {name}".strip(), unit="question", leave=False) as progress:
+        return {t: noised_answers(vlm, samples, clip, t, mode, mass, n, seed, progress, **sampling) for t in ts}
+
+
+def prober(vlm, clip, regions, ts, mass, n, seed, **sampling):
+    """-> a function: batch of samples -> rows for `catts.answer_file`: {"id", "found": {region: {t: [Answer, ...]}}}."""
+    def collect(batch):
+        rows = {s.id: {"id": s.id, "found": {region: {} for region in ("clean", *regions)}} for s in batch}
+        for region, t in [("clean", 0)] + [(region, t) for region in regions for t in ts if t]:
+            for a in noised_answers(vlm, batch, clip, t, region, mass, n, seed, **sampling):
+                rows[a.id]["found"][region].setdefault(str(t), []).append(asdict(a))
+        return list(rows.values())
+    return collect
+
+
+def probed(rows, region, t):
+    """Rows of `prober` -> list of Answer on a region at step t."""
+    region, t = (region, t) if t else ("clean", 0)
+    return [Answer(**a) for row in rows for a in row["found"][region][str(t)]]
 
 
 if __name__ == "__main__":
-    command("eval.py", main)
+    main()

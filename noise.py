@@ -21,12 +21,12 @@ from PIL import Image, ImageFilter
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from data import InputError, command, reason
+from utils.cli import TINY, InputError, reason
+from utils.loading import ATTENTION, read_map
 
 STEPS = 1000
 MODES = ("key", "all", "random", "inverse")
-ATTENTION = 2**28           # attention weights in memory at once, 1 GiB: two pictures of ViT-L/14-336, hundreds of tiny/clip
-CLIP = str(Path(__file__).resolve().parent / "tiny" / "clip")
+CLIP = str(TINY / "clip")
 
 
 @lru_cache(1)
@@ -125,7 +125,7 @@ class ClipAttention:
         similarity to the question's text embedding, scaled to [0, 1] over the picture.
         """
         files = [self._file(*pair) if self.cache else None for pair in asked]
-        grids = [_read(file) if file else None for file in files]
+        grids = [read_map(file) if file else None for file in files]
         missing = [i for i, grid in enumerate(grids) if grid is None]
         for start in range(0, len(missing), self.batch):
             part = missing[start:start + self.batch]
@@ -169,14 +169,6 @@ class ClipAttention:
         tokens = self.tokenizer(question, truncation=True, return_tensors="pt",
                                 max_length=self.model.config.text_config.max_position_embeddings)
         return self.model.text_projection(self.model.text_model(**tokens.to(self.model.device)).pooler_output)
-
-
-def _read(file):
-    """A kept map, or None where it is not there or was torn by a machine that went down."""
-    try:
-        return np.load(file)
-    except (OSError, ValueError, EOFError):
-        return None
 
 
 def _spread(grid, width, height):
@@ -307,4 +299,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command("noise.py", main)
+    main()

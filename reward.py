@@ -8,14 +8,64 @@ import re
 
 import torch
 
-from utils.judge import accepts, boxes, equivalent, extract_answer, is_correct  # noqa: F401 - the judge is spoken to by this name too
+from utils import metrics
+from utils.judge import boxes, is_correct
+from utils.loading import largest
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Confidence. Higher = more certain, everywhere in this repository. The paper's prose says the opposite of its own
-#    Eq. 3; the equation, the authors' code and DeepConf (arXiv 2508.15260) agree with us: in a peaked distribution the
-#    k - 1 runners-up have very negative log-probabilities, so minus the mean is large.
-#    Known flaw: it is no probability, and not monotone in entropy: uniform over V > k tokens scores log V, more than
-#    uniform over k, log k. Hence the alternatives `logprob` and `entropy`, read by the same `sequence_confidence`.
+KINDS = ("topk", "logprob", "entropy")          # confidences of a token
+
+
+def token_values(source, kind):
+    """The per-token confidence of a Rollout (T,) or Scores (B, T) that --confidence names; higher = surer."""
+    one = hasattr(source, "confidences")
+    if kind == "topk":
+        return source.confidences if one else source.confidence
+    if kind == "logprob":
+        return source.logprobs
+    return -(source.entropies if one else source.entropy)
+
+
+def outcomes(groups, samples):
+    """R_out (Q, G)."""
+    return torch.tensor([[outcome_reward(r.text, s) for r in group] for s, group in zip(samples, groups)])
+
+
+def confidence_reward(c, c_other, control, judged, correct, scale, args):
+    """R_conf's two terms (paper Eq. 4), differentiable in the confidences -> perception, calibration, like judged each.
+
+    c (Q, G), c_other (P, G): C and C' of the perception term, the same for both views; the first P of the Q questions have a
+    noised view, None = no question. control (P,) bool: of those, the ones whose noise spares the evidence; no perception
+    term. judged (Q, G) or (P, G): the confidence that the calibration term holds against `correct`, each view's own.
+    """
+    perception = torch.zeros_like(judged)
+    if args.alpha and c_other is not None:
+        term = perception_term(c[:len(c_other)], c_other, args.alpha, args.beta)
+        perception[:len(c_other)] = term.masked_fill(control[:, None].to(c.device), 0)
+    if args.calibration == "none":
+        return perception, torch.zeros_like(judged)
+    if args.calibration == "linear":
+        c_norm = (normalise_group(judged) if args.cnorm == "group"
+                  else normalise_range(judged, scale["lo"], scale["hi"]))
+        return perception, calibration_linear(c_norm, correct)
+    proper = calibration_brier if args.calibration == "brier" else calibration_log
+    probability = judged.exp() if args.probability == "exp" else metrics.probability(judged, scale["slope"], scale["intercept"])
+    return perception, proper(probability, correct)
+
+
+def set_apart(c, weight):
+    """The values of c (Q, G), with weight times the gradient of each one's distance from the mean of its group. In the mean
+    over rollouts a proper score is still best where c is the true rate: each part of its gradient is 0 there. Answers to one
+    question share the picture, and nearly all of C with it: at weight 1 C learns which questions are hard, and nothing about
+    which of the answers is right."""
+    apart = c - c.mean(-1, keepdim=True)
+    return c + (weight - 1) * (apart - apart.detach())
+
+
+def group_advantages(rewards, norm):
+    """A_j = (r_j - mean) / (std + 1e-4) in the group (GRPO), or r_j - mean (Dr. GRPO): (Q, G) -> (Q, G), divisor (Q, 1)."""
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    spread = rewards.std(-1, keepdim=True) + 1e-4 if norm == "std" else torch.ones_like(rewards[:, :1])
+    return centred / spread, spread
 
 
 def top_k_for(vocab, k=20):
@@ -23,21 +73,6 @@ def top_k_for(vocab, k=20):
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
     return min(k, max(1, vocab // 8))
-
-
-def largest(values, k, width=128):
-    """The k largest of (..., V), in falling order -> (..., k), as `topk` finds them.
-
-    `topk` walks over a real vocabulary several times. Whatever is among the k largest lies in one of the k chunks of `width`
-    whose maxima are highest, so that one walk for the maxima is enough.
-    """
-    chunks = values.shape[-1] // width
-    if chunks < 8 * k:
-        return values.topk(k).values
-    whole = values[..., :chunks * width].unflatten(-1, (chunks, width))                       # (..., chunks, width)
-    best = whole.detach().amax(-1).topk(k).indices[..., None]                                 # (..., k, 1)
-    among = whole.gather(-2, best.expand(*best.shape[:-1], width)).flatten(-2)                # (..., k * width)
-    return torch.cat([among, values[..., chunks * width:]], -1).topk(k).values
 
 
 def token_confidence(logits, k=20, normaliser=None):
@@ -85,10 +120,6 @@ def sequence_confidence(token_conf, mask, reading="mean", window=32):
     return torch.stack(rows)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Reward terms. Tensors that broadcast; c is a sequence confidence, `correct` is R_out in {0, 1} (or bool).
-
-
 def perception_term(c, c_noised, alpha, beta):
     """Eq. 4, first term: alpha * tanh(beta * (C - C')), within +-alpha; C' is the confidence on the noised image."""
     return alpha * torch.tanh(beta * (c - c_noised))
@@ -128,44 +159,6 @@ def calibration_log(prob, correct, floor=0.01):
     return (score - math.log(floor)) / (math.log(1 - floor) - math.log(floor))
 
 
-def probability(c, slope, intercept):
-    """The probability of being right that a confidence stands for: sigmoid(slope * c + intercept); any shape."""
-    return torch.sigmoid(slope * c + intercept)
-
-
-def fit_platt(c, correct, ridge=1e-3):
-    """Fit `probability` by logistic regression (Platt, 1999): c, correct (N,) -> floats slope, intercept.
-
-    Newton's method in float64 on the standardised confidence. Platt's smoothed targets, (N+ + 1)/(N+ + 2) and
-    1/(N- + 2), keep the optimum finite for separable or one-class data; the ridge settles the slope of a constant c.
-    ValueError unless both are equally long, not empty, and c is finite.
-    """
-    c, right = (torch.as_tensor(x).detach().cpu().double() for x in (c, correct))
-    if c.ndim != 1 or c.shape != right.shape or len(c) == 0 or not c.isfinite().all():
-        raise ValueError(f"fit_platt needs two finite (N,) inputs, got {tuple(c.shape)} and {tuple(right.shape)}.")
-    targets = torch.where(right > 0, (right.sum() + 1) / (right.sum() + 2), 1 / (len(c) - right.sum() + 2))
-    centre, scale = c.mean(), c.std(correction=0)
-    scale = torch.where(scale > 1e-12 * (1 + centre.abs()), scale, 1)
-    design = torch.stack([(c - centre) / scale, torch.ones_like(c)], dim=1)  # (N, 2)
-
-    def loss(weights):
-        z = design @ weights
-        return torch.nn.functional.softplus(z).sum() - targets @ z + ridge / 2 * weights @ weights
-
-    weights = torch.zeros(2, dtype=torch.float64)
-    for _ in range(50):
-        p = torch.sigmoid(design @ weights)
-        hessian = (design.T * (p * (1 - p))) @ design + ridge * torch.eye(2, dtype=torch.float64)
-        step = torch.linalg.solve(hessian, design.T @ (p - targets) + ridge * weights)
-        if step.abs().max() < 1e-7:
-            break
-        while loss(weights - step) > loss(weights) and step.abs().max() > 1e-7:  # a full Newton step may overshoot
-            step = step / 2
-        weights = weights - step
-    slope = weights[0] / scale
-    return slope.item(), (weights[1] - slope * centre).item()
-
-
 def format_reward(text, finished):
     r"""R_format in {0., 1.}: one well-formed, non-empty `\boxed{}`, words before it, and `finished` (ended by EOS)."""
     found = boxes(text)
@@ -178,3 +171,16 @@ def format_reward(text, finished):
 def outcome_reward(text, sample):
     """R_out in {0., 1.}: whether the judge accepts the response."""
     return float(is_correct(text, sample))
+
+
+def measure_scale(original, noised, steepness):
+    """The base model's confidence, once, before step 0 -> {"lo", "hi", "slope", "intercept", "steepness"}.
+
+    original, noised: (C, R_out) of its rollouts on each view, (N,) each. lo, hi: 5th and 95th percentile of C on original
+    pictures (`--cnorm range`). slope, intercept: the logistic map from C to the probability of being right, fitted on both
+    views, times steepness (`--calibration brier|log`).
+    """
+    lo, hi = torch.quantile(original[0], torch.tensor([0.05, 0.95])).tolist()
+    slope, intercept = metrics.fit_platt(*(torch.cat(both) for both in zip(original, noised)))
+    return {"lo": lo, "hi": max(hi, lo + 1e-6), "slope": steepness * slope, "intercept": steepness * intercept,
+            "steepness": steepness}

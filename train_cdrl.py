@@ -2,7 +2,7 @@
 
     torchrun train_cdrl.py                                # the built-in model and questions; minutes on two CPU cores
     torchrun train_cdrl.py --recipe paper                 # the paper's objective; `grpo`: no confidence at all
-    torchrun --nproc-per-node 8 train_cdrl.py --model Qwen/Qwen2.5-VL-7B-Instruct --lr 1e-6 \\
+    torchrun --nproc-per-node 8 train_cdrl.py --model Qwen/Qwen2.5-VL-7B-Instruct --lr 1e-6 \
         --clip openai/clip-vit-large-patch14-336 --data train.jsonl --max_new_tokens 1024 --output runs/qwen7b
 
 One step: draw questions; noise their key regions; roll out G answers on the original and on the noised picture; read
@@ -24,8 +24,7 @@ import random
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -33,27 +32,29 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
+import eval
 import noise
-import parallel
-import plan
-import probe
 import reward
-from data import InputError, add_options, command, option
-from parallel import gathered, summed
-from run_folder import draw_report, load_checkpoint, open_run, save_checkpoint, trim_log, write_json
-from vlm import VLM
+from data import open_data
+from reward import KINDS, confidence_reward, group_advantages, measure_scale, outcomes, set_apart, token_values
+from utils import cli, distributed, memory, metrics, tables
+from utils.batches import Order, micro_batches, questions_of
+from utils.checkpoint import load_checkpoint, open_run, save_checkpoint
+from utils.cli import TINY, InputError, add_options, command, option
+from utils.distributed import gathered, summed
+from utils.logs import log_row, statistics, trim_log, write_json, write_step
+from utils.report import draw_report
+from vlm import VLM, load_model
 
-HERE = Path(__file__).resolve().parent
 PROBE_SAMPLES = 4               # answers to each held-out question, before and after
 TIED = 0.1                      # a mean spread of rewards below it is that of a batch of ties
-KINDS = ("topk", "logprob", "entropy")          # confidences of a token
 
 
 @dataclass
 class Args:
     """Every setting of a run. The defaults are the recipe `ours`; RECIPES holds what the others change."""
     # What is trained, on what, where it goes
-    model: str = option(str(HERE / "tiny" / "base"), "model directory or hub id")
+    model: str = option(str(TINY / "base"), "model directory or hub id")
     clip: str = option(noise.CLIP, "CLIPModel directory or hub id, finds the key regions")
     clip_cache: str = option("", "folder that keeps its maps for further epochs and runs; empty: none is kept")
     data: str = option("synthetic", "'synthetic' or a .jsonl file; a share of a file is held out for the table")
@@ -191,53 +192,6 @@ def check(args, world):
     noise.parse_t(args.noise_t)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-def open_data(args):
-    """(training questions, held-out questions). Built-in questions have a test split; a file gives up every fifth
-    question at most, drawn by the seed; each of its questions must have a picture."""
-    if args.data == "synthetic":
-        held_out = data.load("synthetic", "test", args.eval_size, args.seed) if args.eval_size else []
-        return data.load("synthetic", "train", None, args.seed), held_out
-    samples = list(data.load(args.data, answered=True))
-    for sample in samples:
-        if not sample.images:
-            raise InputError(f"question {sample.id!r} has no picture; training noises one, give it or remove the row")
-    order = list(range(len(samples)))
-    random.Random(f"hold out {args.seed}").shuffle(order)
-    size = min(args.eval_size, len(samples) // 5)
-    return [samples[i] for i in sorted(order[size:])], [samples[i] for i in sorted(order[:size])]
-
-
-class Order:
-    """Which questions step s sees: a fresh seeded permutation an epoch; a pure function of the step, so that a resumed
-    run neither replays nor skips (the step is the data position)."""
-
-    def __init__(self, size, batch_size, seed):
-        self.size, self.batch_size, self.seed, self.epoch, self.permutation = size, batch_size, seed, None, None
-
-    def __call__(self, step):
-        indices = []
-        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, place = divmod(position, self.size)
-            if epoch != self.epoch:
-                self.epoch, self.permutation = epoch, list(range(self.size))
-                random.Random(f"order {self.seed} {epoch}").shuffle(self.permutation)
-            indices.append(self.permutation[place])
-        return indices
-
-
-def questions_of(train_set, order, step, rank=0, world=1):
-    """A rank's questions of a step (list of Sample). One that comes again within the step, as it does where --batch_size is
-    more than the questions of a file, has another id there, and with it other noise and other rollouts."""
-    indices, samples = order(step), []
-    for place in range(rank, len(indices), world):
-        sample, earlier = train_set[indices[place]], indices[:place].count(indices[place])
-        samples.append(replace(sample, id=f"{sample.id} again {earlier}") if earlier else sample)
-    return samples
-
-
 def check_prompts(vlm, samples, max_new_tokens, progress, reflect=False):
     """Before training: the questions' pictures open, every prompt and its completion fit the model's context. Else
     InputError that names the question: a truncated prompt would cut image tokens."""
@@ -247,19 +201,6 @@ def check_prompts(vlm, samples, max_new_tokens, progress, reflect=False):
         if length + max_new_tokens > vlm.context:
             raise InputError(f"question {sample.id!r} takes {length} tokens and --max_new_tokens {max_new_tokens} more, but "
                              f"the model's context is {vlm.context}; shorten it, shrink its images, or remove it")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Confidence and reward
-
-def token_values(source, kind):
-    """The per-token confidence of a Rollout (T,) or Scores (B, T) that --confidence names; higher = surer."""
-    one = hasattr(source, "confidences")
-    if kind == "topk":
-        return source.confidences if one else source.confidence
-    if kind == "logprob":
-        return source.logprobs
-    return -(source.entropies if one else source.entropy)
 
 
 def rollout_confidence(groups, kind):
@@ -274,55 +215,6 @@ def scored_confidence(scores, args, group_size):
     """Scores (Q*G, T) -> the confidences of --confidence and of --judged, (Q, G) each, with gradient."""
     return tuple(reward.sequence_confidence(token_values(scores, kind), scores.mask).view(-1, group_size)
                  for kind in (args.confidence, args.judged))
-
-
-def measure_scale(original, noised, steepness):
-    """The base model's confidence, once, before step 0 -> {"lo", "hi", "slope", "intercept", "steepness"}.
-
-    original, noised: (C, R_out) of its rollouts on each view, (N,) each. lo, hi: 5th and 95th percentile of C on original
-    pictures (`--cnorm range`). slope, intercept: the logistic map from C to the probability of being right, fitted on both
-    views, times steepness (`--calibration brier|log`).
-    """
-    lo, hi = torch.quantile(original[0], torch.tensor([0.05, 0.95])).tolist()
-    slope, intercept = reward.fit_platt(*(torch.cat(both) for both in zip(original, noised)))
-    return {"lo": lo, "hi": max(hi, lo + 1e-6), "slope": steepness * slope, "intercept": steepness * intercept,
-            "steepness": steepness}
-
-
-def outcomes(groups, samples):
-    """R_out (Q, G)."""
-    return torch.tensor([[reward.outcome_reward(r.text, s) for r in group] for s, group in zip(samples, groups)])
-
-
-def confidence_reward(c, c_other, control, judged, correct, scale, args):
-    """R_conf's two terms (paper Eq. 4), differentiable in the confidences -> perception, calibration, like judged each.
-
-    c (Q, G), c_other (P, G): C and C' of the perception term, the same for both views; the first P of the Q questions have a
-    noised view, None = no question. control (P,) bool: of those, the ones whose noise spares the evidence; no perception
-    term. judged (Q, G) or (P, G): the confidence that the calibration term holds against `correct`, each view's own.
-    """
-    perception = torch.zeros_like(judged)
-    if args.alpha and c_other is not None:
-        term = reward.perception_term(c[:len(c_other)], c_other, args.alpha, args.beta)
-        perception[:len(c_other)] = term.masked_fill(control[:, None].to(c.device), 0)
-    if args.calibration == "none":
-        return perception, torch.zeros_like(judged)
-    if args.calibration == "linear":
-        c_norm = (reward.normalise_group(judged) if args.cnorm == "group"
-                  else reward.normalise_range(judged, scale["lo"], scale["hi"]))
-        return perception, reward.calibration_linear(c_norm, correct)
-    proper = reward.calibration_brier if args.calibration == "brier" else reward.calibration_log
-    probability = judged.exp() if args.probability == "exp" else reward.probability(judged, scale["slope"], scale["intercept"])
-    return perception, proper(probability, correct)
-
-
-def set_apart(c, weight):
-    """The values of c (Q, G), with weight times the gradient of each one's distance from the mean of its group. In the mean
-    over rollouts a proper score is still best where c is the true rate: each part of its gradient is 0 there. Answers to one
-    question share the picture, and nearly all of C with it: at weight 1 C learns which questions are hard, and nothing about
-    which of the answers is right."""
-    apart = c - c.mean(-1, keepdim=True)
-    return c + (weight - 1) * (apart - apart.detach())
 
 
 @dataclass
@@ -342,16 +234,6 @@ class View:
     spread: float = 1.0             # the mean, over the batch's groups, of what advantages were divided by
     old_logprobs: dict = field(default_factory=dict)         # by first question of the micro-batch, for mu > 1
 
-
-def group_advantages(rewards, norm):
-    """A_j = (r_j - mean) / (std + 1e-4) in the group (GRPO), or r_j - mean (Dr. GRPO): (Q, G) -> (Q, G), divisor (Q, 1)."""
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    spread = rewards.std(-1, keepdim=True) + 1e-4 if norm == "std" else torch.ones_like(rewards[:, :1])
-    return centred / spread, spread
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loss
 
 def policy_loss(logprobs, old_logprobs, advantages, clip_low, clip_high):
     """-min(ratio A, clip(ratio) A) per token: (B, T), (B, T), (B, 1) -> (B, T), and the share of clipped ratios (B, T)."""
@@ -390,25 +272,6 @@ def batch_weight(views, args, device):
             used = used_mask(flat, args).tolist()
             total += sum((len(r.tokens) if args.loss_norm == "token" else 1) for r, u in zip(flat, used) if u)
     return max(1.0, summed([total], device)[0])
-
-
-def micro_batches(vlm, views, prompts, args):
-    """Which questions are learned from in one forward and backward pass -> lists of their indices: at most --micro_batch, and
-    as many as --micro_tokens allows, at least one. Questions with completions of like length go together: a pass is as wide
-    as its longest."""
-    seen = [[view for view in views if q < len(view.images)] for q in range(len(prompts))]
-    longest = [max(len(r.tokens) for view in seen[q] for r in view.rollouts[q]) for q in range(len(prompts))]
-    lengths = [max(vlm.prompt_length(view.images[q], prompt) for view in seen[q]) if args.micro_tokens else 0
-               for q, prompt in enumerate(prompts)]
-    found = [[]]
-    for q in sorted(range(len(prompts)), key=longest.__getitem__):
-        part = [*found[-1], q]
-        tokens = sum(len(seen[i]) for i in part) * (max(lengths[i] for i in part) + args.group_size * longest[q])
-        if found[-1] and (len(part) > args.micro_batch or args.micro_tokens and tokens > args.micro_tokens):
-            found.append([q])
-        else:
-            found[-1] = part
-    return found
 
 
 def learn(policy, reference, views, prompts, parts, scale, divisor, args, device="cpu"):
@@ -473,15 +336,12 @@ def learn(policy, reference, views, prompts, parts, scale, divisor, args, device
     return stats
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The probe before and after
-
 def run_probe(vlm, held_out, clip, args, rank, world, name):
     """The held-out probe before or after training, questions split over ranks -> {t: list of Answer}."""
     t = noise.parse_t(args.noise_t)[1]
-    ts = sorted({*probe.PROBE_STEPS, t})
+    ts = sorted({*eval.PROBE_STEPS, t})
     mine = [held_out[i] for i in range(rank, len(held_out), world)]
-    found = probe.probe(vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed, name=name,
+    found = eval.probe(vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed, name=name,
                         max_new_tokens=args.max_new_tokens, batch_size=probed(args, world))
     return {t: gathered(found[t]) for t in ts}
 
@@ -495,7 +355,7 @@ def load_or(path, make, rank):
     """A probe stored in the run folder, or made now and stored."""
     if path.exists():
         try:
-            return {int(t): [probe.Answer(**a) for a in answers] for t, answers in json.loads(path.read_text()).items()}
+            return {int(t): [eval.Answer(**a) for a in answers] for t, answers in json.loads(path.read_text()).items()}
         except (AttributeError, TypeError, ValueError) as error:
             raise InputError(f"{path} is damaged ({error}); restore it, or start again with --resume no") from error
     found = make()
@@ -503,9 +363,6 @@ def load_or(path, make, rank):
         write_json(path, {t: [asdict(a) for a in answers] for t, answers in found.items()})
     return found
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The step and the loop
 
 def needs_noised(args):
     """Whether the noised view is used at all: by the perception term, or because it learns."""
@@ -546,7 +403,7 @@ def roll_out(vlm, clip, samples, step, args):
     prompts, reflects = asked(samples, step, args)
     images, seeds = [s.pictures() for s in samples], [f"{args.seed} {step} {s.id}" for s in samples]
     # ---- I. image pairs (paper 3.2.1), of the first questions: they come in a random order
-    rank, world = parallel.place()
+    rank, world = distributed.place()
     some = twins_of(args.pairs, len(samples) * world, rank, world)
     twins = samples[:some] if needs_noised(args) else []
     control = torch.tensor([random.Random(f"control {args.seed} {step} {s.id}").random() < args.controls for s in twins],
@@ -594,52 +451,17 @@ def reward_views(views, scale, args, device="cpu"):
         view.spread = max(TIED, total / groups)
 
 
-def statistics(views, device="cpu"):
-    """Every reward term, confidence, length and entropy, per view (dict of floats). Means over this rank's rollouts, each
-    weighed so that the ranks' mean is that over all rollouts; what is no mean over rollouts (std, entropy, words) is that of
-    all ranks' here."""
-    stats = {}
-    for view in views:
-        flat = [r for group in view.rollouts for r in group]
-        total = sum(view.terms.values())
-        c, logprobs = view.confidence.double(), torch.cat([r.logprobs for r in flat]).double()
-        count, c_sum, squares, tokens, logprob, ranks = summed(
-            [c.numel(), c.sum(), (c**2).sum(), len(logprobs), logprobs.sum(), 1], device)
-        share = c.numel() * ranks / count                   # not 1 where ranks have unlike numbers of noised twins
-        means = {"reward": total.mean(), **{name: term.mean() for name, term in view.terms.items()},
-                 "confidence": view.confidence.mean(),
-                 "length": sum(len(r.tokens) for r in flat) / len(flat),
-                 "truncated": sum(not r.finished for r in flat) / len(flat),
-                 "zero_variance": (total.std(-1) < 1e-6).float().mean(),
-                 "distinct": sum(len({r.text for r in group}) / len(group) for group in view.rollouts) / len(view.rollouts)}
-        row = {name: value * share for name, value in means.items()}
-        row |= {"confidence_std": math.sqrt(max(0.0, squares - c_sum**2 / count) / max(1, count - 1)),
-                # minus the mean log-prob of what was sampled: an unbiased estimate of the policy's entropy a token
-                "entropy": -logprob / tokens,
-                "words": len(set(gathered(sorted({word for r in flat for word in r.text.split()}))))}
-        stats |= {f"{view.name}/{name}": float(value) for name, value in row.items()}
-    if len(views) > 1:
-        gap = (views[0].confidence[:len(views[1].confidence)] - views[1].confidence).mean(-1)               # (P,)
-        for name, chosen in (("gap", ~views[0].control), ("gap/controls", views[0].control)):
-            total, ranks = summed([chosen.sum(), 1], device)
-            if total:                   # the mean over all ranks' questions, once the ranks' values are averaged
-                stats[name] = float(gap[chosen].sum()) * ranks / total
-    return stats
-
-
-def load_model(path, device, compute):
-    """A model keeps the dtype of its file until its weights become fp32, share by share."""
-    return VLM.load(path, device, torch.float32 if compute == torch.float32 else "auto")
-
-
 def train(args):
     """The whole run -> the table's rows (rank 0) or None."""
     if args.dry_run:
-        rank, world = parallel.place()
+        rank, world = distributed.place()
         check(args, world)
         noised = twins_of(args.pairs, args.batch_size) if needs_noised(args) else 0
-        return None if rank else plan.dry_run(args, open_data(args)[0], noised, world)
-    rank, world, device = parallel.start_ranks()
+        if rank:
+            return None
+        return memory.dry_run(args, VLM.load(args.model, meta=True), noise.ClipAttention.count(args.clip),
+                              open_data(args)[0], data.prompt, noised, world)
+    rank, world, device = distributed.start_ranks()
     check(args, world)
     main_rank = rank == 0
     torch.manual_seed(args.seed)
@@ -647,9 +469,9 @@ def train(args):
     order = Order(len(train_set), args.batch_size, args.seed)
     output, checkpoint = None, None
     clip = noise.ClipAttention.from_pretrained(args.clip, device, cache=args.clip_cache)
-    compute = plan.dtype_of(args, device)
+    compute = distributed.dtype_of(args, device)
     vlm = load_model(args.model, device, compute)
-    spread, again = plan.choices(args, device, world, vlm)
+    spread, again = distributed.choices(args, device, world, vlm)
     # Built-in questions are made, not read, and alike in length: the first stand for all.
     wanted = (range(len(train_set)) if isinstance(train_set, list)
               else sorted({i for s in range(min(args.steps, 16)) for i in order(s)}))
@@ -667,12 +489,12 @@ def train(args):
         for p in vlm.vision_parameters():
             p.requires_grad_(False)
     if again:
-        vlm.checkpoint_activations(parallel.blocks(vlm.model))
-    policy = parallel.shard(vlm, device, compute, spread, args.offload)
-    reference = parallel.shard(load_model(args.model, device, compute), device, compute, spread, args.offload,
+        vlm.checkpoint_activations(distributed.blocks(vlm.model))
+    policy = distributed.shard(vlm, device, compute, spread, args.offload)
+    reference = distributed.shard(load_model(args.model, device, compute), device, compute, spread, args.offload,
                                trains=False) if args.kl_beta else None
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimiser = parallel.adamw(parameters, args.lr)
+    optimiser = distributed.adamw(parameters, args.lr)
     with policy.whole():
         before = load_or(output / "before.json", lambda: run_probe(vlm, held_out, clip, args, rank, world, "before"), rank) \
             if held_out else None
@@ -684,8 +506,8 @@ def train(args):
         for log in ("metrics.jsonl", "samples.jsonl"):
             trim_log(output / log, start)
         count = sum(p.numel() for p in parameters)
-        print(f"{args.recipe}: {data.shown(args.model)}, {count:,} parameters on {device}, "
-              f"{plan.describe(compute, spread, again, world)}, steps {start} to {args.steps}")
+        print(f"{args.recipe}: {cli.shown(args.model)}, {count:,} parameters on {device}, "
+              f"{distributed.describe(compute, spread, again, world)}, steps {start} to {args.steps}")
 
     vlm.encodes_once = True             # a step learns from the prompts that it has sampled from
     stop, step = [], start - 1
@@ -707,7 +529,7 @@ def train(args):
             divisor = batch_weight(used, args, device)
             for _ in range(args.mu):                                                   # VI. loss and update
                 updates.append(learn(policy, reference, used, prompts, parts, scale, divisor, args, device))
-                updates[-1]["grad_norm"] = parallel.clip_gradients(parameters, args.max_grad_norm)
+                updates[-1]["grad_norm"] = distributed.clip_gradients(parameters, args.max_grad_norm)
                 if not math.isfinite(updates[-1]["grad_norm"]):
                     raise InputError(f"the gradient of step {step} is not finite; lower --lr ({args.lr:g}) or the reward's "
                                      f"weights, the checkpoints in {output} are from before it")
@@ -747,37 +569,12 @@ def base_scale(vlm, clip, train_set, order, args, rank=0, world=1):
     return measure_scale(*torch.cat(gathered(found), 2).flatten(2), args.steepness)
 
 
-def log_row(step, stats, updates, lr, device, world):
-    """One line of metrics.jsonl: means over ranks and over the mu updates."""
-    keys = list(stats)
-    means = dict(zip(keys, [v / world for v in summed([stats[k] for k in keys], device)]))
-    sums = {key: sum(u[key] for u in updates) for key in ("loss", "pathwise", "kl", "clipped", "tokens")}
-    sums = dict(zip(sums, summed(list(sums.values()), device)))
-    tokens = max(1.0, sums["tokens"])
-    return {"step": step, **means, "loss": sums["loss"] / len(updates), "pathwise": sums["pathwise"] / len(updates),
-            "kl": sums["kl"] / tokens, "clipped": sums["clipped"] / tokens,
-            "grad_norm": sum(u["grad_norm"] for u in updates) / len(updates), "lr": lr}
-
-
-def write_step(output, row, samples, views):
-    """Append to metrics.jsonl, and the first two questions' first rollouts with their terms to samples.jsonl."""
-    with open(output / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-    with open(output / "samples.jsonl", "a") as file:
-        for view in views:
-            for q, sample in enumerate(samples[:min(2, len(view.rollouts))]):
-                terms = {name: float(term[q, 0]) for name, term in view.terms.items()}
-                record = {"step": row["step"], "view": view.name, "id": sample.id, "text": view.rollouts[q][0].text,
-                          "answer": sample.answer, "confidence": float(view.confidence[q, 0]), **terms}
-                file.write(json.dumps(record) + "\n")
-
-
 def finish(vlm, policy, compute, clip, held_out, before, output, scale, args, rank, world):
     """Save the final model, run the probe again, write report.png and the table."""
     with policy.whole():
         after = load_or(output / "after.json", lambda: run_probe(vlm, held_out, clip, args, rank, world, "after"), rank) \
             if held_out else None
-    state = parallel.whole_state(policy, compute)
+    state = distributed.whole_state(policy, compute)
     if rank:
         return None
     vlm.save(output, state)
@@ -786,13 +583,13 @@ def finish(vlm, policy, compute, clip, held_out, before, output, scale, args, ra
     if held_out:
         draw_report(output, before, after, args)
         t = noise.parse_t(args.noise_t)[1]
-        maps = (probe.as_fitted(scale), scale) if args.judged == "topk" else (None, None)
-        rows = probe.before_after(*(probe.within_skills(found[0], found[t], known)
+        maps = (metrics.as_fitted(scale), scale) if args.judged == "topk" else (None, None)
+        rows = tables.before_after(*(tables.within_skills(found[0], found[t], known)
                                     for found, known in zip((before, after), maps)))
         print(f"\n{len(held_out)} held-out questions x {PROBE_SAMPLES} answers; noised = t {t} on the {args.region} region")
-        print(data.table(rows))
+        print(cli.table(rows))
         print(f"\nwrote {output}/: the model, metrics.jsonl, samples.jsonl, report.png")
-    print(f"next: python eval.py --model {output} --baseline {data.shown(args.model)}")
+    print(f"next: python eval.py --model {output} --baseline {cli.shown(args.model)}")
     return rows
 
 

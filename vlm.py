@@ -7,43 +7,35 @@ reads the completions from clones, so that sampled and re-scored log-probs agree
 Everything is read from the raw logits in fp32: before temperature, top-k, top-p and banned ids (paper Eq. 3). No
 (B, T, V) tensor is ever kept: logits of several words only as far as they fit into CHUNK_LOGITS.
 """
-import copy
 import errno
 import inspect
 import math
 import random
 import re
+import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    PROCESSOR_MAPPING,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    DynamicCache,
-    ImageProcessingMixin,
-    ProcessorMixin,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from data import InputError, reason
 from reward import token_confidence, token_entropy, top_k_for
 from utils import shared_prefix
+from utils.cli import InputError, reason
+from utils.loading import CHUNK_LOGITS, FEW_ROWS, LARGE_HEAD, TRIM_EVERY, load_processor, run_again
 
-# Rows of the batch that have ended leave it every so many tokens (looking costs a synchronisation on a GPU).
-TRIM_EVERY = 8
-# Logits that one chunk of the vocabulary head, or the words that are recorded together, may hold (64 MiB in fp32).
-CHUNK_LOGITS = 2**24
-# A head of so many weights and so few rows are multiplied by oneDNN on a CPU (`_head`).
-LARGE_HEAD, FEW_ROWS = 2**24, range(4, 33)
+
+def load_model(path, device, compute):
+    """A model keeps the dtype of its file until its weights become fp32, share by share."""
+    return VLM.load(path, device, torch.float32 if compute == torch.float32 else "auto")
+
+
 
 
 @dataclass
@@ -59,8 +51,7 @@ class Rollout:
     entropies: torch.Tensor | None = None
 
 
-@dataclass
-class Scores:
+class Scores(NamedTuple):
     """logprobs, confidence, entropy (B, T) fp32, zero where padded; mask (B, T) bool, True on completion tokens."""
     logprobs: torch.Tensor
     confidence: torch.Tensor
@@ -69,7 +60,7 @@ class Scores:
 
     def split(self, sizes):
         """-> list of Scores, of so many rows each."""
-        return [Scores(*parts) for parts in zip(*(value.split(sizes) for value in vars(self).values()))]
+        return [Scores(*parts) for parts in zip(*(value.split(sizes) for value in self))]
 
 
 @dataclass
@@ -95,58 +86,6 @@ class _Prefill:
         self.cache.batch_select_indices(rows)
         self.hidden, self.mask = self.hidden[rows], None if self.mask is None else self.mask[rows]
         self.position = self.position.index_select(-2, rows)
-
-
-class _ImagesOnly(ProcessorMixin):
-    """Stands behind a class of processor and takes its video processor, which needs torchvision, out of its parts."""
-
-    def __init__(self, *args, **kwargs):
-        named = {**dict(zip(super().get_attributes(), args)), **kwargs}
-        super().__init__(**{name: value for name, value in named.items() if "video" not in name})
-
-    @classmethod
-    def get_attributes(cls):
-        return [name for name in super().get_attributes() if "video" not in name]
-
-    @classmethod
-    def from_args_and_dict(cls, args, *rest, **kwargs):
-        found = dict(zip(cls.get_attributes(), args))           # the class takes its parts in an order of its own
-        return super().from_args_and_dict([found.get(name) for name in super().get_attributes()], *rest, **kwargs)
-
-
-def load_processor(path):
-    """AutoProcessor; where it insists on a video processor, which needs torchvision, the same class without one."""
-    blind = InputError(f"model {str(path)!r} has no image processor that can be opened; a vision-language model with "
-                       "preprocessor_config.json or processor_config.json is needed")
-    if Path(path).is_dir() and not list(Path(path).glob("*processor_config.json")):
-        raise blind                 # transformers would take its class's defaults, which are not this model's
-    broken = (AttributeError, ImportError, KeyError, OSError, RecursionError, TypeError, ValueError)
-
-    def closed(what, error, named):
-        why = reason(error)
-        if re.search("torchvision|video_processor", str(error), re.IGNORECASE):
-            why = f"{named} needs torchvision; pip install torchvision, or use another model"
-        return InputError(f"model {str(path)!r} has {what} that cannot be opened here: {why}")
-    try:
-        processor = AutoProcessor.from_pretrained(path)
-        if hasattr(processor, "image_processor"):
-            return processor
-    except broken:
-        pass        # the parts below say what is missing, in a sentence
-    try:
-        AutoImageProcessor.from_pretrained(path)
-    except broken as error:
-        raise (closed("an image processor", error, "its class") if "torchvision" in str(error) else blind) from error
-    named = None
-    try:
-        # The class that the files name, which need not be the one its model's class is known by (Pixtral).
-        named = ProcessorMixin.get_processor_dict(path)[0].get("processor_class") or \
-            ImageProcessingMixin.get_image_processor_dict(path)[0].get("processor_class")
-        whole = getattr(transformers, named) if named else PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
-        # Of the same name, because that is what `save_pretrained` writes down.
-        return type(whole.__name__, (whole, _ImagesOnly), {}).from_pretrained(path)
-    except broken as error:
-        raise closed("a processor", error, named or "its class") from error
 
 
 class VLM:
@@ -177,10 +116,13 @@ class VLM:
         self.shares = all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.text_config).layers)
 
     @classmethod
-    def load(cls, path, device=None, dtype=None):
+    def load(cls, path, device=None, dtype=None, meta=False):
         """Open a directory or hub id. device: default CUDA where there is one; dtype: default bf16 there, fp32 on a CPU;
-        "auto" is that of the file. Raises InputError, in a sentence, when there is no such model, it has no image processor,
+        "auto" is that of the file. meta: without weights, to
+        encode prompts and count. Raises InputError, in a sentence, when there is no such model, it has no image processor,
         or its class cannot work here."""
+        if meta:
+            return cls._sketch(path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if str(device) == "cpu" else torch.bfloat16)
         if not Path(path).is_dir() and (str(path).startswith((".", "/")) or str(path).count("/") != 1):
@@ -195,6 +137,23 @@ class VLM:
                 p.data = p.data.clone()
         vlm = cls(model, load_processor(path))
         vlm._check()
+        return vlm
+
+    @classmethod
+    def _sketch(cls, path):
+        """A VLM without weights, which encodes prompts."""
+        try:
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+        except (ImportError, OSError, ValueError) as error:
+            raise InputError(f"model {str(path)!r} has no settings that can be read: {reason(error)}") from error
+        vlm = cls(model, load_processor(path))
+        try:
+            vlm.trial()
+        except Exception as error:
+            raise vlm.refusal(error) from error
+        with tempfile.TemporaryDirectory() as folder:               # what a checkpoint will do
+            vlm.save_processor(folder)
         return vlm
 
     @torch.no_grad()
@@ -288,7 +247,8 @@ class VLM:
 
     @property
     def device(self):
-        return self.head.weight.device
+        weight = self.head.weight
+        return torch.device("cpu") if weight.is_meta else weight.device
 
     @property
     def context(self):
@@ -303,7 +263,7 @@ class VLM:
     def checkpoint_activations(self, blocks):
         """From now on these blocks (modules) keep their inputs only and run again in the backward pass of `score`."""
         for block in blocks:
-            block.forward = _run_again(block, self._cache_name)
+            block.forward = run_again(block, self._cache_name)
 
     def _eos_ids(self):
         ids = self.model.generation_config.eos_token_id
@@ -574,36 +534,6 @@ class VLM:
         picked = logits.gather(-1, targets[:, None])[:, 0] / temperature
         picked = picked - (normaliser if temperature == 1 else (logits / temperature).logsumexp(-1))
         return picked, token_confidence(logits, self.top_k, normaliser), token_entropy(logits, normaliser)
-
-
-def _run_again(block, cache_name):
-    """A forward for `block` that holds its inputs and runs the block's own once more in the backward pass.
-
-    A decoder layer reads and extends its entry of the cache. Run again, it must find that entry as it was, and must not
-    append to it twice: each run works on an entry of its own, and its keys and values leave as outputs, with gradient.
-    """
-    forward = block.forward
-    index = next((module.layer_idx for module in block.modules() if hasattr(module, "layer_idx")), None)
-
-    def checkpointed(*args, **kwargs):
-        cache = kwargs.get(cache_name)
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        if cache is None:
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        before, seen = copy.copy(cache.layers[index]), []
-
-        def once(keys, values, *args):
-            own, whole = copy.copy(before), copy.copy(cache)
-            own.keys, own.values, whole.layers = keys, values, list(cache.layers)
-            whole.layers[index] = own
-            out = forward(*args, **{**kwargs, cache_name: whole})
-            seen.append({name: value for name, value in vars(own).items() if name not in ("keys", "values")})
-            return out, own.keys, own.values
-        out, keys, values = checkpoint(once, before.keys, before.values, *args, use_reentrant=False, preserve_rng_state=False)
-        vars(cache.layers[index]).update(seen[0], keys=keys, values=values)
-        return out
-    return checkpointed
 
 
 def in_place(prompt, count):

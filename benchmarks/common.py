@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 import transformers
 
+import data
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
-from vlm import VLM, load_processor  # noqa: E402
+from utils.loading import load_processor
+from vlm import VLM
 
 VOCABULARY = 151_936
 

@@ -23,9 +23,9 @@ from common import ROOT, VLM, at_least, data, load_processor, picture, versions
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 import noise
-import parallel
 import train_cdrl
-from plan import key_values
+from utils import batches, distributed
+from utils.memory import key_values
 
 # The published settings of Qwen2.5-VL.
 VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, window_size=112,
@@ -117,9 +117,9 @@ def training(vlm, size, args):
     settings = replace(train_cdrl.parse([]), batch_size=1, group_size=8, max_new_tokens=args.completion,
                        micro_batch=1, eval_size=0)
     clip = noise.ClipAttention.from_pretrained(settings.clip, device)
-    vlm.checkpoint_activations(parallel.blocks(vlm.model))
-    policy = parallel.shard(vlm, device, getattr(torch, args.dtype), False, offload=args.offload)
-    optimiser = parallel.adamw(list(policy.parameters()), 1e-6)
+    vlm.checkpoint_activations(distributed.blocks(vlm.model))
+    policy = distributed.shard(vlm, device, getattr(torch, args.dtype), False, offload=args.offload)
+    optimiser = distributed.adamw(list(policy.parameters()), 1e-6)
     sample = data.synthetic("train", 0, 0)
     sample.images = [picture(args.pixels)]
     scale, rows = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}, {}
@@ -129,12 +129,12 @@ def training(vlm, size, args):
                 return train_cdrl.roll_out(vlm, clip, [sample], step, settings)
         sampled, peak_sampled, (views, prompts) = clock(device, rollouts)
         train_cdrl.reward_views(views, scale, settings)
-        parts = train_cdrl.micro_batches(vlm, views, prompts, settings)
+        parts = batches.micro_batches(vlm, views, prompts, settings)
         divisor = train_cdrl.batch_weight(views, settings, device)
         optimiser.zero_grad()
         learned, peak_learned, _ = clock(device, train_cdrl.learn, policy, None, views, prompts, parts, scale, divisor,
                                          settings, device)
-        parallel.clip_gradients(list(policy.parameters()), 1.0)
+        distributed.clip_gradients(list(policy.parameters()), 1.0)
         updated, peak_updated, _ = clock(device, optimiser.step)
     inputs = vlm.encode([sample.images], prompts)
     prompt, patches = inputs["input_ids"].shape[1], len(inputs["pixel_values"])

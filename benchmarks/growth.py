@@ -21,8 +21,8 @@ import torch
 from common import ROOT, VLM, VOCABULARY, at_least, big_vocabulary, data, endless, picture, program, side_by_side, versions
 
 import noise
-import parallel
 import train_cdrl
+from utils import batches, distributed
 
 POINTS = {"group size": (4, 8, 16), "picture": (224, 448, 672), "vocabulary": (VOCABULARY // 4, VOCABULARY // 2, VOCABULARY),
           "new tokens": (32, 64, 128)}
@@ -62,7 +62,7 @@ def profile(rounds, spy):
     args = train_cdrl.parse([])
     vlm, clip = VLM.load(ROOT / "tiny" / "base"), noise.ClipAttention.from_pretrained()
     vlm.encodes_once = True                                 # as in training
-    policy = parallel.Policy(vlm)
+    policy = distributed.Policy(vlm)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-5)
     scale, spent = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}, {}
 
@@ -87,10 +87,10 @@ def profile(rounds, spy):
         views, prompts = train_cdrl.roll_out(vlm, clip, samples, number, args)
         train_cdrl.reward_views(views, scale, args)
         rolled = time.perf_counter()
-        parts = train_cdrl.micro_batches(vlm, views, prompts, args)
+        parts = batches.micro_batches(vlm, views, prompts, args)
         optimiser.zero_grad()
         train_cdrl.learn(policy, None, views, prompts, parts, scale, train_cdrl.batch_weight(views, args, "cpu"), args)
-        parallel.clip_gradients(list(policy.parameters()), 1.0)
+        distributed.clip_gradients(list(policy.parameters()), 1.0)
         optimiser.step()
         return {"the step": time.perf_counter() - start, "rolling out": rolled - start} | spent
     found = [step(i) for i in range(rounds + 1)][1:]

@@ -21,7 +21,7 @@ from common import ROOT, VLM, at_least, big_vocabulary, data, endless, extra_mem
 from transformers import AttentionInterface, LogitsProcessor, LogitsProcessorList
 from transformers.masking_utils import AttentionMaskInterface
 
-import vlm as ours_module
+import reward
 from reward import token_confidence
 from utils import shared_prefix
 
@@ -43,11 +43,11 @@ def contenders(vlm, images, prompts, new_tokens):
         return torch.stack([r.confidences for group in groups for r in group])
 
     def silent():
-        ours_module.token_confidence = lambda logits, *_: logits[..., 0]
+        reward.token_confidence = lambda logits, *_: logits[..., 0]
         try:
             vlm.sample(images, prompts, GROUP, max_new_tokens=new_tokens)
         finally:
-            ours_module.token_confidence = token_confidence
+            reward.token_confidence = token_confidence
 
     @torch.inference_mode()
     def layers():

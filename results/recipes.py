@@ -33,18 +33,27 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import noise  # noqa: E402
-import probe  # noqa: E402
-import train_cdrl  # noqa: E402
-from catts import SOURCES, Controller, Settings, Vote, answer_file, tally  # noqa: E402
-from data import InputError  # noqa: E402
-from probe import auroc, calibration_error, metrics  # noqa: E402
-from run_folder import FREE  # noqa: E402
-from utils.experts import LocalExpert  # noqa: E402
-from utils.judge import accepts  # noqa: E402
-from vlm import VLM  # noqa: E402
+import data
+import eval
+import noise
+import train_cdrl
+from catts import SOURCES, Controller, Settings, Vote, tally
+from tiny import questions
+from utils import (
+    batches,
+    cli,
+    logs,
+    metrics,
+    tables,
+)
+from utils.checkpoint import FREE
+from utils.cli import InputError
+from utils.experts import LocalExpert
+from utils.judge import accepts
+from utils.metrics import auroc, calibration_error, confidence_metrics
+from utils.results_file import answer_file
+from utils.tables import HEADLINE as COLUMNS
+from vlm import VLM
 
 # row: flags of train_cdrl.py; None = not trained
 ROWS = {
@@ -118,22 +127,22 @@ def train(row, seed, flags):
         for split in SPLITS:
             for old in output.glob(f"{split}*-*"):          # answers of a shorter run in this folder
                 old.unlink()
-        data.write_atomically(seconds, json.dumps(time.time() - start))
+        cli.write_atomically(seconds, json.dumps(time.time() - start))
     return output, output, json.loads(seconds.read_text())
 
 
 def scale_of(seed, folder):
     """The map from C to a probability, fixed before the first step, by which a run's c is read: the one that it was trained
     with, or, where it was not trained or judged another confidence, the one fitted on the base with this seed."""
-    if own := evaluation.stored_scales([folder])[0]:
+    if own := tables.stored_scales([folder])[0]:
         return own
     file = RUNS / f"scale-{seed}.json"
     if not file.exists():
         args = train_cdrl.parse(["--seed", str(seed), "--eval_size", "0", "--steepness", "1"])
-        questions, _ = train_cdrl.open_data(args)
-        order = train_cdrl.Order(len(questions), args.batch_size, seed)
+        questions, _ = data.open_data(args)
+        order = batches.Order(len(questions), args.batch_size, seed)
         clip = noise.ClipAttention.from_pretrained()
-        data.write_atomically(file, json.dumps(train_cdrl.base_scale(VLM.load(args.model), clip, questions, order, args)))
+        cli.write_atomically(file, json.dumps(train_cdrl.base_scale(VLM.load(args.model), clip, questions, order, args)))
     return json.loads(file.read_text())
 
 
@@ -141,12 +150,12 @@ def ask(path, samples, file):
     """Answers of a model on clean and on noised pictures -> {"clean" or region: list of Answer}, kept in a file."""
     if not file.exists():
         vlm, clip, mass = VLM.load(path), noise.ClipAttention.from_pretrained(), train_cdrl.Args.mass
-        found = {"clean": probe.answer(vlm, samples, [s.pictures() for s in samples], ANSWERS, max_new_tokens=64)}
+        found = {"clean": eval.answer(vlm, samples, [s.pictures() for s in samples], ANSWERS, max_new_tokens=64)}
         for region in REGIONS:
-            found[region] = probe.noised_answers(vlm, samples, clip, NOISE_T, region, mass, NOISED_ANSWERS, 0,
+            found[region] = eval.noised_answers(vlm, samples, clip, NOISE_T, region, mass, NOISED_ANSWERS, 0,
                                                  max_new_tokens=64)
-        data.write_atomically(file, json.dumps({key: [vars(a) for a in answers] for key, answers in found.items()}))
-    return {key: [probe.Answer(**a) for a in answers] for key, answers in json.loads(file.read_text()).items()}
+        cli.write_atomically(file, json.dumps({key: [vars(a) for a in answers] for key, answers in found.items()}))
+    return {key: [eval.Answer(**a) for a in answers] for key, answers in json.loads(file.read_text()).items()}
 
 
 def votes_of(path, samples, file, sizes):
@@ -156,15 +165,15 @@ def votes_of(path, samples, file, sizes):
     controller = Controller(VLM.load(path), expert, noise.ClipAttention.from_pretrained(), settings)
     frame = {"model": str(path), "sizes": sizes}
     drawn = max(sizes[-1], 2 * ANSWERS)
-    return list(answer_file(evaluation.collector(controller, sizes, drawn), samples, file, frame, 50,
+    return list(answer_file(eval.collector(controller, sizes, drawn), samples, file, frame, 50,
                             f"votes of {Path(path).name}").values())
 
 
 def weighed(rows, n, taus):
     """`by_method` with other weights {tau1, tau2, tau3} -> list of Outcome of CA-TTS; a module of weight 0 does not run."""
     settings = Settings(samples=ANSWERS, **taus)
-    modules = [source for source, tau in settings.taus().items() if source in evaluation.LETTER and tau]
-    return evaluation.by_method(rows, n, settings)[f"{evaluation.method_of(modules)}@{n}"]
+    modules = [source for source, tau in settings.taus().items() if source in tables.LETTER and tau]
+    return eval.by_method(rows, n, settings)[f"{tables.method_of(modules)}@{n}"]
 
 
 def choose_taus(voted, samples):
@@ -187,43 +196,43 @@ def choose_taus(voted, samples):
 def voted_columns(rows, sizes, taus):
     """Rows of votes -> metrics of every method with N = 8, pooled and (of those that vote) within skill, accuracy against N,
     and CA-TTS against majority voting at the same tokens; with taus, CA-TTS by those weights beside it."""
-    by_n = {n: evaluation.by_method(rows, n, Settings(samples=ANSWERS)) for n in sorted({*sizes, 2 * ANSWERS})}
+    by_n = {n: eval.by_method(rows, n, Settings(samples=ANSWERS)) for n in sorted({*sizes, 2 * ANSWERS})}
     for n in sizes if taus else ():
         by_n[n][f"CA-TTS, tuned@{n}"] = weighed(rows, n, taus)
-    methods = {name: evaluation.method_row(some) for name, some in by_n[ANSWERS].items()}
+    methods = {name: tables.method_row(some) for name, some in by_n[ANSWERS].items()}
     voting = {name: by_n[ANSWERS][f"{name}@{ANSWERS}"] for name in VOTERS if f"{name}@{ANSWERS}" in by_n[ANSWERS]}
     skill = {row["id"]: row["meta"]["skill"] for row in rows}
 
     def figures(some):
-        ids, share, right = evaluation.arrays(some)
-        return evaluation.method_row(some) | {"ece mapped": calibration_error(probe.cross_fitted(ids, share, right), right)}
+        ids, share, right = tables.arrays(some)
+        return tables.method_row(some) | {"ece mapped": calibration_error(metrics.cross_fitted(ids, share, right), right)}
 
     votes = {part: {name: figures([o for o in some if part in ("all", skill[o.id])]) for name, some in voting.items()}
-             for part in ("all", *data.SKILLS)}
-    against = evaluation.against_majority(by_n, ANSWERS)
+             for part in ("all", *questions.SKILLS)}
+    against = tables.against_majority(by_n, ANSWERS)
     return {"methods": methods, "votes": votes,
             "right": {name: [int(o.correct) for o in some] for name, some in voting.items()},
-            "scaling": evaluation.scaling(by_n) if len(sizes) > 1 else {},
+            "scaling": tables.scaling(by_n) if len(sizes) > 1 else {},
             "against majority": {name.split("@")[0]: row for name, row in against.items() if name.startswith("CA-TTS")}}
 
 
 def columns(found, scale):
     """Answers by view -> one row of numbers."""
-    views = {view: probe.columns_of(answers) for view, answers in found.items()}
+    views = {view: tables.columns_of(answers) for view, answers in found.items()}
     clean, key = views["clean"], views["key"]
     c, p, right = clean["confidence"], clean["probability"], clean["correct"].astype(float)
     mean = {view: float(own["confidence"].mean()) for view, own in views.items()}
-    by_p, by_c, ranked = metrics(p, right), metrics(probe.calibrated(c, scale), right), metrics(c, right)
-    seen, blind = probe.calibrated(c, scale), probe.calibrated(key["confidence"], scale)
+    by_p, by_c, ranked = (confidence_metrics(x, right) for x in (p, metrics.calibrated(c, scale), c))
+    seen, blind = metrics.calibrated(c, scale), metrics.calibrated(key["confidence"], scale)
     both = np.concatenate([c[::2], key["confidence"]]), np.concatenate([right[::2], key["correct"]])
-    return {**probe.headroom(found["clean"]), "C": mean["clean"],
+    return {**tables.headroom(found["clean"]), "C": mean["clean"],
             **{f"gap {region}": mean["clean"] - mean[region] for region in REGIONS},
             "AUROC": ranked["auroc"], "ECE c": by_c["ece"], "Brier c": by_c["brier"],
             "AUROC p": by_p["auroc"], "ECE p": by_p["ece"], "Brier p": by_p["brier"],
-            "ECE mapped": calibration_error(probe.cross_fitted(clean["id"], c, right), right), "AURC": ranked["aurc"],
+            "ECE mapped": calibration_error(metrics.cross_fitted(clean["id"], c, right), right), "AURC": ranked["aurc"],
             "accuracy@80": ranked["accuracy@80"], "abstains": float((seen < 0.5).mean()),
             "noised": float(key["correct"].mean()), "AUROC, clean and noised": auroc(*both),
-            "accuracy@80, noised": metrics(key["confidence"], key["correct"])["accuracy@80"],
+            "accuracy@80, noised": confidence_metrics(key["confidence"], key["correct"])["accuracy@80"],
             "abstains, noised": float((blind < 0.5).mean()),
             "entropy": -float(np.log(p).mean()), "length": float(clean["length"].mean()),
             "words": len({word for a in found["clean"] for word in a.text.split()})}
@@ -247,16 +256,16 @@ def record_of(row, seed, args, samples):
     loose = {"model", "clip", *FREE} - {"steps"}
     frame = {"settings": {key: value for key, value in settings.items() if key not in loose},
              "seed": seed, "questions": len(samples), "voted": len(voters), "taus": taus,
-             **{name: f"{data.checksum(ROOT / 'tiny' / name):08x}" for name in ("base", "expert")}}
+             **{name: f"{cli.checksum(ROOT / 'tiny' / name):08x}" for name in ("base", "expert")}}
     if file.exists() and frame.items() <= (old := json.loads(file.read_text())).items():
         return old
     path, folder, seconds = train(row, seed, args.flags.split())
     found, scale = ask(path, samples, folder / f"{asked(args)}-{args.questions}.json"), scale_of(seed, folder)
     skills = {"all": found} | {skill: {view: [a for a in answers if a.skill == skill] for view, answers in found.items()}
-                               for skill in data.SKILLS}
-    clean, views = probe.columns_of(found["clean"]), {view: probe.grouped(answers) for view, answers in found.items()}
+                               for skill in questions.SKILLS}
+    clean, views = tables.columns_of(found["clean"]), {view: tables.grouped(answers) for view, answers in found.items()}
     mean = {view: np.array([np.mean([a.confidence for a in group]) for group in groups]) for view, groups in views.items()}
-    log = evaluation.training_log(folder)
+    log = logs.training_log(folder)
     record = frame | {
         "seconds": seconds, "scale": scale, **{skill: columns(some, scale) for skill, some in skills.items()},
         **(voted_columns(votes_of(path, voters, folder / votes_name(args), sizes), sizes, taus) if voters else NO_VOTES),
@@ -265,9 +274,9 @@ def record_of(row, seed, args, samples):
         "answers": {"id": clean["id"].tolist(), "C": clean["confidence"].round(4).tolist(),
                     "p": clean["probability"].round(4).tolist(), "correct": clean["correct"].astype(int).tolist()},
         "of a question": {"skill": [group[0].skill for group in views["clean"]],
-                          f"majority@{ANSWERS}": [int(right) for right in probe.majorities(found["clean"])],
+                          f"majority@{ANSWERS}": [int(right) for right in tables.majorities(found["clean"])],
                           **{f"gap {region}": (mean["clean"] - mean[region]).round(4).tolist() for region in REGIONS}}}
-    data.write_atomically(file, data.strict_json(record))
+    cli.write_atomically(file, cli.strict_json(record))
     return json.loads(file.read_text())
 
 
@@ -278,7 +287,7 @@ def arrays(record):
     """-> ids, correct (N,), {"C", "p", "c": (N,)} of a record's answers to clean pictures."""
     answers = {key: np.array(values) for key, values in record["answers"].items()}
     return answers["id"], answers["correct"].astype(float), {
-        "C": answers["C"], "p": answers["p"], "c": probe.calibrated(answers["C"], record["scale"])}
+        "C": answers["C"], "p": answers["p"], "c": metrics.calibrated(answers["C"], record["scale"])}
 
 
 def by_question(record):
@@ -298,9 +307,9 @@ def compared(q):
     """`by_question` of some questions -> the statistics that get intervals. "within": the mean over the skills, AUROC over
     those that have right and wrong answers."""
     right, c, p, rank = (q[name].ravel() for name in ("correct", "c", "p", "C"))
-    ranked = metrics(rank, right)
+    ranked = confidence_metrics(rank, right)
     within = []
-    for skill in data.SKILLS:
+    for skill in questions.SKILLS:
         own = {name: q[name][q["skill"] == skill].ravel() for name in ("correct", "c", "C")}
         within.append((auroc(own["C"], own["correct"]), calibration_error(own["c"], own["correct"])))
     within = np.nanmean(within, 0)
@@ -331,7 +340,7 @@ def with_interval(drawn, minus=None):
     for name in (name for name in pairs[0][0][0] if all(name in other[0] for _, other in pairs)):
         value = [own[0][name] - (other[0][name] if minus else 0) for own, other in pairs]
         boot = [own[1][name] - (other[1][name] if minus else 0) for own, other in pairs]
-        table[name] = (float(np.mean(value)), *probe.interval(np.mean(boot, 0)))
+        table[name] = (float(np.mean(value)), *metrics.interval(np.mean(boot, 0)))
     return table
 
 
@@ -339,7 +348,7 @@ def bounds(record):
     """What bounds the AUROC of C: how it ranks the answers to one question, how its mean ranks questions, and how an oracle
     would that knows which share of a question's other answers is right."""
     ids, right, value = arrays(record)
-    c, groups = value["C"], probe.clusters(ids)
+    c, groups = value["C"], metrics.clusters(ids)
     mean, others, within, pairs = np.empty_like(c), np.empty_like(c), [], []
     for group in groups:
         mean[group], others[group] = c[group].mean(), (right[group].sum() - right[group]) / (len(group) - 1)
@@ -368,7 +377,7 @@ def headline_of(records):
 def make_tables(records):
     """-> {title: rows for `data.table`}."""
     tables = {}
-    for part in ("all", *data.SKILLS):
+    for part in ("all", *questions.SKILLS):
         tables[f"{part}: mean over the seeds in brackets"] = {
             f"{row} ({len(found)})": {**{name: mean_of(found, part, name) for name in found[0][part]},
                                       **({"seconds": mean_of(found, "seconds")} if part == "all" else {})}
@@ -381,14 +390,14 @@ def make_tables(records):
         for row, found in records.items() if len(found) > 1} or {"-": {"-": 0}}
     voted = {row: found for row, found in records.items() if found[0]["votes"]}
     tables[f"votes, N = {ANSWERS}; the confidence is the winner's share"] = {
-        f"{row}, {name}": {key: mean_of(found, "methods", f"{name}@{ANSWERS}", key) for key in (*evaluation.HEADLINE, "tokens")}
+        f"{row}, {name}": {key: mean_of(found, "methods", f"{name}@{ANSWERS}", key) for key in (*COLUMNS, "tokens")}
         for row, found in voted.items() for name in VOTERS if f"{name}@{ANSWERS}" in found[0]["methods"]}
     headline = headline_of(records)
     tables[f"votes within skill, N = {ANSWERS}; ece mapped: after a map fitted on the other half of the questions"] = {
         f"{row}, {name}, {part}": {key: mean_of(found, "votes", part, name, key)
-                                   for key in (*evaluation.HEADLINE, "ece mapped")}
+                                   for key in (*COLUMNS, "ece mapped")}
         for row, found in (headline or voted).items() for name in found[0]["votes"]["all"] if name.startswith("CA-TTS")
-        for part in ("all", *data.SKILLS)}
+        for part in ("all", *questions.SKILLS)}
     if headline:
         tables["scaling: points of accuracy per log2 N"] = {
             row: {name: mean_of(found, "scaling", name, "slope") for name in VOTERS if name in found[0]["scaling"]}
@@ -415,14 +424,14 @@ def draw(records, folder):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(2, 3, figsize=(19, 13), height_ratios=(1, 1.5))      # the lower left one names every row
-    headline, parts = {row: records[row] for row in HEADLINE if row in records}, ("all", *data.SKILLS)
+    headline, parts = {row: records[row] for row in HEADLINE if row in records}, ("all", *questions.SKILLS)
     axes[0, 0].plot([0, 1], [0, 1], color="0.7", linewidth=1)
     for i, (row, found) in enumerate(headline.items()):
         known = [arrays(record) for record in found]
         right, c, rank = (np.concatenate(some) for some in zip(*((right, v["c"], v["C"]) for _, right, v in known)))
-        axes[0, 0].plot(*zip(*probe.reliability_points(c, right)), marker="o",
+        axes[0, 0].plot(*zip(*metrics.reliability_points(c, right)), marker="o",
                         label=f"{row}, ECE {mean_of(found, 'all', 'ECE c'):.3f}")
-        axes[0, 1].plot(*zip(*probe.risk_coverage(rank, right)), label=f"{row}, AURC {mean_of(found, 'all', 'AURC'):.3f}")
+        axes[0, 1].plot(*zip(*metrics.risk_coverage(rank, right)), label=f"{row}, AURC {mean_of(found, 'all', 'AURC'):.3f}")
         axes[0, 2].bar(np.arange(5) + 0.2 * i - 0.3, [mean_of(found, part, "AUROC") for part in parts], 0.18, label=row)
         for name in (name for name in STYLES if name in found[0]["scaling"]):
             axes[1, 1].plot(SIZES, [mean_of(found, "scaling", name, str(n)) for n in SIZES], STYLES[name], marker="o",
@@ -487,7 +496,7 @@ def main():
     for (row, _), record in zip(wanted, made):
         records[row].append(record)
     tables = make_tables(records)
-    text = "\n".join(f"\n{title}\n{data.table(rows)}" for title, rows in tables.items())
+    text = "\n".join(f"\n{title}\n{cli.table(rows)}" for title, rows in tables.items())
     print(text)
     if args.split == "val":
         runs = {row: train(row, 0, args.flags.split()) for row in args.rows}
@@ -495,13 +504,13 @@ def main():
         taus = choose_taus({row: votes_of(path, voters, folder / votes_name(args), [ANSWERS])
                             for row, (path, folder, _) in runs.items()}, voters)
         print(f"\nthe best weights of the votes on these questions: {taus}")
-        data.write_atomically(WEIGHTS, json.dumps(taus))
+        cli.write_atomically(WEIGHTS, json.dumps(taus))
     else:
-        data.write_atomically(HERE / f"tables{args.question_seed or ''}.txt", text + "\n")
+        cli.write_atomically(HERE / f"tables{args.question_seed or ''}.txt", text + "\n")
         if not args.question_seed:
             draw(records, ROOT / "results")
-    print(f"\nwrote {HERE.relative_to(ROOT)}/\nnext: python eval.py --model {data.shown(RUNS / 'ours-0')} --baseline tiny/base")
+    print(f"\nwrote {HERE.relative_to(ROOT)}/\nnext: python eval.py --model {cli.shown(RUNS / 'ours-0')} --baseline tiny/base")
 
 
 if __name__ == "__main__":
-    data.command("recipes.py", main)
+    cli.command("recipes.py", main)

@@ -14,12 +14,17 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-from catts import Controller, Settings, Vote, answer_file, tally, winner  # noqa: E402
-from noise import ClipAttention  # noqa: E402
-from utils.experts import LocalExpert  # noqa: E402
-from vlm import VLM  # noqa: E402
+import data
+import eval
+from catts import Controller, Settings, Vote, tally, winner
+from noise import ClipAttention
+from utils import (
+    cli,
+    tables,
+)
+from utils.experts import LocalExpert
+from utils.results_file import answer_file
+from vlm import VLM
 
 
 def main():
@@ -39,10 +44,10 @@ def main():
             samples = list(data.load("synthetic", "test", args.questions, seed))
             controller = Controller(vlm, expert, clip, settings)
             frame = {"model": path, "seed": seed, "questions": args.questions, "n": args.n}
-            rows = answer_file(evaluation.collector(controller, [args.n], args.n), samples,
+            rows = answer_file(eval.collector(controller, [args.n], args.n), samples,
                                f"runs/table_catts/{name}-{seed}.jsonl", frame, 50, f"{name}, seed {seed}")
-            methods.append({method: evaluation.method_row(some)
-                            for method, some in evaluation.by_method(rows.values(), args.n, settings).items()})
+            methods.append({method: tables.method_row(some)
+                            for method, some in eval.by_method(rows.values(), args.n, settings).items()})
             control = Controller(vlm, expert, clip, replace(settings, early_exit="exact"))
             exact = answer_file(lambda batch, control=control: [
                 r.record(s, 32) for s, r in zip(batch, control.answer_all(batch))], samples,
@@ -50,10 +55,10 @@ def main():
             exits += [off_and_exact(rows[key], exact[key], settings) for key in rows]
         report[name] = {"methods": mean_rows(methods), "early exit": early_exit_rows(exits)}
         print(f"\n{name}: {args.questions} questions x {args.seeds} seeds; +- = standard deviation over the seeds")
-        print(data.table(report[name]["methods"]))
-        print(data.table(report[name]["early exit"]))
+        print(cli.table(report[name]["methods"]))
+        print(cli.table(report[name]["early exit"]))
     output = ROOT / "results" / "catts.json"
-    record = vars(args) | {"models": [data.shown(path) for path in args.models]}
+    record = vars(args) | {"models": [cli.shown(path) for path in args.models]}
     output.write_text(json.dumps({"args": record, **report}, indent=1))
     print(f"\nwrote {output.relative_to(ROOT)}\nnext: python eval.py --model runs/cdrl --baseline tiny/base")
 
@@ -91,4 +96,4 @@ def early_exit_rows(exits):
 
 
 if __name__ == "__main__":
-    data.command("table_catts.py", main)
+    cli.command("table_catts.py", main)

@@ -16,19 +16,12 @@ from PIL import Image
 
 import catts
 import data
-from catts import (
-    SOURCE,
-    Controller,
-    Settings,
-    Vote,
-    decided,
-    sample_weights,
-    tally,
-    winner,
-)
-from data import MODULES, InputError
+from catts import SOURCE, Controller, Settings, Vote, decided, sample_weights, tally, winner
+from data import MODULES
+from utils import cli, results_file
+from utils.cli import InputError
 from utils.experts import LocalExpert, Reply, Server, ServerExpert, ServerVLM, parse_order, parse_probabilities
-from vlm import VLM, Rollout
+from vlm import VLM
 
 TAUS = {"samples": 1.0, "voter": 0.5, "self_reflection": 0.5, "self_check": 0.5}
 KEY = "sk-very-secret-0123"
@@ -200,7 +193,7 @@ def test_critiques_change_answers_for_the_better(off, questions):
 
 
 def test_the_planner_chooses(off):
-    plans = [tuple(parse_order(r.said["planner"], MODULES)) for r in off if "planner" in r.said]
+    plans = [tuple(parse_order(r.said["planner"])) for r in off if "planner" in r.said]
     print("planner:", {plan: plans.count(plan) for plan in sorted(set(plans))})
     assert len(plans) > 0.9 * len(off) and len(set(plans)) > 1
 
@@ -271,10 +264,10 @@ def test_replies_are_parsed_strictly():
                 "[1, 1] because", "[1, 1e999]"):
         with pytest.raises(ValueError):
             parse_probabilities(bad, 2)
-    assert parse_order(json.dumps(MODULES), MODULES) == list(MODULES)
+    assert parse_order(json.dumps(MODULES)) == list(MODULES)
     for bad in ('["self_check"]', json.dumps([*MODULES, "self_check"]), "[1, 2, 3]", "[[], [], []]"):
         with pytest.raises(ValueError):
-            parse_order(bad, MODULES)
+            parse_order(bad)
 
 
 class Misbehaving(BaseHTTPRequestHandler):
@@ -377,7 +370,7 @@ def test_a_server_that_misbehaves_once_or_always(base, clip, questions, http, mo
     assert sum("abstained" in note for note in always.ledger.notes) == 3
     written = "".join(path.read_text() for path in (tmp_path / "cache").rglob("*.json"))
     for r in (good, once, always):
-        written += json.dumps(r.record(sample, 32)) + catts.describe(r, None, TAUS)
+        written += json.dumps(r.record(sample, 32)) + results_file.describe(r, None, TAUS)
     assert KEY not in written + caplog.text and "look again [key]" in written
     assert all(auth == f"Bearer {KEY}" for _, auth in http.seen)
     assert all(part["image_url"]["url"].startswith("data:image/png;base64,") for body, _ in http.seen
@@ -450,7 +443,7 @@ def play_base(body):
 
 def test_the_base_can_be_a_server(base, expert, clip, questions, http):
     http.reply = play_base
-    vlm = ServerVLM(endpoint(http), Rollout)
+    vlm = ServerVLM(endpoint(http))
     rollout = vlm.sample([questions[0].pictures()], ["?"], 4, top_k=40)[0][1]
     body = http.seen[-1][0]
     assert body["logprobs"] is True and body["top_logprobs"] == 20 and body["n"] == 4 and body["top_k"] == 40
@@ -473,13 +466,13 @@ def test_a_base_server_without_logprobs_is_refused(http, questions):
             return answer
         http.reply = reply
         with pytest.raises(InputError, match="logprobs"):
-            ServerVLM(endpoint(http), Rollout).sample([questions[0].pictures()], ["?"], 2)
+            ServerVLM(endpoint(http)).sample([questions[0].pictures()], ["?"], 2)
     http.reply = lambda body: {"choices": play_base(body)["choices"][:1]}
     with pytest.raises(InputError, match="1 answers where 2"):
-        ServerVLM(endpoint(http), Rollout).sample([questions[0].pictures()], ["?"], 2)
+        ServerVLM(endpoint(http)).sample([questions[0].pictures()], ["?"], 2)
     http.mood = [500] * 9
     with pytest.raises(InputError, match="500"):
-        ServerVLM(endpoint(http), Rollout).sample([questions[0].pictures()], ["?"], 2)
+        ServerVLM(endpoint(http)).sample([questions[0].pictures()], ["?"], 2)
 
 
 @pytest.mark.parametrize("spoil", [
@@ -493,11 +486,11 @@ def test_one_bad_completion_of_a_base_server_is_an_unanswered_sample(base, exper
         spoil(answer["choices"][-1])
         return answer
     http.reply = reply
-    controller = Controller(ServerVLM(endpoint(http), Rollout), expert, clip, Settings(modules="", samples=5))
+    controller = Controller(ServerVLM(endpoint(http)), expert, clip, Settings(modules="", samples=5))
     result = controller.answer(questions[0])
     assert [v.answer for v in result.votes] == ["3", "4", "3", "4"] and result.answer == "4"     # C rises with i
     assert result.ledger.notes == ["1 of 5 samples gave no answer"]
-    json.loads(data.strict_json(result.record(questions[0], 32)), parse_constant=pytest.fail)
+    json.loads(cli.strict_json(result.record(questions[0], 32)), parse_constant=pytest.fail)
 
 
 def test_few_alternatives_are_read_alike_and_said(http, capsys):
@@ -506,7 +499,7 @@ def test_few_alternatives_are_read_alike_and_said(http, capsys):
         answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = [{"logprob": -0.1 - i} for i in range(3)]
         return answer
     http.reply = reply
-    (rollout,), = ServerVLM(endpoint(http), Rollout).sample([[]], ["?"], 1)
+    (rollout,), = ServerVLM(endpoint(http)).sample([[]], ["?"], 1)
     torch.testing.assert_close(rollout.confidences, torch.tensor([0.1 + 1, 0.3 + 1]))       # three alternatives each
     assert "3 top_logprobs" in capsys.readouterr().err
 
@@ -516,7 +509,7 @@ def test_a_server_draws_all_its_samples_at_once(http, expert, clip, questions):
     http.reply = play_base
     for early_exit in ("off", "exact"):
         settings = Settings(modules="", weight="equal", early_exit=early_exit)
-        assert len(Controller(ServerVLM(endpoint(http), Rollout), expert, clip, settings).answer(questions[0]).rollouts) == 8
+        assert len(Controller(ServerVLM(endpoint(http)), expert, clip, settings).answer(questions[0]).rollouts) == 8
     assert [body["n"] for body, _ in http.seen] == [8, 8] and http.seen[0][0]["seed"] == http.seen[1][0]["seed"]
 
 
@@ -535,7 +528,7 @@ def test_a_threshold_that_does_not_exist_withholds_everything(base, clip, questi
 def test_a_table_shows_every_row_and_no_escape_sequences():
     votes = [Vote("samples", "x" * 50 + "1", 0.6), Vote("samples", "x" * 50, 0.4)]
     result = catts.Result("q", votes[0].answer, 0.5, votes=votes, said={"critic": "\x1b[2J\x1b]0;owned\x07look"})
-    text = catts.describe(result, None, TAUS)
+    text = results_file.describe(result, None, TAUS)
     assert "0.600" in text and "0.400" in text and "\x1b" not in text and "look" in text
 
 

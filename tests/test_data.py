@@ -12,8 +12,10 @@ from conftest import ROOT
 from PIL import Image
 
 import data
-from data import InputError
 from reward import format_reward
+from tiny import questions
+from utils import cli, formats
+from utils.cli import InputError
 from utils.judge import is_correct
 
 
@@ -27,18 +29,18 @@ def test_same_split_seed_and_index_give_the_same_question():
 
 def test_splits_share_no_picture():
     seen = {split: {s.images[0].tobytes() + s.question.encode() for seed in range(3) for s in data.load(
-        "synthetic", split, 400, seed)} for split in data.SPLITS}
+        "synthetic", split, 400, seed)} for split in questions.SPLITS}
     assert min(map(len, seen.values())) > 1000
     assert not seen["train"] & seen["test"] and not seen["train"] & seen["val"] and not seen["val"] & seen["test"]
 
 
 def test_twelve_questions_hold_each_skill_and_level_once():
     pairs = Counter((s.meta["skill"], s.meta["level"]) for s in data.load("synthetic", "test", 12))
-    assert set(pairs) == {(skill, level) for skill in data.SKILLS for level in data.LEVELS}
+    assert set(pairs) == {(skill, level) for skill in questions.SKILLS for level in questions.LEVELS}
 
 
 def test_worked_solutions_are_right_and_evidence_is_part_of_the_picture():
-    side = data.CELL * data.GRID
+    side = questions.CELL * questions.GRID
     for s in data.load("synthetic", "train", 240):
         assert is_correct(s.meta["solution"], s) and format_reward(s.meta["solution"], True) == 1.0
         area = sum((r - left) * (b - top) for left, top, r, b in s.meta["evidence"])
@@ -346,17 +348,17 @@ def test_a_broken_picture_is_named_by_its_line(tmp_path):
 def test_a_checksum_follows_the_content(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "metrics.jsonl").write_text("1")
-    before = data.checksum(tmp_path)
+    before = cli.checksum(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("2")
-    assert data.checksum(tmp_path) == before
+    assert cli.checksum(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"weightz")
-    assert data.checksum(tmp_path) != before
+    assert cli.checksum(tmp_path) != before
 
 
 def test_a_file_that_may_not_be_read_and_a_name_too_long(tmp_path, monkeypatch):
     def refused(path):
         raise PermissionError(13, "Permission denied", str(path))
-    monkeypatch.setitem(data.READERS, ".jsonl", refused)
+    monkeypatch.setitem(formats.READERS, ".jsonl", refused)
     for source, words in ((rows(tmp_path), "cannot be read"), ("a" * 5000 + ".jsonl", "does not exist")):
         with pytest.raises(InputError, match=words):
             data.load(source)

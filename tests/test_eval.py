@@ -14,12 +14,11 @@ from conftest import ENVIRONMENT, FOUND, ROOT, ahead
 
 import catts
 import data
-import eval as evaluation
-import probe
-import report
-from data import InputError
-from eval import metrics
+import eval
+from utils import metrics, report, results_file, tables
+from utils.cli import InputError
 from utils.experts import LocalExpert
+from utils.metrics import confidence_metrics
 from vlm import VLM
 
 
@@ -52,7 +51,7 @@ def test_metrics_equal_their_definitions_ties_included(seed, digits):
     rng = np.random.default_rng(seed)
     correct = rng.integers(0, 2, 80)
     confidence = np.clip(0.5 * correct + rng.random(80) * 0.6, 0, 1).round(digits)
-    found = metrics(confidence, correct)
+    found = confidence_metrics(confidence, correct)
     assert found["auroc"] == pytest.approx(naive_auroc(confidence, correct))
     assert found["ece"] == pytest.approx(naive_ece(confidence, correct))
     assert found["brier"] == pytest.approx(np.mean((confidence - correct) ** 2))
@@ -61,42 +60,42 @@ def test_metrics_equal_their_definitions_ties_included(seed, digits):
 
 
 def test_by_hand():
-    found = metrics([0.9, 0.8, 0.3, 0.1], [1, 0, 1, 0])
+    found = confidence_metrics([0.9, 0.8, 0.3, 0.1], [1, 0, 1, 0])
     assert found["auroc"] == 0.75 and found["accuracy"] == 0.5 and found["accuracy@50"] == 0.5
     assert found["aurc"] == pytest.approx(np.mean([0, 1 / 2, 1 / 3, 1 / 2]))
     # errors by rising confidence: 0.1 wrong (1/1), 0.3 right, 0.8 wrong (2/3)
     assert found["aupr"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
-    perfect = metrics([1.0, 1.0, 0.0], [1, 1, 0])
+    perfect = confidence_metrics([1.0, 1.0, 0.0], [1, 1, 0])
     assert perfect["ece"] == perfect["brier"] == perfect["eaurc"] == 0 and perfect["auroc"] == 1
 
 
 def test_one_class_one_answer_and_other_scales():
-    right = metrics([0.2], [1])
+    right = confidence_metrics([0.2], [1])
     assert np.isnan(right["auroc"]) and np.isnan(right["aupr"]) and right["ece"] == pytest.approx(0.8)
-    nats = metrics([12.0, 3.0], [1, 0])
+    nats = confidence_metrics([12.0, 3.0], [1, 0])
     assert nats["auroc"] == 1 and np.isnan(nats["ece"]) and np.isnan(nats["brier"])
 
 
 def test_ranking_metrics_ignore_monotone_maps_and_groups_are_separate():
     rng = np.random.default_rng(3)
     confidence, correct, groups = rng.random(60), rng.integers(0, 2, 60), np.repeat(["a", "b", "c"], 20)
-    a, b = metrics(confidence, correct, groups), metrics(np.exp(5 * confidence), correct)
+    a, b = confidence_metrics(confidence, correct, groups), confidence_metrics(np.exp(5 * confidence), correct)
     assert all(a[key] == pytest.approx(b[key]) for key in ("auroc", "aupr", "aurc", "accuracy@80"))
     for g in "abc":
-        assert a["groups"][g] == metrics(confidence[groups == g], correct[groups == g])
+        assert a["groups"][g] == confidence_metrics(confidence[groups == g], correct[groups == g])
 
 
 @pytest.mark.parametrize("confidence, correct", [([], []), ([0.1], [1, 0]), ([float("nan")], [1]), ([0.5], [0.5])])
 def test_bad_lists_are_refused(confidence, correct):
     with pytest.raises(ValueError):
-        metrics(confidence, correct)
+        confidence_metrics(confidence, correct)
 
 
 def test_against_scikit_learn():
     sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed; it checks auroc and aupr")
     rng = np.random.default_rng(0)
     confidence, correct = rng.random(300).round(2), rng.integers(0, 2, 300)
-    found = metrics(confidence, correct)
+    found = confidence_metrics(confidence, correct)
     assert found["auroc"] == pytest.approx(sklearn.roc_auc_score(correct, confidence), abs=1e-9)
     assert found["aupr"] == pytest.approx(sklearn.average_precision_score(1 - correct, -confidence), abs=1e-9)
 
@@ -109,23 +108,23 @@ def test_against_torchmetrics(edges):
     confidence = rng.integers(0, 2, 200).astype(float) if edges else rng.random(200)
     correct = rng.integers(0, 2, 200)
     theirs = calibration.binary_calibration_error(torch.tensor(confidence), torch.tensor(correct), n_bins=15, norm="l1")
-    assert metrics(confidence, correct)["ece"] == pytest.approx(theirs.item(), abs=1e-6)
+    assert confidence_metrics(confidence, correct)["ece"] == pytest.approx(theirs.item(), abs=1e-6)
     theirs = calibration.binary_auroc(torch.tensor(confidence), torch.tensor(correct))
-    assert metrics(confidence, correct)["auroc"] == pytest.approx(theirs.item(), abs=1e-6)
+    assert confidence_metrics(confidence, correct)["auroc"] == pytest.approx(theirs.item(), abs=1e-6)
 
 
 def test_headroom_counts_votes_and_hits():
     def answers(name, *texts):
-        return [probe.Answer(name, "", "", f"so \\boxed{{{t}}}", t == "1", 0, 0, 0, 0, True) for t in texts]
-    found = probe.headroom([*answers("a", "1", "1", "2", "3"), *answers("b", "2", "2", "1", "1"),
+        return [eval.Answer(name, "", "", f"so \\boxed{{{t}}}", t == "1", 0, 0, 0, 0, True) for t in texts]
+    found = tables.headroom([*answers("a", "1", "1", "2", "3"), *answers("b", "2", "2", "1", "1"),
                                  *answers("c", "4", "5", "6", "7")])
     assert found == {"pass@1": 4 / 12, "majority@4": 1 / 3, "pass@4": 2 / 3}
 
 
 def test_the_probe_at_t_0_is_the_clean_picture(base, clip):
     samples = list(data.load("synthetic", "test", 6))
-    found = probe.probe(base, samples, clip, (0, 999), n=2, seed=1, max_new_tokens=40)
-    plain = probe.answer(base, samples, [s.images for s in samples], 2, seed="1 0", max_new_tokens=40)
+    found = eval.probe(base, samples, clip, (0, 999), n=2, seed=1, max_new_tokens=40)
+    plain = eval.answer(base, samples, [s.images for s in samples], 2, seed="1 0", max_new_tokens=40)
     assert found[0] == plain and found[999] != plain and len(found[999]) == 12
 
 
@@ -133,7 +132,7 @@ SMALL = ["--limit", "6", "--samples", "4", "--sizes", "2", "4", "--t", "999", "-
          "--expert_tokens", "40", "--batch_size", "3"]
 
 
-evaluation.ROUNDS = 50          # of the bootstrap
+tables.ROUNDS = 50          # of the bootstrap
 
 
 def evaluated(output):
@@ -188,7 +187,7 @@ def test_recomputed_votes_are_those_of_the_controller(measured, base, clip):
                           ("weighted@4", "")):
         control = catts.Controller(base, expert, clip, dataclasses.replace(settings, modules=modules))
         for row, result in zip(rows, control.answer_all(samples)):
-            (outcome,) = evaluation.outcomes(row, 4, settings)[name]
+            (outcome,) = eval.outcomes(row, 4, settings)[name]
             assert outcome.correct == result.correct and outcome.confidence == pytest.approx(result.confidence, abs=1e-5)
             contrasted = result.ledger.parts.get("self_check", {}).get("tokens", 0)          # a contrasted token counts twice
             assert outcome.calls == result.ledger.expert_calls
@@ -200,21 +199,21 @@ def test_the_calibrated_confidence_is_the_stored_map_of_c(measured, tmp_path):
     map as it was before it was made steeper."""
     rows, settings = stored(measured), catts.Settings(samples=4)
     (tmp_path / "confidence.json").write_text(json.dumps({"slope": 1.5, "intercept": -18., "steepness": 2., "judged": "topk"}))
-    scales = dict(zip(("base", "run"), evaluation.stored_scales([ROOT / "tiny" / "base", tmp_path])))
+    scales = dict(zip(("base", "run"), tables.stored_scales([ROOT / "tiny" / "base", tmp_path])))
     c = np.array([s["confidence"]["mean"] for row in rows for s in row["samples"][:4]])
     for name, slope, intercept in (("run", 1.5, -18), ("base", 0.75, -9)):
-        found = evaluation.methods_of({name: rows}, settings, scales)[name]
-        ids, confidence, correct = evaluation.arrays(found[evaluation.CALIBRATED])
-        assert (ids, list(correct)) == (evaluation.arrays(found["pass@1"])[0], list(evaluation.arrays(found["pass@1"])[2]))
+        found = eval.methods_of({name: rows}, settings, scales)[name]
+        ids, confidence, correct = tables.arrays(found[tables.CALIBRATED])
+        assert (ids, list(correct)) == (tables.arrays(found["pass@1"])[0], list(tables.arrays(found["pass@1"])[2]))
         np.testing.assert_allclose(confidence, 1 / (1 + np.exp(-intercept - slope * c)), atol=1e-6)
-    assert evaluation.stored_scales([ROOT / "tiny" / "base"]) == [None]
+    assert tables.stored_scales([ROOT / "tiny" / "base"]) == [None]
 
 
 def test_a_module_whose_votes_are_gone_has_no_row(measured):
     row = stored(measured)[0]
     del row["by_n"]["4"]["votes"]["self_check"]
     with pytest.raises(InputError, match="votes of self_check .* gone"):
-        evaluation.outcomes(row, 4, catts.Settings(samples=4))
+        eval.outcomes(row, 4, catts.Settings(samples=4))
 
 
 DAMAGE = {"no votes of self_check for 4": lambda row: row["by_n"]["4"]["votes"].pop("self_check"),
@@ -229,15 +228,15 @@ DAMAGE = {"no votes of self_check for 4": lambda row: row["by_n"]["4"]["votes"].
 @pytest.mark.parametrize("said", DAMAGE)
 def test_a_damaged_row_is_named_and_never_averaged_over(measured, said):
     rows = stored(measured)
-    evaluation.check_rows(rows, [2, 4], 12, list(evaluation.LETTER))
+    tables.check_rows(rows, [2, 4], 12, list(tables.LETTER))
     DAMAGE[said](rows[3])
     with pytest.raises(InputError, match=f"{rows[3]['id']}.*{said}.*remove its line"):
-        evaluation.check_rows(rows, [2, 4], 12, list(evaluation.LETTER))
+        tables.check_rows(rows, [2, 4], 12, list(tables.LETTER))
     everywhere = stored(measured)
     for row in everywhere:
         row["by_n"]["4"]["ran"].remove("voter")
     with pytest.raises(InputError, match="other modules than voter"):
-        evaluation.check_rows(everywhere, [2, 4], 12, list(evaluation.LETTER))
+        tables.check_rows(everywhere, [2, 4], 12, list(tables.LETTER))
 
 
 def test_stored_votes_of_other_weights_or_another_file_are_refused(measured, tmp_path):
@@ -248,26 +247,26 @@ def test_stored_votes_of_other_weights_or_another_file_are_refused(measured, tmp
     argv = ["--samples", "2", "--t", "999", "--regions", "key", "--probe_samples", "1", "--max_new_tokens", "8",
             "--expert_tokens", "8", "--data", str(tmp_path / "q.jsonl"), "--model", str(tmp_path / "base"),
             "--output", str(tmp_path / "out")]
-    evaluation.main(argv)
-    evaluation.main(argv)
+    eval.main(argv)
+    eval.main(argv)
     (tmp_path / "q.jsonl").write_text((tmp_path / "q.jsonl").read_text().replace("Red?", "Blue?"))
     with pytest.raises(InputError, match="other settings .data."):
-        evaluation.main(argv)
+        eval.main(argv)
     (tmp_path / "q.jsonl").write_text((tmp_path / "q.jsonl").read_text().replace("Blue?", "Red?"))
     weights = tmp_path / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     with pytest.raises(InputError, match="other settings .model."):
-        evaluation.main(argv)
+        eval.main(argv)
 
 
 def test_a_threshold_belongs_to_the_settings_it_was_fitted_under(measured):
     file = str(measured / "threshold.json")
     fitted = catts.Settings(samples=4, max_new_tokens=40, expert_tokens=40, abstain=file)
-    assert catts.read_threshold(fitted) is not None
+    assert results_file.read_threshold(fitted) is not None
     with pytest.raises(InputError, match="fitted with samples 4, this run has samples 8"):
-        catts.read_threshold(dataclasses.replace(fitted, samples=8))
+        results_file.read_threshold(dataclasses.replace(fitted, samples=8))
     with pytest.raises(InputError, match="early_exit gate"):
-        catts.read_threshold(dataclasses.replace(fitted, early_exit="gate"))
+        results_file.read_threshold(dataclasses.replace(fitted, early_exit="gate"))
     with pytest.raises(InputError, match="fitted with model .*, this run has model expert"):
         catts.run([str(ROOT / "tiny" / "example.png"), "Red?", "--samples", "4", "--max_new_tokens", "40", "--expert_tokens",
                    "40", "--abstain", file, "--model", str(ROOT / "tiny" / "expert")])
@@ -291,7 +290,7 @@ def test_bad_arguments(tmp_path):
     for bad in (["--mass", "0"], ["--data", "no.jsonl"], ["--model", str(tmp_path / "none")], ["--t", "2000"], ["--limit", "0"],
                 ["--early_exit", "exact"], ["--target_risk", "2"], ["--sizes", "0"]):
         with pytest.raises(InputError):
-            evaluation.main([*SMALL, "--output", str(tmp_path), *bad])
+            eval.main([*SMALL, "--output", str(tmp_path), *bad])
 
 
 def test_broken_rows_are_named_and_left_out(tmp_path, capsys):
@@ -302,12 +301,12 @@ def test_broken_rows_are_named_and_left_out(tmp_path, capsys):
              "answer": "1"} for i in range(4)]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     argv = [*SMALL, "--data", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "out")]
-    evaluation.main(argv)
+    eval.main(argv)
     assert [row["id"] for row in stored(tmp_path / "out")] == ["q0", "q3"]
     said = capsys.readouterr().err
     assert "q1" in said and "'q2' is empty" in said
     with pytest.raises(InputError, match="q2"):
-        evaluation.main([*argv, "--strict"])
+        eval.main([*argv, "--strict"])
 
 
 # ---- Intervals, maps, thresholds
@@ -319,22 +318,22 @@ def test_bootstrap_resamples_whole_questions():
     ids = [f"q{i}" for i in range(60)]
     def mean(_, right):
         return {"accuracy": right.mean()}
-    one = probe.bootstrap(ids, correct, correct, mean, 2000)["accuracy"]
-    many = probe.bootstrap(*(np.repeat(x, 8) for x in (ids, correct, correct)), mean, 2000)["accuracy"]
+    one = metrics.bootstrap(ids, correct, correct, mean, 2000)["accuracy"]
+    many = metrics.bootstrap(*(np.repeat(x, 8) for x in (ids, correct, correct)), mean, 2000)["accuracy"]
     assert np.allclose(one, many)
     assert one.std() == pytest.approx((correct.var() / 60) ** 0.5, rel=0.1)
-    low, high = probe.interval(one)
+    low, high = metrics.interval(one)
     assert low < correct.mean() < high
-    assert probe.mean_interval(ids, correct, 2000) == pytest.approx((correct.mean(), low, high))
-    assert probe.mean_interval(np.repeat(ids, 8), np.repeat(correct, 8), 2000) == pytest.approx((correct.mean(), low, high))
+    assert metrics.mean_interval(ids, correct, 2000) == pytest.approx((correct.mean(), low, high))
+    assert metrics.mean_interval(np.repeat(ids, 8), np.repeat(correct, 8), 2000) == pytest.approx((correct.mean(), low, high))
 
 
 def test_paired_differences_cancel_what_is_shared():
     rng = np.random.default_rng(1)
     base = rng.random(200) < 0.5
-    first = [evaluation.Outcome(f"q{i}", 0.5, bool(c), 1) for i, c in enumerate(base)]
-    second = [evaluation.Outcome(f"q{i}", 0.5, bool(c) or i % 20 == 0, 1) for i, c in enumerate(base)]
-    found = evaluation.paired(first, second, [evaluation.resampled(first), evaluation.resampled(second)])["accuracy"]
+    first = [tables.Outcome(f"q{i}", 0.5, bool(c), 1) for i, c in enumerate(base)]
+    second = [tables.Outcome(f"q{i}", 0.5, bool(c) or i % 20 == 0, 1) for i, c in enumerate(base)]
+    found = tables.paired(first, second, [tables.resampled(first), tables.resampled(second)])["accuracy"]
     assert found[0] == pytest.approx(np.mean([o.correct for o in second]) - base.mean()) and 0 < found[1] < found[2] < 0.08
 
 
@@ -343,44 +342,44 @@ def test_isotonic_and_platt_maps():
     confidence = rng.random(4000)
     correct = (rng.random(4000) < confidence**2).astype(float)
     ids = [f"q{i}" for i in range(4000)]
-    assert probe.calibration_error(confidence, correct) > 0.1
+    assert metrics.calibration_error(confidence, correct) > 0.1
     for kind, bound in (("isotonic", 0.04), ("platt", 0.06)):
-        assert probe.calibration_error(probe.cross_fitted(ids, confidence, correct, kind), correct) < bound
-    fitted = probe.fit_isotonic(np.array([1.0, 2, 3, 4]), np.array([0.0, 1, 0, 1]))
+        assert metrics.calibration_error(metrics.cross_fitted(ids, confidence, correct, kind), correct) < bound
+    fitted = metrics.fit_isotonic(np.array([1.0, 2, 3, 4]), np.array([0.0, 1, 0, 1]))
     assert fitted(np.array([0.0, 1, 2, 3, 4, 9])).tolist() == [0, 0, 0.5, 0.5, 1, 1]
     isotonic = pytest.importorskip("sklearn.isotonic")
     theirs = isotonic.IsotonicRegression(out_of_bounds="clip").fit(confidence, correct).predict(confidence)
-    assert np.allclose(probe.fit_isotonic(confidence, correct)(confidence), theirs, atol=1e-6)
+    assert np.allclose(metrics.fit_isotonic(confidence, correct)(confidence), theirs, atol=1e-6)
 
 
 def test_threshold_and_slope_by_hand():
     confidence, correct = np.array([0.9, 0.8, 0.7, 0.6, 0.5]), np.array([1.0, 1, 0, 1, 0])
-    assert probe.threshold_for(confidence, correct, 0.25) == (0.6, 0.8, 0.25)
-    assert probe.threshold_for(confidence, correct, 0.1) == (0.8, 0.4, 0.0)
-    assert probe.threshold_for(confidence, 0 * correct, 0.1)[:2] == (math.inf, 0.0)
+    assert metrics.threshold_for(confidence, correct, 0.25) == (0.6, 0.8, 0.25)
+    assert metrics.threshold_for(confidence, correct, 0.1) == (0.8, 0.4, 0.0)
+    assert metrics.threshold_for(confidence, 0 * correct, 0.1)[:2] == (math.inf, 0.0)
     sizes = np.array([1, 2, 4, 8])
-    assert evaluation.slope(0.5 + 0.03 * np.log2(sizes), sizes) == pytest.approx(0.03)
+    assert tables.slope(0.5 + 0.03 * np.log2(sizes), sizes) == pytest.approx(0.03)
 
 
 def test_equal_cost_interpolates_between_measured_sizes():
     def some(tokens, *right):
-        return [evaluation.Outcome(f"q{i}", 0.5, bool(r), tokens) for i, r in enumerate(right)]
+        return [tables.Outcome(f"q{i}", 0.5, bool(r), tokens) for i, r in enumerate(right)]
     by_n = {8: {"majority@8": some(100, 1, 1, 0, 0), "CA-TTS@8": some(200, 1, 1, 1, 0)},
             16: {"majority@16": some(400, 1, 0, 1, 1)}}
-    row = evaluation.against_majority(by_n, 8)["CA-TTS@8"]
+    row = tables.against_majority(by_n, 8)["CA-TTS@8"]
     assert row["majority, same tokens"] == pytest.approx((0.5 + 0.75) / 2) and row["minus it"][0] == pytest.approx(0.125)
     assert row["minus majority, same N"][0] == 0.25 and row["minus majority, same N"][1] == 0
     for tokens, expected in ((100, 0.5), (400, 0.75), (900, math.nan)):
         by_n[8]["CA-TTS@8"] = some(tokens, 1, 1, 1, 0)
-        found = evaluation.against_majority(by_n, 8)["CA-TTS@8"]
+        found = tables.against_majority(by_n, 8)["CA-TTS@8"]
         assert found["majority, same tokens"] == pytest.approx(expected, nan_ok=True)
 
 
 def test_intervals_of_the_probe_hold_its_values():
     rng = np.random.default_rng(0)
-    clean, noised = ([probe.Answer(f"q{i // 4}", "a" if i < 80 else "b", "", "", bool(rng.random() < p), rng.normal(p), p, p, 9,
+    clean, noised = ([eval.Answer(f"q{i // 4}", "a" if i < 80 else "b", "", "", bool(rng.random() < p), rng.normal(p), p, p, 9,
                                    True) for i in range(160)] for p in (0.8, 0.3))
-    plain, rows = probe.within_skills(clean, noised), probe.within_skills(clean, noised, None, probe.summary_intervals)
+    plain, rows = tables.within_skills(clean, noised), tables.within_skills(clean, noised, None, tables.summary_intervals)
     for part in ("all", "a", "b"):
         assert {name: triple[0] for name, triple in rows[part].items()} == pytest.approx(plain[part])
         assert all(low <= value <= high for value, low, high in map(rows[part].get, ("pass@1", "gap", "C", "AUROC")))

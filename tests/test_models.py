@@ -13,9 +13,8 @@ import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import parallel
-import plan
-from data import InputError
+from utils import distributed, memory
+from utils.cli import InputError
 from vlm import VLM
 
 TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -402,7 +401,7 @@ def test_gradient_equals_that_of_plain_forwards_and_a_step_along_it_lowers_the_l
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
         loss()
-        vlm.checkpoint_activations(parallel.blocks(vlm.model))
+        vlm.checkpoint_activations(distributed.blocks(vlm.model))
         kept, _ = sum(held), held.clear()
         torch.testing.assert_close(gradient(loss()), found, atol=1e-6, rtol=1e-5)
     assert sum(held) < kept / 2                     # what the blocks need is made again
@@ -413,8 +412,8 @@ def test_gradient_equals_that_of_plain_forwards_and_a_step_along_it_lowers_the_l
 def test_the_state_of_training_comes_back_where_some_weights_never_had_a_gradient_too(path, rollouts, tmp_path):
     """As LLaVA's last vision layer: two steps are one, a checkpoint, and another one."""
     def start():
-        policy = parallel.Policy(VLM.load(path, "cpu"))
-        return policy, parallel.adamw(list(policy.parameters()), 1e-3)
+        policy = distributed.Policy(VLM.load(path, "cpu"))
+        return policy, distributed.adamw(list(policy.parameters()), 1e-3)
 
     def step(policy, optimiser):
         policy.score(IMAGES, PROMPTS, [r.tokens for r in rollouts]).logprobs.mean().backward()
@@ -422,8 +421,8 @@ def test_the_state_of_training_comes_back_where_some_weights_never_had_a_gradien
         optimiser.zero_grad()
     through, resumed = start(), start()
     step(*through)
-    parallel.save_state(*through, tmp_path / "state")
-    parallel.load_state(*resumed, tmp_path / "state")
+    distributed.save_state(*through, tmp_path / "state")
+    distributed.load_state(*resumed, tmp_path / "state")
     for run in (through, resumed):
         step(*run)
     assert len(through[1].state) == len(resumed[1].state)
@@ -433,7 +432,7 @@ def test_the_state_of_training_comes_back_where_some_weights_never_had_a_gradien
 def test_the_plan_counts_what_the_vision_tower_sees(vlm):
     """A class token a tile apart, which some towers add."""
     sight, seen = {id(p) for p in vlm.vision_parameters()}, []
-    block = next(b for b in parallel.blocks(vlm.model) if id(next(b.parameters())) in sight)
+    block = next(b for b in distributed.blocks(vlm.model) if id(next(b.parameters())) in sight)
 
     def look(_, args, named):
         seen.append((args[0] if args else named["hidden_states"]).shape[:-1].numel())
@@ -443,13 +442,13 @@ def test_the_plan_counts_what_the_vision_tower_sees(vlm):
     hook.remove()
     pixels = pixels_of(vlm.encode([IMAGES[3]], [PROMPTS[3]]))
     tiles = 0 if pixels.ndim == 2 else pixels.shape[:-3].numel()
-    assert 0 <= seen[0] - plan.patches(pixels, vlm.model.config.vision_config) <= tiles
+    assert 0 <= seen[0] - memory.patches(pixels, vlm.model.config.vision_config) <= tiles
 
 
 def test_a_processor_that_cannot_be_written_is_refused_by_name(path, vlm, tmp_path, monkeypatch):
     """By the plan of --dry_run as well, and in one sentence."""
     monkeypatch.setattr(tf.ProcessorMixin, "save_pretrained", lambda *_: {}["no such setting"])
-    for refuse in (lambda: vlm.save_processor(tmp_path), lambda: plan.Paper.load(path)):
+    for refuse in (lambda: vlm.save_processor(tmp_path), lambda: VLM.load(path, meta=True)):
         with pytest.raises(InputError, match="^model class [A-Za-z0-9_]+ cannot be used here: its processor cannot be saved"):
             refuse()
 
@@ -493,7 +492,7 @@ def test_no_second_bos_where_the_template_has_written_one(tmp_path):
 def test_a_class_that_cannot_work_is_refused_by_name_when_loaded(family, tmp_path):
     """By the plan of --dry_run, which has no weights, as well."""
     path = write(family, tmp_path)
-    for load in (VLM.load, plan.Paper.load):
+    for load in (VLM.load, (lambda path: VLM.load(path, meta=True))):
         with pytest.raises(InputError, match=f"ForConditionalGeneration cannot be used here: .*{REFUSED[family]}"):
             load(path)
 

@@ -5,7 +5,8 @@ from PIL import Image
 
 import data
 import noise
-from data import InputError
+from tiny import questions
+from utils.cli import InputError
 
 
 def gradient(width=90, height=60, mode="RGB"):
@@ -101,7 +102,7 @@ def test_map_sums_to_one_and_lies_on_the_evidence(clip):
             box[top:bottom, left:right] = True
         share.setdefault(s.meta["skill"], []).append(box.mean())
         mass.setdefault(s.meta["skill"], []).append(attention[box].sum())
-    for skill in data.SKILLS:
+    for skill in questions.SKILLS:
         assert np.mean(mass[skill]) > 2.5 * np.mean(share[skill]), (skill, np.mean(mass[skill]))
     assert np.mean(sum(mass.values(), [])) > 0.6
 

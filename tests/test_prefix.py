@@ -1,10 +1,11 @@
 import pytest
 import torch
 from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 import data
 from utils import shared_prefix
-from vlm import VLM, DynamicLayer
+from vlm import VLM
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import reward
+from utils import loading, metrics
 
 
 def padded(lengths, width, left):
@@ -33,7 +34,7 @@ def test_the_largest_are_those_of_topk(vocab):
     x[1, 0, -3:] = 9
     x[2, 1, 100:130] = 7.5          # more than k alike, over two chunks
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    found, wanted, weight = reward.largest(ours, 20), theirs.topk(20).values, torch.randn(3, 2, 20)
+    found, wanted, weight = loading.largest(ours, 20), theirs.topk(20).values, torch.randn(3, 2, 20)
     assert torch.equal(found, wanted)
     (found.exp() * weight).sum().backward(), (wanted.exp() * weight).sum().backward()
     torch.testing.assert_close(ours.grad.sort().values, theirs.grad.sort().values)      # of those alike either may be taken
@@ -191,10 +192,10 @@ def simulated(slope, intercept, n, spread=2.0):
 @pytest.mark.parametrize("slope", [0.8, -0.5])
 def test_platt_recovers_what_generated_the_data(slope):
     c, correct = simulated(slope, -13 * slope + 0.3, 40_000)
-    found, intercept = reward.fit_platt(c, correct)
+    found, intercept = metrics.fit_platt(c, correct)
     assert found == pytest.approx(slope, abs=0.03)
     assert intercept == pytest.approx(-13 * slope + 0.3, abs=0.4)
-    p = reward.probability(c, found, intercept)
+    p = metrics.probability(c, found, intercept)
     assert p.mean().item() == pytest.approx(correct.mean().item(), abs=1e-3)  # calibrated on average
 
 
@@ -216,7 +217,7 @@ def test_platt_agrees_with_gradient_descent_on_its_objective():
         return loss
 
     optimiser.step(closure)
-    fitted = reward.probability(c.double(), *reward.fit_platt(c, correct))
+    fitted = metrics.probability(c.double(), *metrics.fit_platt(c, correct))
     torch.testing.assert_close(fitted, torch.sigmoid(weights[0] * z + weights[1]).detach(), atol=1e-6, rtol=0)
 
 
@@ -225,21 +226,21 @@ def test_platt_is_monotone_and_survives_degenerate_data():
     cases = {"separable": (c > 10).float(), "all right": torch.ones(50), "all wrong": torch.zeros(50),
              "one outlier": (c == c[-1]).float()}
     for name, correct in cases.items():
-        slope, intercept = reward.fit_platt(c, correct)
-        p = reward.probability(c, slope, intercept)
+        slope, intercept = metrics.fit_platt(c, correct)
+        p = metrics.probability(c, slope, intercept)
         assert math.isfinite(slope) and math.isfinite(intercept) and ((p > 0) & (p < 1)).all(), name
         assert slope >= -1e-6 and (p.diff() >= -1e-6).all(), name
-    assert reward.probability(c, *reward.fit_platt(c, torch.ones(50))).mean().item() == pytest.approx(51 / 52, abs=1e-3)
-    slope, intercept = reward.fit_platt(torch.full((10,), 12.0), torch.tensor([1.0] * 7 + [0.0] * 3))
-    assert abs(slope) < 1e-6 and 0.6 < reward.probability(torch.tensor(12.0), slope, intercept) < 0.75
+    assert metrics.probability(c, *metrics.fit_platt(c, torch.ones(50))).mean().item() == pytest.approx(51 / 52, abs=1e-3)
+    slope, intercept = metrics.fit_platt(torch.full((10,), 12.0), torch.tensor([1.0] * 7 + [0.0] * 3))
+    assert abs(slope) < 1e-6 and 0.6 < metrics.probability(torch.tensor(12.0), slope, intercept) < 0.75
     wild = torch.cat([torch.zeros(200), torch.tensor([1e6])])  # one point carries all the spread
-    assert all(map(math.isfinite, reward.fit_platt(wild, torch.arange(201) % 2)))
+    assert all(map(math.isfinite, metrics.fit_platt(wild, torch.arange(201) % 2)))
 
 
 @pytest.mark.parametrize("c", [[], [[1.0, 2.0]], [1.0, float("nan")], [1.0]])
 def test_platt_refuses_what_it_cannot_fit(c):
     with pytest.raises(ValueError, match="fit_platt"):
-        reward.fit_platt(torch.tensor(c), torch.tensor([1.0, 0.0]))
+        metrics.fit_platt(torch.tensor(c), torch.tensor([1.0, 0.0]))
 
 
 @pytest.mark.parametrize(("text", "finished", "wanted"), [

@@ -8,10 +8,12 @@ from conftest import ROOT
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel
 
 import data
-import probe
+import eval
 from catts import Settings
 from noise import parse_t
+from tiny import questions
 from train_cdrl import Args
+from utils import tables
 from vlm import VLM
 
 SETTINGS = {"n": 8, "max_new_tokens": Args.max_new_tokens}
@@ -24,26 +26,26 @@ def samples():
 
 @pytest.fixture(scope="module")
 def clean(base, samples):
-    return probe.answer(base, samples, [s.images for s in samples], **SETTINGS)
+    return eval.answer(base, samples, [s.images for s in samples], **SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def noised(base, clip, samples):
     t = parse_t(Args.noise_t)[1]
-    return {mode: probe.probe(base, samples, clip, (t,), mode, Args.mass, **SETTINGS)[t] for mode in ("key", "random")}
+    return {mode: eval.probe(base, samples, clip, (t,), mode, Args.mass, **SETTINGS)[t] for mode in ("key", "random")}
 
 
 def mean(answers, field):
     return float(np.mean([getattr(a, field) for a in answers]))
 
 
-@pytest.mark.parametrize("skill", data.SKILLS)
+@pytest.mark.parametrize("skill", questions.SKILLS)
 def test_each_skill_is_partly_learned(clean, skill):
     assert 0.40 <= mean([a for a in clean if a.skill == skill], "correct") <= 0.75
 
 
 def test_there_is_headroom_for_voting_and_for_rl(clean):
-    found = probe.headroom(clean)
+    found = tables.headroom(clean)
     assert found["majority@8"] >= found["pass@1"] + 0.04 and found["pass@8"] >= found["majority@8"] + 0.15, found
 
 
@@ -53,15 +55,15 @@ def test_it_does_not_know_that_it_cannot_see(clean, noised):
     random = mean(clean, "correct") - mean(noised["random"], "correct")
     assert key >= 0.15 and random <= key / 2, (key, random)
     assert mean(clean, "token_probability") - mean(noised["key"], "token_probability") < 0.05
-    assert probe.summary(clean, noised["key"])["ECE"] > 0.15
+    assert tables.summary(clean, noised["key"])["ECE"] > 0.15
 
 
 def test_the_expert_is_clearly_better(clean, samples):
     expert = VLM.load(ROOT / "tiny" / "expert")
-    own = probe.answer(expert, samples, [s.images for s in samples], n=2, max_new_tokens=Settings.expert_tokens)
+    own = eval.answer(expert, samples, [s.images for s in samples], n=2, max_new_tokens=Settings.expert_tokens)
     assert mean(own, "correct") >= mean(clean, "correct") + 0.25
     better = [mean([a for a in own if a.skill == s], "correct") - mean([a for a in clean if a.skill == s], "correct")
-              for s in data.SKILLS]
+              for s in questions.SKILLS]
     assert min(better) > -0.05 and sum(gain > 0.05 for gain in better) >= 3, better
 
 
@@ -74,7 +76,7 @@ def test_each_checkpoint_opens_plainly_and_has_a_card(name):
         assert AutoModelForImageTextToText.from_pretrained(path).num_parameters() > 1e6
         assert AutoProcessor.from_pretrained(path).image_processor.merge_size == 2
     card = (path / "README.md").read_text()
-    assert all(word in card for word in (f"tiny/make.py {name}", "seed 1000", *data.SKILLS))
+    assert all(word in card for word in (f"tiny/make.py {name}", "seed 1000", *questions.SKILLS))
     assert json.loads((path / "config.json").read_text())["model_type"] in ("qwen2_5_vl", "clip")
 
 

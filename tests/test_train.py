@@ -18,13 +18,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
-import parallel
-import plan
 import reward
-import run_folder
 import train_cdrl
-from data import InputError
-from train_cdrl import Order, group_advantages, kl_k3, learn, parse, policy_loss
+from reward import group_advantages
+from train_cdrl import kl_k3, learn, parse, policy_loss
+from utils import batches, checkpoint, cli, distributed, logs, memory
+from utils.batches import Order
+from utils.cli import InputError
 from vlm import VLM
 
 # 6 questions, 3 of them with a noised twin: two ranks have unlike numbers of twins
@@ -106,9 +106,9 @@ def test_order_visits_every_question_once_an_epoch_from_any_step():
 
 def test_a_question_that_comes_twice_in_a_step_has_rollouts_of_its_own(base, clip):
     few = [data.synthetic("train", 5, i) for i in range(2)]
-    samples = train_cdrl.questions_of(few, Order(2, 5, 0), 0)
+    samples = batches.questions_of(few, Order(2, 5, 0), 0)
     assert len({s.id for s in samples}) == 5 and {s.id for s in samples[:2]} == {s.id for s in few}
-    shares = [train_cdrl.questions_of(few, Order(2, 5, 0), 0, rank, 2) for rank in range(2)]
+    shares = [batches.questions_of(few, Order(2, 5, 0), 0, rank, 2) for rank in range(2)]
     assert [[s.id for s in samples[rank::2]] for rank in range(2)] == [[s.id for s in share] for share in shares]
     views, _ = train_cdrl.roll_out(base, clip, samples, 0, replace(parse([]), group_size=4, max_new_tokens=24, temperature=2.0))
     first, again = ([group for group, s in zip(views[0].rollouts, samples) if s.question == few[0].question][i] for i in (0, 1))
@@ -132,8 +132,8 @@ def gradient(vlm, views, prompts, scale, args):
     vlm.model.zero_grad()
     for view in views:
         view.old_logprobs.clear()                # each call is the first update on these rollouts
-    policy = parallel.Policy(vlm)
-    learn(policy, None, learners, prompts, train_cdrl.micro_batches(vlm, learners, prompts, args), scale,
+    policy = distributed.Policy(vlm)
+    learn(policy, None, learners, prompts, batches.micro_batches(vlm, learners, prompts, args), scale,
           train_cdrl.batch_weight(learners, args, "cpu"), args)
     return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in vlm.model.parameters()])
 
@@ -190,7 +190,7 @@ def test_pathwise_agrees_with_finite_differences(fresh, clip, settings):
 def test_set_apart_changes_the_gradient_within_a_group_alone():
     c = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     seen = torch.randn(5, 4, dtype=torch.float64)                   # d loss / d c
-    again = train_cdrl.set_apart(c, 7.0)
+    again = reward.set_apart(c, 7.0)
     assert torch.equal(again, c)
     (again * seen).sum().backward()
     mean = seen.mean(-1, keepdim=True)
@@ -232,7 +232,7 @@ def test_the_first_questions_have_a_noised_twin(fresh, clip, noised):
     for name, term in half[0].terms.items():
         rest = torch.zeros_like(term[2:]) if name == "perception" else whole[0].terms[name][2:]
         torch.testing.assert_close(term, torch.cat([whole[0].terms[name][:2], rest]), atol=1e-4, rtol=0)
-    both = train_cdrl.statistics(whole), train_cdrl.statistics(half)
+    both = logs.statistics(whole), logs.statistics(half)
     assert both[0].keys() == both[1].keys() and both[0]["original/outcome"] == both[1]["original/outcome"]
 
 
@@ -251,7 +251,7 @@ def test_controls_are_noised_elsewhere_and_earn_no_perception_term(fresh, clip):
     _, key, _, _ = step_views(fresh, clip, controls=0.0)
     assert all(torch.equal(a.advantages, b.advantages) for a, b in zip(controls, random))
     assert controls[1].images == random[1].images != key[1].images
-    assert set(train_cdrl.statistics(controls)) - set(train_cdrl.statistics(key)) == {"gap/controls"}
+    assert set(logs.statistics(controls)) - set(logs.statistics(key)) == {"gap/controls"}
     _, mixed, prompts, scale = step_views(fresh, clip, controls=0.5)
     assert mixed[0].control.any() and not mixed[0].control.all()
     assert torch.equal(mixed[0].terms["perception"].any(-1), ~mixed[0].control)
@@ -291,7 +291,7 @@ def test_each_confidence_reads_the_same_from_rollouts_and_from_scores(base, clip
     args, views, prompts, _ = step_views(base, clip, confidence=kind)
     with torch.no_grad():
         scores = base.score(views[0].images, prompts, [r.tokens for g in views[0].rollouts for r in g])
-    again = reward.sequence_confidence(train_cdrl.token_values(scores, kind), scores.mask).view(4, 3)
+    again = reward.sequence_confidence(reward.token_values(scores, kind), scores.mask).view(4, 3)
     torch.testing.assert_close(again, views[0].confidence, atol=1e-4, rtol=0)
 
 
@@ -344,11 +344,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, base, capsys):
         train_cdrl.check(parse(["--batch_size", "3"]), 2)
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file"):
-        run_folder.open_run(parse(["--output", str(tmp_path / "file")]))
+        checkpoint.open_run(parse(["--output", str(tmp_path / "file")]))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match="not a run"):
-        run_folder.open_run(parse(["--output", str(tmp_path / "other")]))
+        checkpoint.open_run(parse(["--output", str(tmp_path / "other")]))
 
 
 # ---- whole runs
@@ -376,7 +376,7 @@ def killed(output, *flags, ranks=0):
     subprocess.run(["pkill", "-KILL", "-f", str(output)], check=True)       # torchrun's workers as well
     process.wait()
     assert process.returncode == -signal.SIGKILL and not (output / "model.safetensors").exists()
-    for later in run_folder.checkpoints(output)[1:]:                    # the machine was faster than the kill
+    for later in checkpoint.checkpoints(output)[1:]:                    # the machine was faster than the kill
         shutil.rmtree(later)
     (output / ".checkpoint-2.tmp").mkdir(exist_ok=True)
     (output / ".checkpoint-2.tmp" / "model.safetensors").write_bytes(b"torn")
@@ -504,7 +504,7 @@ def test_what_was_damaged_in_a_run_folder_is_named_and_a_first_torn_write_is_no_
     args = train_cdrl.parse(["--output", str(tmp_path / "run"), *TINY, "--steps", "4"])
     shutil.copytree(first, tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_bytes((first / "metrics.jsonl").read_bytes() + b"[1]\n\xff\n")
-    newest = run_folder.checkpoints(tmp_path / "run")[-1]
+    newest = checkpoint.checkpoints(tmp_path / "run")[-1]
     state = next((newest / "state").glob("*.distcp"))
     whole = state.read_bytes()
     flipped = whole[:len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1:]
@@ -518,39 +518,39 @@ def test_what_was_damaged_in_a_run_folder_is_named_and_a_first_torn_write_is_no_
     with pytest.raises(InputError, match=f"{newest.name} is damaged"):
         train_cdrl.train(args)
     capfd.readouterr()
-    run_folder.trim_log(tmp_path / "run" / "metrics.jsonl", 2)
+    logs.trim_log(tmp_path / "run" / "metrics.jsonl", 2)
     assert log(tmp_path / "run") == log(first)[:2] and not capfd.readouterr().err
-    run_folder.trim_log(tmp_path / "run" / "metrics.jsonl", 3)
+    logs.trim_log(tmp_path / "run" / "metrics.jsonl", 3)
     assert "has lost 1 of the 3 steps" in capfd.readouterr().err
     (tmp_path / "run" / "args.json").write_text("[1]")
     with pytest.raises(InputError, match="not a run"):
-        run_folder.open_run(args)
+        checkpoint.open_run(args)
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json.tmp").write_text("{")
-    assert run_folder.open_run(args) == (tmp_path / "run", None)
+    assert checkpoint.open_run(args) == (tmp_path / "run", None)
     (torn := tmp_path / "run" / ".checkpoint-1.tmp").mkdir()
-    monkeypatch.setattr(run_folder, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(checkpoint, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(InputError, match="cannot be written .No space"):
-        run_folder.open_run(args)
+        checkpoint.open_run(args)
     assert not torn.exists()                    # what fills the disk is gone, and the next try has room
-    monkeypatch.setattr(run_folder.Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    monkeypatch.setattr(checkpoint.Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
     with pytest.raises(InputError, match="holds other settings .lr. and cannot be moved to .*Read-only"):
-        run_folder.open_run(train_cdrl.parse(["--output", str(tmp_path / "run"), *TINY, "--steps", "4", "--lr", "1"]))
+        checkpoint.open_run(train_cdrl.parse(["--output", str(tmp_path / "run"), *TINY, "--steps", "4", "--lr", "1"]))
 
 
 def test_a_full_disk_and_weights_that_are_not_finite_are_a_sentence_and_no_checkpoint(fresh, tmp_path, monkeypatch):
     def save(step):
-        run_folder.save_checkpoint(tmp_path, fresh, policy, optimiser, step, {}, 2, torch.float32)
-    policy = parallel.Policy(fresh)
-    optimiser = parallel.adamw(list(policy.parameters()), 1e-3)
+        checkpoint.save_checkpoint(tmp_path, fresh, policy, optimiser, step, {}, 2, torch.float32)
+    policy = distributed.Policy(fresh)
+    optimiser = distributed.adamw(list(policy.parameters()), 1e-3)
     (tmp_path / ".checkpoint-1.tmp" / "state").mkdir(parents=True)          # by another rank, whose writer makes it as well
     save(1)
     full = OSError(28, "No space left on device")
     for place, name, error, said in (
-            (parallel, "save_state", full, "No space left on device"),
-            (parallel, "save_state", RuntimeError("[enforce fail] unexpected pos 704 vs 598"), "unexpected pos"),
-            (parallel, "save_state", CheckpointException("", {0: (full, None)}), "No space left on device"),
+            (distributed, "save_state", full, "No space left on device"),
+            (distributed, "save_state", RuntimeError("[enforce fail] unexpected pos 704 vs 598"), "unexpected pos"),
+            (distributed, "save_state", CheckpointException("", {0: (full, None)}), "No space left on device"),
             (fresh.model, "save_pretrained", SafetensorError("I/O error: No space left on device (os error 28)"), "No space")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, lambda *_, error=error, **__: (_ for _ in ()).throw(error))
@@ -560,15 +560,15 @@ def test_a_full_disk_and_weights_that_are_not_finite_are_a_sentence_and_no_check
     next(policy.parameters()).data[0] = float("nan")
     with pytest.raises(InputError, match="is not finite after step 2; lower --lr"):
         save(2)
-    assert [path.name for path in run_folder.checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1"]
     with pytest.raises(SystemExit) as stop:
-        data.command("x.py", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device", "runs/log")))
+        cli.command("x.py", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device", "runs/log")))
     assert stop.value.code == 2
 
 
 def test_a_signal_in_the_last_step_ends_the_run_before_its_tables_and_the_same_command_makes_them(tmp_path, monkeypatch):
     args = parse(["--output", str(tmp_path / "run"), *TINY, "--steps", "1", "--eval_size", "4"])
-    save = run_folder.save_checkpoint
+    save = checkpoint.save_checkpoint
     monkeypatch.setattr(train_cdrl, "save_checkpoint", lambda *a: (save(*a), os.kill(os.getpid(), signal.SIGINT)))
     with pytest.raises(SystemExit) as stop:
         train_cdrl.train(args)
@@ -581,10 +581,10 @@ def test_a_rank_without_a_noised_question_is_refused_and_shares_of_twins_make_up
     with pytest.raises(InputError, match="leaves some of the 4 ranks without a noised question"):
         train_cdrl.check(parse(["--batch_size", "4", "--pairs", "0.5"]), 4)
     train_cdrl.check(parse(["--batch_size", "4", "--recipe", "grpo", "--pairs", "0.5"]), 4)
-    for questions in (4, 6, 8):
+    for count in (4, 6, 8):
         for pairs in (0.3, 0.5, 0.75, 1.0):
-            shares = [train_cdrl.twins_of(pairs, questions, rank, 2) for rank in range(2)]
-            assert sum(shares) == train_cdrl.twins_of(pairs, questions) and shares[0] - shares[1] in (0, 1)
+            shares = [train_cdrl.twins_of(pairs, count, rank, 2) for rank in range(2)]
+            assert sum(shares) == train_cdrl.twins_of(pairs, count) and shares[0] - shares[1] in (0, 1)
 
 
 def test_ctrl_c_saves_the_step_under_way(interrupted):
@@ -618,7 +618,7 @@ def test_bf16_with_fp32_weights_offloaded_frozen_vision_blocks_run_again(first, 
     base, half = (weights(path) for path in (ROOT / "tiny" / "base", half_precision))
     assert {str(value.dtype) for value in half.values()} == {"torch.bfloat16"}
     config = json.loads((half_precision / "config.json").read_text())
-    assert config["dtype"] == "bfloat16" and [p.name for p in run_folder.checkpoints(half_precision)] == ["checkpoint-3"]
+    assert config["dtype"] == "bfloat16" and [p.name for p in checkpoint.checkpoints(half_precision)] == ["checkpoint-3"]
     assert all(torch.equal(half[name].float(), base[name]) for name in base if "visual" in name)
     assert any(not torch.equal(half[name].float(), base[name]) for name in base if "visual" not in name)
     a, b = log(half_precision), log(first)
@@ -643,11 +643,11 @@ def test_the_state_of_a_bf16_run_comes_back_in_fp32(tmp_path):
     train_cdrl.main(flags)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     vlm = VLM.load(tmp_path / "run" / "checkpoint-1", dtype=torch.bfloat16)
-    policy = parallel.shard(vlm, torch.device("cpu"), torch.bfloat16, False)
+    policy = distributed.shard(vlm, torch.device("cpu"), torch.bfloat16, False)
     optimiser = torch.optim.AdamW(policy.parameters())
-    rough = {name: weight.clone() for name, weight in parallel.whole_state(policy, torch.float32).items()}
-    assert run_folder.load_checkpoint(tmp_path / "run" / "checkpoint-1", policy, optimiser)[0] == 1
-    exact = parallel.whole_state(policy, torch.float32)
+    rough = {name: weight.clone() for name, weight in distributed.whole_state(policy, torch.float32).items()}
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "checkpoint-1", policy, optimiser)[0] == 1
+    exact = distributed.whole_state(policy, torch.float32)
     dist.destroy_process_group()
     assert all(torch.equal(exact[name].bfloat16(), rough[name].bfloat16()) for name in exact)       # the model beside it
     with safe_open(tmp_path / "run" / "model.safetensors", "pt") as file:                # the tied head is stored once
@@ -667,7 +667,7 @@ def test_a_dry_run_prints_what_is_needed_and_refuses_what_cannot_fit(tmp_path, c
         with pytest.raises(SystemExit) as stop:
             train_cdrl.main(["--dry_run", *flags])
         assert stop.value.code == 2 and why in capsys.readouterr().err
-    monkeypatch.setattr(plan, "host_memory", lambda: 0.01)
+    monkeypatch.setattr(memory, "host_memory", lambda: 0.01)
     for flags, why in (([], "--memory N for a device that is not here"), (["--offload"], "do without --offload")):
         with pytest.raises(SystemExit):
             train_cdrl.main(["--dry_run", *flags])
@@ -712,11 +712,11 @@ def test_a_run_of_a_data_file_that_has_changed_is_moved_aside(tmp_path, capsys):
     file, output = tmp_path / "train.jsonl", tmp_path / "run"
     file.write_text("1\n")
     args = parse(["--data", str(file), "--output", str(output)])
-    run_folder.open_run(args)
-    run_folder.open_run(args)
+    checkpoint.open_run(args)
+    checkpoint.open_run(args)
     assert not (tmp_path / "run-1").exists()
     file.write_text("2\n")
-    run_folder.open_run(args)
+    checkpoint.open_run(args)
     assert (tmp_path / "run-1").exists() and "other settings (data_checksum)" in capsys.readouterr().out
 
 

@@ -5,8 +5,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
-from data import InputError
 from noise import diffuse
+from utils.cli import InputError
 from vlm import VLM, draw, in_place
 
 

@@ -31,13 +31,20 @@ from transformers import (
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import catts  # noqa: E402
-import data  # noqa: E402
-import noise  # noqa: E402
-import probe  # noqa: E402
-import train_cdrl  # noqa: E402
-from utils import judge  # noqa: E402
-from vlm import VLM, load_processor  # noqa: E402
+import catts
+import data
+import eval
+import noise
+import train_cdrl
+from tiny import questions
+from utils import (
+    cli,
+    experts,
+    judge,
+    tables,
+)
+from utils.loading import load_processor
+from vlm import VLM
 
 SEED = 1000
 CHAT_TEMPLATE = (
@@ -55,15 +62,15 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 
 def wrong_answer(sample, rng):
     """A plausible answer that is not the gold one."""
-    if sample.answer in data.COLORS:
-        return rng.choice([color for color in data.COLORS if color != sample.answer])
+    if sample.answer in questions.COLORS:
+        return rng.choice([color for color in questions.COLORS if color != sample.answer])
     gold = int(sample.answer)
     return str(rng.choice([value for value in (gold - 2, gold - 1, gold + 1, gold + 2) if value >= 0]))
 
 
 def named_cells(sample):
     """[("a1", "red circle"), ...], the whole board in raster order."""
-    return [(data.cell_name((r, c)), what) for r, row in enumerate(sample.meta["rows"])
+    return [(questions.cell_name((r, c)), what) for r, row in enumerate(sample.meta["rows"])
             for c, what in enumerate(row.split(", "))]
 
 
@@ -89,7 +96,8 @@ def ballot(sample, rng, solution, held):
     held: and with the answer that was worked out beside it, since a two-digit number was not found equal to one that stood
     further away."""
     gold, width = sample.answer, rng.choice((2, 4, 12))
-    pool = list(data.COLORS) if gold in data.COLORS else [str(max(0, int(gold) + by)) for by in range(-width, width + 1)]
+    near = [str(max(0, int(gold) + by)) for by in range(-width, width + 1)] if gold not in questions.COLORS else []
+    pool = near or list(questions.COLORS)
     pool = [value for value in dict.fromkeys(pool) if value != gold]
     candidates = rng.sample(pool, min(len(pool), rng.randint(0, 7)))
     if not candidates or rng.random() > 1 / 12:
@@ -345,7 +353,7 @@ def build_clip():
         single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 1), ("<|endoftext|>", 3)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|startoftext|>", eos_token="<|endoftext|>",
                                    pad_token="<|pad|>", model_max_length=77)
-    side = data.CELL * data.GRID
+    side = questions.CELL * questions.GRID
     images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     config = CLIPConfig(
         text_config=dict(vocab_size=len(fast), hidden_size=96, intermediate_size=192, num_hidden_layers=2,
@@ -360,7 +368,7 @@ def build_clip():
 
 def evidence_patches(sample, patch=14):
     """(P,) float: 1 on the patches that hold the evidence of a built-in question."""
-    side = data.CELL * data.GRID // patch
+    side = questions.CELL * questions.GRID // patch
     grid = torch.zeros(side, side)
     for left, top, right, bottom in sample.meta["evidence"]:
         grid[top // patch:bottom // patch, left // patch:right // patch] = 1
@@ -468,7 +476,7 @@ def roles_of(model, samples):
     found["Voter"] = []
     for text, some, s in zip(ballots, answers, samples):
         try:
-            found["Voter"].append(judge.accepts(some[int(np.argmax(catts.parse_probabilities(text, len(some))))], s))
+            found["Voter"].append(judge.accepts(some[int(np.argmax(experts.parse_probabilities(text, len(some))))], s))
         except ValueError:
             found["Voter"].append(False)
     found["Critic"] = [text.strip().endswith("correct") == judge.accepts(some[0], s)
@@ -477,14 +485,14 @@ def roles_of(model, samples):
     skills = np.array([s.meta["skill"] for s in samples])
     columns["Voter"][columns["on ballot"] == 0] = np.nan
     return {skill: {key: float(np.nanmean(values[(skills == skill) | (skill == "all")])) for key, values in columns.items()}
-            for skill in ("all", *data.SKILLS)}
+            for skill in ("all", *questions.SKILLS)}
 
 
-def write_card(name, questions=240):
+def write_card(name, count=240):
     """Measure a checkpoint on the val split, skill by skill, and write its README.md."""
-    samples = list(data.load("synthetic", "val", questions))
+    samples = list(data.load("synthetic", "val", count))
     clip, mass = noise.ClipAttention.from_pretrained(HERE / "clip"), train_cdrl.Args.mass
-    skills = {"all": samples, **{skill: [s for s in samples if s.meta["skill"] == skill] for skill in data.SKILLS}}
+    skills = {"all": samples, **{skill: [s for s in samples if s.meta["skill"] == skill] for skill in questions.SKILLS}}
     if name == "clip":
         found = {s.id: on_evidence(clip.map(s.images[0], s.question), s) for s in samples}
         rows = {skill: {"map on evidence": float(np.mean([found[s.id][0] for s in part])),
@@ -492,21 +500,21 @@ def write_card(name, questions=240):
     else:
         model = VLM.load(HERE / name)
         longest = train_cdrl.Args.max_new_tokens if name == "base" else catts.Settings.expert_tokens
-        clean = probe.answer(model, samples, [s.images for s in samples], 8, max_new_tokens=longest)
-        noised = {mode: probe.probe(model, samples, clip, (999,), mode, mass, 8, max_new_tokens=longest)[999]
+        clean = eval.answer(model, samples, [s.images for s in samples], 8, max_new_tokens=longest)
+        noised = {mode: eval.probe(model, samples, clip, (999,), mode, mass, 8, max_new_tokens=longest)[999]
                   for mode in ("key", "random")}
         rows = {}
         for skill, part in skills.items():
             ids = {s.id for s in part}
-            rows[skill] = probe.headroom([a for a in clean if a.id in ids]) | {
+            rows[skill] = tables.headroom([a for a in clean if a.id in ids]) | {
                 f"pass@1, {mode}": float(np.mean([a.correct for a in answers if a.id in ids]))
                 for mode, answers in noised.items()}
     how = HOW_CLIP if name == "clip" else HOW_LANGUAGE.format(mass=mass)
-    tables = data.table(rows)
+    text = cli.table(rows)
     if name == "expert":
-        tables += f"\n```\n\n{HOW_ROLES}\n\n```\n{data.table(roles_of(model, samples))}"
+        text += f"\n```\n\n{HOW_ROLES}\n\n```\n{cli.table(roles_of(model, samples))}"
     (HERE / name / "README.md").write_text(CARD.format(
-        name=name, what=WHAT[name], seed=SEED, how=how, table=tables,
+        name=name, what=WHAT[name], seed=SEED, how=how, table=text,
         recipe=", ".join(f"{key} {value}" for key, value in RECIPES[name].items())
         + "".join(f"; then {stage['steps']} steps of roles" for stage in LAST.get(name, []))))
     print((HERE / name / "README.md").read_text())
@@ -529,7 +537,7 @@ def main():
     args = parser.parse_args()
     stages = LAST.get(args.name, [])
     if args.roles is not None and not 0 <= args.roles < len(stages):
-        raise data.InputError(f"--roles is {args.roles}; {args.name} has {len(stages)} such stages, counted from 0")
+        raise cli.InputError(f"--roles is {args.roles}; {args.name} has {len(stages)} such stages, counted from 0")
     if not args.card:
         if args.roles is None:
             (warm_up_clip if args.name == "clip" else warm_up)(args.name, **RECIPES[args.name])
@@ -539,4 +547,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.command("tiny/make.py", main)
+    cli.command("tiny/make.py", main)

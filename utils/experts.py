@@ -2,7 +2,7 @@
 
     LocalExpert(vlm).ask([(pictures, prompt)])                                   # a VLM in the Expert's roles
     ServerExpert(Server("https://host/v1", "gpt-x", key)).ask([...])             # any OpenAI-compatible endpoint
-    ServerVLM(Server("http://host:8000/v1", "qwen")).sample(images, prompts, 8)  # the base, e.g. in vLLM; C from its logprobs
+    ServerVLM(Server("http://host:8000/v1", "qwen"), Rollout).sample(images, prompts, 8)      # the base, e.g. vLLM
 
 HTTP(S) by the standard library: a time-out for the whole reply, retries with back-off, a cache on disk of replies that could
 be used, a cap on what is read, and the key cut out of everything that comes back. What a server says is data: it is parsed,
@@ -28,10 +28,8 @@ from pathlib import Path
 
 import torch
 
-from data import InputError
+from utils.cli import InputError
 
-ATTEMPTS = 3                    # how often a role is asked before it abstains
-MAX_CRITIQUE = 1000             # characters of a critique that the base model is shown
 MAX_BODY = 4 * 2**20            # bytes of a server's reply that are read
 ALTERNATIVES = 20               # top_logprobs asked for: the k of Eq. 3
 
@@ -258,6 +256,8 @@ class ServerVLM:
     `top_logprobs` = 20; a Rollout's token ids are unknown, -1 each.
 
     A completion that is empty or whose numbers make no sense is a Rollout without words and without confidence: unanswered.
+
+    rollout: the class of what `sample` returns, `vlm.Rollout`.
     """
 
     def __init__(self, server, rollout):
@@ -309,11 +309,13 @@ class ServerVLM:
             print(f"server {self.server.url} gives {min(counts)} top_logprobs where {ALTERNATIVES} were asked for: C is read "
                   "from those, on another scale", file=sys.stderr)
         text = text.encode(errors="replace").decode()                   # JSON may hold half a character
-        return self.rollout(text, torch.full((len(content),), -1), logprobs, -tops.mean(-1), choice.get("finish_reason") == "stop")
+        finished = choice.get("finish_reason") == "stop"
+        return self.rollout(text, torch.full((len(content),), -1), logprobs, -tops.mean(-1), finished)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The Expert's roles
+ATTEMPTS = 3                    # how often a role is asked before it abstains
+MAX_CRITIQUE = 1000             # characters of a critique that the base model is shown
+
 
 def parse_list(text):
     """A reply that is one JSON list, perhaps in a code fence -> list. ValueError otherwise; NaN is no JSON."""

@@ -11,49 +11,16 @@ Fragmentation and the CUDA context are a flat tenth on top.
 import math
 import os
 import random
-import tempfile
 from collections import defaultdict
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
 
-import data
-import noise
-import parallel
-from data import InputError
-from vlm import CHUNK_LOGITS, TRIM_EVERY, VLM, load_processor
+from utils import cli, distributed
+from utils.cli import InputError
+from utils.distributed import GIB, choices, describe, device_memory, dtype_of, parameters, state_bytes
+from utils.loading import CHUNK_LOGITS, TRIM_EVERY
 
-GIB = 2**30
 ASKED = 32              # questions whose tokens are counted
-COMFORTABLE = 0.5       # of a device's memory: above it `--shard auto` shards the state of training
-LARGE = 1e9             # parameters: above it `--activation_checkpointing auto` is on
-
-
-class Paper(VLM):
-    """A VLM without weights, which encodes prompts."""
-    device = torch.device("cpu")
-
-    @classmethod
-    def load(cls, path):
-        try:
-            with torch.device("meta"):
-                model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
-        except (ImportError, OSError, ValueError) as error:
-            raise InputError(f"model {str(path)!r} has no settings that can be read: {data.reason(error)}") from error
-        paper = cls(model, load_processor(path))
-        try:
-            paper.trial()
-        except Exception as error:
-            raise paper.refusal(error) from error
-        with tempfile.TemporaryDirectory() as folder:               # what a checkpoint will do
-            paper.save_processor(folder)
-        return paper
-
-
-def parameters(vlm, frozen_vision=False):
-    """-> (all, those that train)."""
-    total = sum(p.numel() for p in vlm.model.parameters())
-    return total, total - (sum(p.numel() for p in vlm.vision_parameters()) if frozen_vision else 0)
 
 
 def host_memory():
@@ -61,41 +28,8 @@ def host_memory():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
-def device_memory(args, device):
-    """GiB of a device; 0 where it is not known."""
-    if args.memory:
-        return args.memory
-    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else 0.0
 
 
-def state_bytes(total, trained, ranks, offload=False):
-    """What a rank holds between steps: weights, gradients and Adam's two moments in fp32 -> bytes by part."""
-    where = "CPU" if offload else "device"
-    return {(where, "weights, fp32"): 4 * total / ranks, (where, "gradients, fp32"): 4 * trained / ranks,
-            (where, "optimiser state, fp32"): 8 * trained / ranks}
-
-
-def dtype_of(args, device):
-    """The dtype of the computation."""
-    if args.dtype != "auto":
-        return getattr(torch, args.dtype)
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def choices(args, device, world, vlm):
-    """What `--shard` and `--activation_checkpointing` come to for this model -> (sharded?, activation checkpointing?)."""
-    total, trained = parameters(vlm, args.freeze_vision)
-    spread, again = args.shard == "fsdp", args.activation_checkpointing == "on"
-    if args.activation_checkpointing == "auto":
-        again = total > LARGE
-    if args.shard == "auto" and world > 1 and (memory := device_memory(args, device)):
-        spread = sum(state_bytes(total, trained, 1).values()) > COMFORTABLE * memory * GIB
-    return spread, again
-
-
-def describe(compute, spread, again, world):
-    return (f"{str(compute).removeprefix('torch.')}, {world} rank{'s' * (world > 1)}, "
-            f"{'each with a share (fsdp)' if spread else 'each with the whole state'}{', activation checkpointing' * again}")
 
 
 def activations(config, tokens, size, again, read):
@@ -138,10 +72,13 @@ def key_values(config, repeated=False):
     return 2 * heads * width
 
 
-def dry_run(args, samples, noised, world):
-    """Print what a run is made of and what it needs; InputError where that is more than a device has. noised: how many of a
-    step's questions have a noised twin."""
-    vlm, device = Paper.load(args.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def dry_run(args, vlm, clip_parameters, samples, prompt_of, noised, world):
+    """Print what a run is made of and what it needs; InputError where that is more than a device has.
+
+    vlm: the model without its weights. prompt_of: sample -> its prompt. noised: how many of a
+    step's questions have a noised twin.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute, (spread, again) = dtype_of(args, device), choices(args, device, world, vlm)
     total, trained = parameters(vlm, args.freeze_vision)
     vision = sum(p.numel() for p in vlm.vision_parameters())
@@ -154,7 +91,7 @@ def dry_run(args, samples, noised, world):
     text, sight = vlm.text_config, vlm.model.config.vision_config
     counts = []
     for s in chosen:
-        inputs = vlm.encode([s.pictures()], [data.prompt(s)])
+        inputs = vlm.encode([s.pictures()], [prompt_of(s)])
         ids = inputs["input_ids"]
         seen = sum(patches(value, sight) for key, value in inputs.items() if "pixel_values" in key)
         counts.append((ids.shape[1], int((ids == image_id).sum()), seen))
@@ -169,10 +106,10 @@ def dry_run(args, samples, noised, world):
     part = min(questions, args.micro_batch)
     if args.micro_tokens:
         part = max(1, min(part, args.micro_tokens // (views * (prompt + args.group_size * args.max_new_tokens))))
-    block = max(sum(p.numel() for p in b.parameters()) for b in parallel.blocks(vlm.model)) if sharded else 0
-    left = total - sum(p.numel() for b in parallel.blocks(vlm.model) for p in b.parameters()) if sharded else 0
+    block = max(sum(p.numel() for p in b.parameters()) for b in distributed.blocks(vlm.model)) if sharded else 0
+    left = total - sum(p.numel() for b in distributed.blocks(vlm.model) for p in b.parameters()) if sharded else 0
     state = state_bytes(total, trained, ranks, args.offload)
-    state["device", "CLIP, fp32"] = 4 * noise.ClipAttention.count(args.clip)
+    state["device", "CLIP, fp32"] = 4 * clip_parameters
     if args.kl_beta:
         state["CPU" if args.offload else "device", "reference model"] = 4 * total / ranks
     rolling = {"all weights, gathered": size * total if sharded else 0,
@@ -199,7 +136,7 @@ def dry_run(args, samples, noised, world):
     idle = state.get(("device", "gradients, fp32"), 0)              # there are none while rolling out
     peak = {"rolling out": 1.1 * (held - idle + sum(rolling.values())) / GIB,
             "learning": 1.1 * (held + sum(learning.values())) / GIB}
-    print(f"{data.shown(args.model)}: {total:,} parameters ({vision:,} of them vision), {trained:,} train")
+    print(f"{cli.shown(args.model)}: {total:,} parameters ({vision:,} of them vision), {trained:,} train")
     print(f"{describe(compute, spread, again, world)}{', offload' if args.offload else ''}")
     print(f"tokens: longest of {len(chosen)} prompts {prompt}, {picture} of them pictures; completion {args.max_new_tokens}")
     a_rank = (questions + math.ceil(noised / world)) * args.group_size
@@ -207,7 +144,7 @@ def dry_run(args, samples, noised, world):
           f"twins x {args.group_size}), a rank at most {a_rank}; questions a forward pass when learning: {part}")
     columns = [c for c in ("device", "CPU", "rolling out", "learning") if any(c in cells for cells in rows.values())]
     print("\nGiB a rank")
-    print(data.table({name: {c: cells.get(c, "") for c in columns} for name, cells in rows.items()}))
+    print(cli.table({name: {c: cells.get(c, "") for c in columns} for name, cells in rows.items()}))
     memory, here = device_memory(args, device), int(os.environ.get("LOCAL_WORLD_SIZE", world))
     waiting = here * sum(value for (where, _), value in state.items() if where == "CPU") + 4 * total
     waiting = max(waiting, here * file) / GIB                       # not at once: what is kept is made share by share

@@ -1,13 +1,51 @@
-"""Draw what eval.py measured: one self-contained HTML page, charts as inline SVG, light and dark, no network.
-
-    python eval.py --model runs/cdrl --baseline tiny/base     # writes runs/eval/report.html
-
-Nothing is computed here but positions on a page. Every figure on it stands in tables.json beside it, or in the stored votes.
-"""
+"""Pictures and pages: report.png of a training run, report.html of an evaluation."""
 import base64
 import html
 import io
+import json
 import math
+
+import numpy as np
+
+from utils.logs import smoothed
+from utils.metrics import calibration_error, reliability_points
+
+
+def draw_probe(path, named):
+    """probe.png: accuracy, token probability and C against noise. named: {label: {t: list of Answer}}."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4))
+    for axis, field, ylabel in zip(axes, ("correct", "token_probability", "confidence"),
+                                   ("accuracy", "mean token probability", "confidence C")):
+        plot_probe(axis, named, field, ylabel)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def plot_reliability(axis, named, bins=10):
+    """Reliability diagram of the sequence probability. named: {label: list of Answer}."""
+    axis.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
+    for label, answers in named.items():
+        p, correct = (np.array([getattr(a, field) for a in answers], float) for field in ("probability", "correct"))
+        axis.plot(*zip(*reliability_points(p, correct, bins)), marker="o", markersize=4,
+                  label=f"{label}, ECE {calibration_error(p, correct):.2f}")
+    axis.set(xlabel="sequence probability", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title="Reliability")
+    axis.legend(fontsize=8)
+
+
+def plot_probe(axis, named, field, ylabel):
+    """A field of the answers against the noise step. named: {label: {t: list of Answer}}."""
+    for label, by_t in named.items():
+        axis.plot(list(by_t), [np.mean([getattr(a, field) for a in answers]) for answers in by_t.values()],
+                  marker="o", markersize=4, label=label)
+    axis.set(xlabel="noise step t", ylabel=ylabel)
+    if field != "confidence":
+        axis.set_ylim(0, 1)         # accuracy and probability on one scale: what falls, and what does not
+    axis.legend(fontsize=8)
+
 
 COLORS = ("--a", "--b", "--c", "--d", "--e", "--f")
 STYLE = """
@@ -158,13 +196,6 @@ def headline(tables):
     return rows
 
 
-def smoothed(points, most=60):
-    """[(x, y), ...] -> at most so many means of neighbours."""
-    size = math.ceil(len(points) / most)
-    parts = [points[i:i + size] for i in range(0, len(points), size)]
-    return [tuple(sum(column) / len(part) for column in zip(*part)) for part in parts]
-
-
 def build(tables, cases, logs, lead):
     """report.html (str). tables: what eval.py's `make_tables` returns; cases: list of arguments of `case`; logs: {model
     name: lines of its run's metrics.jsonl}; lead: the sentence under the title."""
@@ -217,3 +248,30 @@ def page(title, lead, sections):
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f'<meta name="color-scheme" content="light dark"><title>{html.escape(title)}</title><style>{STYLE}</style>'
             f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>{body}</html>")
+
+
+def draw_report(output, before, after, args):
+    """report.png: reward and gap over steps; reliability; accuracy and confidence against noise, before and after."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(2, 3, figsize=(14, 8))
+    for axis, key, color in ((axes[0, 0], "original/reward", "tab:blue"), (axes[0, 0], "original/outcome", "tab:orange"),
+                             (axes[0, 0], "noised/reward", "tab:green"), (axes[0, 1], "gap", "tab:green")):
+        points = [(row["step"], row[key]) for row in log if key in row]
+        if points:
+            axis.plot(*zip(*points), color=color, alpha=0.25)
+            axis.plot(*zip(*smoothed(points)), color=color, label=key)
+    axes[0, 0].set(xlabel="step", title="Reward")
+    axes[0, 0].legend(fontsize=8)
+    axes[0, 1].set(xlabel="step", title="Gap C - C' while training")
+    plot_reliability(axes[0, 2], {"before": before[0], "after": after[0]})
+    named = {"before": before, "after": after}
+    for axis, name, label in ((axes[1, 0], "correct", "accuracy"), (axes[1, 1], "token_probability", "mean token probability"),
+                              (axes[1, 2], "confidence", "confidence C")):
+        plot_probe(axis, named, name, label)
+    figure.suptitle(f"{args.recipe}, {len(log)} steps; below: noise on the {args.region} region of held-out questions")
+    figure.tight_layout()
+    figure.savefig(output / "report.png", dpi=110)
+    pyplot.close(figure)

@@ -33,10 +33,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-import data
-from data import InputError
-from vlm import Scores
+from utils import cli
+from utils.cli import InputError
 
+GIB = 2**30
+COMFORTABLE = 0.5       # of a device's memory: above it `--shard auto` shards the state of training
+LARGE = 1e9             # parameters: above it `--activation_checkpointing auto` is on
 # A rank that is done with its share waits for the slowest one as long as this.
 PATIENCE = timedelta(days=30)
 
@@ -109,12 +111,11 @@ class Policy(nn.Module):
         self.model, self._vlm = vlm.model, [vlm]            # in a list: a VLM is no module
 
     def forward(self, *args, **kwargs):
-        scores = self._vlm[0].score(*args, **kwargs) if args else None
-        return scores and (scores.logprobs, scores.confidence, scores.entropy, scores.mask)
+        return self._vlm[0].score(*args, **kwargs) if args else None
 
     def score(self, *args, **kwargs):
         """`VLM.score`, with gradient."""
-        return Scores(*self(*args, **kwargs))
+        return self(*args, **kwargs)
 
     @property
     def units(self):
@@ -181,9 +182,6 @@ def clip_gradients(parameters, largest):
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# State
-
 def whole_state(policy, dtype):
     """Every weight in full, by its name in the model, in the CPU's memory of rank 0 -> dict ({} on other ranks). All ranks
     call it. A weight that two modules share (a head tied to the word embeddings) is there once, by its first name."""
@@ -206,7 +204,7 @@ def save_state(policy, optimiser, path):
 def checksums(path):
     """{name: CRC-32} of the files in a folder, in turns between the ranks, which share the file system. All ranks call it."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return dict(gathered([(file.name, data.checksum(file)) for file in sorted(path.iterdir())[rank::world]]))
+    return dict(gathered([(file.name, cli.checksum(file)) for file in sorted(path.iterdir())[rank::world]]))
 
 
 def load_state(policy, optimiser, path):
@@ -221,3 +219,46 @@ def load_state(policy, optimiser, path):
         checkpoint.load(state, checkpoint_id=path)
     set_model_state_dict(policy, state["model"])
     set_optimizer_state_dict(policy, optimiser, state["optimiser"], options=StateDictOptions(strict=False))
+
+
+def parameters(vlm, frozen_vision=False):
+    """-> (all, those that train)."""
+    total = sum(p.numel() for p in vlm.model.parameters())
+    return total, total - (sum(p.numel() for p in vlm.vision_parameters()) if frozen_vision else 0)
+
+
+def device_memory(args, device):
+    """GiB of a device; 0 where it is not known."""
+    if args.memory:
+        return args.memory
+    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else 0.0
+
+
+def state_bytes(total, trained, ranks, offload=False):
+    """What a rank holds between steps: weights, gradients and Adam's two moments in fp32 -> bytes by part."""
+    where = "CPU" if offload else "device"
+    return {(where, "weights, fp32"): 4 * total / ranks, (where, "gradients, fp32"): 4 * trained / ranks,
+            (where, "optimiser state, fp32"): 8 * trained / ranks}
+
+
+def dtype_of(args, device):
+    """The dtype of the computation."""
+    if args.dtype != "auto":
+        return getattr(torch, args.dtype)
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def choices(args, device, world, vlm):
+    """What `--shard` and `--activation_checkpointing` come to for this model -> (sharded?, activation checkpointing?)."""
+    total, trained = parameters(vlm, args.freeze_vision)
+    spread, again = args.shard == "fsdp", args.activation_checkpointing == "on"
+    if args.activation_checkpointing == "auto":
+        again = total > LARGE
+    if args.shard == "auto" and world > 1 and (memory := device_memory(args, device)):
+        spread = sum(state_bytes(total, trained, 1).values()) > COMFORTABLE * memory * GIB
+    return spread, again
+
+
+def describe(compute, spread, again, world):
+    return (f"{str(compute).removeprefix('torch.')}, {world} rank{'s' * (world > 1)}, "
+            f"{'each with a share (fsdp)' if spread else 'each with the whole state'}{', activation checkpointing' * again}")

@@ -1,0 +1,1 @@
+"""The built-in world: its questions, and the models that were trained on them."""

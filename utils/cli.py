@@ -1,0 +1,152 @@
+"""Command lines: bad input in one sentence, flags from dataclasses, tables, files written whole."""
+import argparse
+import errno
+import json
+import math
+import os
+import sys
+import zlib
+from dataclasses import field, fields
+from pathlib import Path
+
+# The built-in models: base, expert, clip.
+TINY = Path(__file__).resolve().parents[1] / "tiny"
+
+
+def names_in(text):
+    """Words separated by commas -> list of str."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def printable(text):
+    """One line that a terminal shows and does not obey: what a model said may hold escape sequences."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def add_sources(parser):
+    """Flags that say where questions, models and the Expert come from; eval.py has the same."""
+    parser.add_argument("--data", help="many questions: 'synthetic' (its test split) or a file")
+    parser.add_argument("--limit", type=int, help="at most so many of them")
+    parser.add_argument("--strict", action="store_true", help="a broken row of --data ends the run")
+    parser.add_argument("--data_seed", type=int, default=0, help="which built-in questions")
+    parser.add_argument("--batch_size", type=int, default=16, help="questions answered together; another number may "
+                        "change the last digits")
+    parser.add_argument("--model", default=str(TINY / "base"), help="base: model directory, hub id, or URL of a server")
+    parser.add_argument("--model_name", default="", help="the base model's name on its server (key: MODEL_API_KEY)")
+    parser.add_argument("--check_model", help="local model for Visual Self-Check when --model is a server")
+    parser.add_argument("--clip", default=str(TINY / "clip"), help="CLIPModel directory or hub id, finds the key regions")
+    parser.add_argument("--expert", default=str(TINY / "expert"),
+                        help="'self' (the base plays the roles), directory, hub id, or URL of a server")
+    parser.add_argument("--expert_model", default="", help="the Expert's name on its server (key: EXPERT_API_KEY)")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds a server may take for a reply")
+    parser.add_argument("--retries", type=int, default=4, help="how often a failed request is sent again")
+    parser.add_argument("--cache", default="runs/cache", help="folder for servers' replies; '' = none")
+
+
+class InputError(ValueError):
+    """Bad input from the user: one sentence that says what, its value, and what to do. Commands exit with code 2."""
+
+
+def command(name, function):
+    """Run a command's main function: quiet libraries, and bad input as one sentence on stderr with exit code 2."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")            # a terminal that cannot show a character shows ?
+    try:
+        result = function()
+        sys.stdout.flush()
+        return result
+    except BrokenPipeError:             # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = error.filename or "the disk of the output"
+        print(f"{name}: {error.strerror}: {where}; make room, and the same command goes on", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; the same command starts again", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def option(default, text, choices=None):
+    """A dataclass field that is also a command-line flag: its default, a sentence of help, what it may be."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def add_options(parser, settings):
+    """One flag for each field of a dataclass made of `option`s."""
+    for f in fields(settings):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        kind |= {"choices": f.metadata["choices"]} if f.metadata["choices"] else {}
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"),
+                            default=f.default if parser.argument_default is None else parser.argument_default, **kind)
+
+
+def reason(error):
+    """The first line of what an error says, its class where it says nothing, or not a word (str)."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return said if " " in said else f"{type(error).__name__} {said}".strip()
+
+
+def shown(path):
+    """A model's directory as a user would type it, a hub id or URL as it is."""
+    return os.path.relpath(path) if os.path.isdir(path) else str(path)
+
+
+def strict_json(value, **how):
+    """json.dumps without NaN and Infinity, which are no JSON: null stands for them."""
+    def finite(x):
+        if isinstance(x, dict):
+            return {key: finite(item) for key, item in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [finite(item) for item in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    return json.dumps(finite(value), allow_nan=False, **how)
+
+
+def write_atomically(path, text):
+    """Write a file by one rename: a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)           # a full disk
+        raise
+    os.replace(temporary, path)
+
+
+def checksum(path):
+    """CRC-32 of a file's content, or of a model directory's weights and settings (int)."""
+    kinds = ("*.safetensors", "*.bin", "*config.json", "*token*", "chat_template*")
+    files = [path] if path.is_file() else sorted({file for kind in kinds for file in path.glob(kind) if file.is_file()})
+    total = 0
+    for file in files:
+        with open(file, "rb") as stream:
+            while block := stream.read(2**24):
+                total = zlib.crc32(block, total)
+    return total
+
+
+def table(rows, intervals=True):
+    """{row name: {column: number, or (value, low, high)}} -> text with aligned columns."""
+    def shown(value):
+        if isinstance(value, tuple):
+            ends = f" [{value[1]:.3f}, {value[2]:.3f}]" if intervals and math.isfinite(value[0]) else ""
+            return f"{value[0]:.3f}{ends}"
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+    columns = list(next(iter(rows.values())))
+    lines = [["", *columns]] + [[name, *(shown(row[c]) for c in columns)] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+                     for line in lines)
