@@ -16,7 +16,6 @@ the ledger says so. Left out on purpose: streaming, and an Expert that sees the 
 import argparse
 import math
 import os
-import re
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field
@@ -33,19 +32,36 @@ from utils import cli, distributed
 from utils.cli import InputError, add_options, add_sources, command, names_in, option
 from utils.experts import (
     LocalExpert,
-    Server,
     ServerExpert,
     ServerVLM,
-    consult,
+    in_background,
     parse_critique,
     parse_order,
     parse_probabilities,
+    record_role,
+    start_role,
 )
 from utils.formats import LETTERS
 from utils.judge import accepts, equivalent, extract_answer
-from utils.results_file import Ledger, answer_file, average, describe, frame_of, read_threshold, sources_of, timed
+from utils.results_file import (
+    Ledger,
+    answer_file,
+    ask_consent,
+    average,
+    describe,
+    failures,
+    frame_of,
+    is_open,
+    read_threshold,
+    run_through,
+    sources_of,
+    timed,
+    waited,
+)
+from utils.server import Server, ServerError, is_url
 from vlm import VLM, Rollout
 
+STILL_OPEN = 3                  # exit code where a server failed and questions wait for the same command
 TIE = 1e-9                      # totals closer than this are equal; the samples' order then decides
 
 
@@ -219,7 +235,7 @@ def decided(rows, remaining, taus, threshold=None):
 class Result:
     """answer: None when nobody gave one; confidence: V[answer] / sum V (Eq. 10), in [0, 1]; abstained: it lies below the
     threshold; correct: by the judge, None without a gold answer; order: of the modules; skipped: {module: why};
-    said: {role: text}; rollouts: the samples."""
+    said: {role: text}; open: {who: why} where a server failed, to be asked again; rollouts: the samples."""
     id: str
     answer: str | None = None
     confidence: float = 0.0
@@ -229,6 +245,7 @@ class Result:
     order: list = field(default_factory=list)
     skipped: dict = field(default_factory=dict)
     said: dict = field(default_factory=dict)
+    open: dict = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     rollouts: list = field(default_factory=list)
 
@@ -298,25 +315,78 @@ class Controller:
 
         rollouts: what was drawn for each sample earlier, N Rollouts each; then nothing is drawn.
         """
+        return run_through(self.steps(samples, rollouts))
+
+    def steps(self, samples, rollouts=None, expert=None):
+        """`answer_all` as a generator, which yields each Future of a server that it waits for and returns the results.
+
+        Without early exit every role is asked as soon as its prompt is there: the Planner before the samples, Critic and
+        Voter together. While they travel, the base goes on. Votes are cast in one order, so that no reply's speed matters.
+        """
+        expert = expert or self.expert
         turns = [Turn(sample, sample.pictures(), Result(sample.id)) for sample in samples]
+        planner = self._start_planner(turns, expert) if self.settings.early_exit == "off" else None
         if rollouts is None:
-            self._draw(turns)
+            yield from self._draw(turns)
         for turn, given in zip(turns, rollouts or []):
             turn.result.rollouts = list(given)
             turn.result.votes = self._sample_votes(turn)
             self._charge(turn, "samples", turn.result.rollouts)
         pending = self._pending(turns, self.modules)
-        self._plan(pending)
-        for place in range(len(self.modules)):
-            for module in self.modules:
-                batch = [turn for turn in pending if turn.result.order[place] == module]
-                if batch:
-                    with timed(batch):
-                        getattr(self, f"_{module}")(batch)
-            pending = self._pending(pending, None, place + 1)
+        planner = planner or self._start_planner(pending, expert)
+        if self.settings.early_exit != "exact":
+            roles = [module for module in ("self_reflection", "self_consistency") if module in self.modules and pending]
+            started = {module: getattr(self, f"_start_{module}")(pending, expert) for module in roles}
+            if "self_check" in self.modules and pending:
+                self._self_check(pending)
+            yield from self._plan(pending, planner)
+            for module in roles:                            # the base answers again while Voters travel
+                yield from getattr(self, f"_{module}")(*started[module])
+        else:
+            yield from self._plan(pending, planner)
+            for place in range(len(self.modules)):
+                for module in self.modules:
+                    batch = [turn for turn in pending if turn.result.order[place] == module]
+                    if batch and module == "self_check":
+                        self._self_check(batch)
+                    elif batch:
+                        yield from getattr(self, f"_{module}")(*getattr(self, f"_start_{module}")(batch, expert))
+                pending = self._pending(pending, None, place + 1)
         for turn in turns:
             self._conclude(turn)
         return [turn.result for turn in turns]
+
+    def sample(self, pictures, prompts, n=1, **how):
+        """`vlm.sample`. Where a server fails on these questions alone, Rollouts that say so; InputError where it is down."""
+        try:
+            return self.vlm.sample(pictures, prompts, n, **how)
+        except ServerError as error:
+            if error.kind == "run" or self.vlm.server.pace.down:
+                raise
+            return [self.vlm.unanswered(n, error) for _ in prompts]
+
+    def sampling(self, turns, prompts, n=1, **how):
+        """`sample` for turns, as a generator: a local model works at once, a server's reply is waited for."""
+        pictures = [turn.pictures for turn in turns]
+        if isinstance(self.vlm, ServerVLM):
+            return (yield from waited(in_background(lambda: self.sample(pictures, prompts, n, **how)), turns))
+        with timed(turns):
+            return self.sample(pictures, prompts, n, **how)
+
+    def batches_in_flight(self, batch_size):
+        """How many batches to have under way so that no server waits for the base, nor the base for a server (int)."""
+        servers = [who.server for who in (self.expert, self.vlm) if hasattr(who, "server")]
+        return 2 + math.ceil(max(server.workers for server in servers) / batch_size) if servers else 1
+
+    def calls_a_question(self):
+        """{"Expert" or "base": (calls of its server for one question at most, longest reply in tokens)}."""
+        calls, reflects = {}, "self_reflection" in self.modules
+        if getattr(self.expert, "remote", False):
+            planned = self.settings.order in ("auto", "planner") and len(self.modules) > 1
+            calls["Expert"] = (planned + reflects + ("self_consistency" in self.modules), self.settings.expert_tokens)
+        if isinstance(self.vlm, ServerVLM):
+            calls["base"] = (1 + reflects, self.settings.max_new_tokens * self.settings.samples)
+        return calls
 
     def _rows(self, turn, only_samples=False):
         votes = [v for v in turn.result.votes if v.source == "samples" or not only_samples]
@@ -341,6 +411,9 @@ class Controller:
 
     def _charge(self, turn, source, rollouts, views=1):
         """Base-model work on one question: a prefill a view, then a forward pass a view for every further token."""
+        rollouts = [rollout for rollout in rollouts if rollout.failure is None]
+        if not rollouts:
+            return
         turn.result.ledger.add(source, tokens=sum(len(r.tokens) for r in rollouts),
                                forward_passes=views * max(len(r.tokens) for r in rollouts),
                                image_encodings=views * len(turn.pictures))
@@ -358,11 +431,10 @@ class Controller:
             for turn in pending:
                 rounds.setdefault((self._round(turn), len(turn.result.rollouts)), []).append(turn)
             for (size, first), part in rounds.items():
-                with timed(part):
-                    groups = self.vlm.sample([t.pictures for t in part], [data.prompt(t.sample) for t in part], size,
-                                             max_new_tokens=self.settings.max_new_tokens, first=first,
-                                             temperature=self.settings.temperature, top_k=self.settings.top_k,
-                                             seed=[self._seed(t) for t in part])
+                groups = yield from self.sampling(
+                    part, [data.prompt(t.sample) for t in part], size, max_new_tokens=self.settings.max_new_tokens,
+                    first=first, temperature=self.settings.temperature, top_k=self.settings.top_k,
+                    seed=[self._seed(t) for t in part])
                 for turn, group in zip(part, groups):
                     turn.result.rollouts += group
                     turn.result.votes = self._sample_votes(turn)
@@ -402,41 +474,57 @@ class Controller:
 
     # ---- The modules
 
-    def _plan(self, turns):
-        """Expert as Planner: the order of the modules."""
+    def _start_planner(self, turns, expert):
+        """Expert as Planner, on its way -> (turns, Future), or None where nobody is asked."""
+        auto = self.settings.order == "auto" and self.settings.early_exit != "exact"
+        if not (auto or self.settings.order == "planner") or len(self.modules) < 2 or not turns:
+            return None
+        return turns, start_role(expert, turns, lambda t: data.planner_prompt(t.sample),
+                                 lambda _, text: parse_order(text, MODULES))
+
+    def _plan(self, turns, planner):
+        """The order of the modules: the Planner's, or the one of the settings."""
         order = self.settings.order
         if order == "auto" and self.settings.early_exit == "exact":
             order = "self_check,self_consistency,self_reflection"       # no Expert; one call; a call and another answer
-        plans = [names_in(order)] * len(turns)
-        if order in ("auto", "planner"):
-            plans = [None] * len(turns)
-            if len(self.modules) > 1 and turns:
-                with timed(turns):
-                    plans = consult(self.expert, "planner", turns, lambda t: data.planner_prompt(t.sample),
-                                    lambda _, text: parse_order(text, MODULES))
-        for turn, plan in zip(turns, plans):
-            turn.result.order = [module for module in plan or MODULES if module in self.modules]
+        plans = {}
+        if planner:
+            replies = yield from waited(planner[1], planner[0])
+            plans = dict(zip(map(id, planner[0]), record_role("planner", planner[0], replies)))
+        fixed = MODULES if order in ("auto", "planner") else names_in(order)
+        for turn in turns:
+            turn.result.order = [module for module in plans.get(id(turn)) or fixed if module in self.modules]
 
-    def _self_consistency(self, turns):
-        """Expert as Voter (Eq. 6, 7): V[k] += tau1 c_k over the samples' answers."""
+    def _start_self_consistency(self, turns, expert):
+        """Expert as Voter, on its way -> what `_self_consistency` takes."""
         candidates = {id(turn): [row.answer for row in self._rows(turn, True)] for turn in turns}
-        asked = self._with_answers(turns, "voter")
-        shares = consult(self.expert, "voter", asked, lambda t: data.voter_prompt(t.sample, candidates[id(t)]),
-                         lambda t, text: parse_probabilities(text, len(candidates[id(t)])))
-        for turn, found in zip(asked, shares):
-            turn.result.votes += [Vote("voter", *pair) for pair in zip(candidates[id(turn)], found or [])]
+        voters = self._with_answers(turns, "voter")
+        return voters, candidates, start_role(
+            expert, voters, lambda t: data.voter_prompt(t.sample, candidates[id(t)]),
+            lambda t, text: parse_probabilities(text, len(candidates[id(t)]), candidates[id(t)]))
 
-    def _self_reflection(self, turns):
+    def _self_consistency(self, turns, candidates, voter):
+        """Expert as Voter (Eq. 6, 7): V[k] += tau1 c_k over the samples' answers."""
+        shares = record_role("voter", turns, (yield from waited(voter, turns)))
+        for turn, probabilities in zip(turns, shares):
+            turn.result.votes += [Vote("voter", *pair) for pair in zip(candidates[id(turn)], probabilities or [])]
+
+    def _start_self_reflection(self, turns, expert):
+        """Expert as Critic, on its way -> what `_self_reflection` takes."""
+        criticised = self._with_answers(turns, "critic")
+        current = {id(turn): self._rows(turn, True)[0].answer for turn in criticised}
+        return criticised, current, start_role(expert, criticised, lambda t: data.critic_prompt(t.sample, current[id(t)]),
+                                               lambda _, text: parse_critique(text))
+
+    def _self_reflection(self, turns, current, critic):
         """Expert as Critic; the base model answers again with the critique (Eq. 8): V[A_reflect] += tau2."""
-        asked = self._with_answers(turns, "critic")
-        current = {id(turn): self._rows(turn, True)[0].answer for turn in asked}
-        critiques = consult(self.expert, "critic", asked, lambda t: data.critic_prompt(t.sample, current[id(t)]),
-                            lambda _, text: parse_critique(text))
-        heard = [(turn, critique) for turn, critique in zip(asked, critiques) if critique is not None]
+        critiques = record_role("critic", turns, (yield from waited(critic, turns)))
+        heard = [(turn, critique) for turn, critique in zip(turns, critiques) if critique is not None]
         if heard:
-            groups = self.vlm.sample([t.pictures for t, _ in heard],
-                                     [data.reflect_prompt(t.sample, current[id(t)], critique) for t, critique in heard],
-                                     greedy=True, max_new_tokens=self.settings.max_new_tokens)
+            groups = yield from self.sampling(
+                [turn for turn, _ in heard],
+                [data.reflect_prompt(turn.sample, current[id(turn)], critique) for turn, critique in heard],
+                greedy=True, max_new_tokens=self.settings.max_new_tokens)
             for (turn, _), (rollout,) in zip(heard, groups):
                 self._vote(turn, "self_reflection", rollout)
 
@@ -448,10 +536,13 @@ class Controller:
                 turn.result.skipped["self_check"] = "the base model is a server; --check_model names a local one"
             return
         images = [t.pictures for t in turns]
-        noised = noise.make_pairs(images, [t.sample.question for t in turns], self.clip, noise.parse_t(settings.noise_t),
-                                  [settings.region] * len(turns), settings.mass, [self._seed(t) for t in turns])
-        rollouts = self.checker.contrast(images, noised, [data.prompt(t.sample) for t in turns], alpha=settings.check_alpha,
-                                         beta=settings.check_beta, max_new_tokens=settings.max_new_tokens)
+        with timed(turns):
+            noised = noise.make_pairs(
+                images, [t.sample.question for t in turns], self.clip, noise.parse_t(settings.noise_t),
+                [settings.region] * len(turns), settings.mass, [self._seed(t) for t in turns])
+            rollouts = self.checker.contrast(
+                images, noised, [data.prompt(t.sample) for t in turns], alpha=settings.check_alpha,
+                beta=settings.check_beta, max_new_tokens=settings.max_new_tokens)
         for turn, rollout in zip(turns, rollouts):
             self._vote(turn, "self_check", rollout, views=2)
 
@@ -464,6 +555,9 @@ class Controller:
 
     def _vote(self, turn, source, rollout, views=1):
         self._charge(turn, source, [rollout], views)
+        if rollout.failure is not None:
+            self._note_failure(turn, source, rollout.failure)
+            return
         turn.result.said[source] = rollout.text
         answer = extract_answer(rollout.text, turn.sample.choices)
         if answer is None:
@@ -471,8 +565,16 @@ class Controller:
         else:
             turn.result.votes.append(Vote(source, answer, 1.0))
 
+    def _note_failure(self, turn, who, failure):
+        """A server gave no words: a refusal is noted, any other failure leaves the question open."""
+        turn.result.ledger.notes.append(f"{who} gave no answer: {failure}")
+        if failure.kind != "refused":
+            turn.result.open[who] = str(failure)
+
     def _conclude(self, turn):
         rows, result = self._rows(turn), turn.result
+        for failure in {str(r.failure): r.failure for r in result.rollouts if r.failure is not None}.values():
+            self._note_failure(turn, "base", failure)
         best = winner(rows)
         if best is not None:
             result.answer, result.confidence = best.answer, share_of(best, rows)
@@ -489,20 +591,26 @@ def build(args, settings, model=None):
     if args.batch_size < 1 or not 0 < args.timeout <= 1e6 or args.retries < 0:
         raise InputError(f"--batch_size {args.batch_size} and --timeout {args.timeout:g} must be above 0 (a time-out at most "
                          f"1e6), --retries {args.retries} not negative")
+    if args.workers < 1 or not 0 <= args.patience <= 1e6 or args.max_side < 0 or args.thinking_tokens < 0:
+        raise InputError(f"--workers {args.workers} must be at least 1; --patience {args.patience:g} (at most 1e6), --max_side "
+                         f"{args.max_side} and --thinking_tokens {args.thinking_tokens} must not be negative")
     settings.check()
     read_threshold(settings, sources_of(args))
     model = model or args.model
 
-    def server(url, name, key):
-        return Server(url, name, os.environ.get(key) or None, args.timeout, args.retries, args.cache)
+    def server(url, name, flag):
+        return Server(url, name, os.environ.get(f"{flag.upper()}_API_KEY") or None, args.timeout, args.retries, args.cache,
+                      workers=args.workers, patience=args.patience, max_side=args.max_side, flag=flag,
+                      body=cli.json_object(f"--{flag}_body", getattr(args, f"{flag}_body")),
+                      headers=cli.headers_in(f"--{flag}_header", getattr(args, f"{flag}_header")),
+                      thinking_tokens=args.thinking_tokens)
 
     distributed.start_ranks()                      # before a model is loaded: each rank to a GPU of its own
     clip = noise.ClipAttention.from_pretrained(args.clip)
-    remote = re.match("https?:", model)
-    vlm = ServerVLM(server(model, args.model_name, "MODEL_API_KEY"), Rollout) if remote else VLM.load(model)
+    vlm = ServerVLM(server(model, args.model_name, "model"), Rollout) if is_url(model) else VLM.load(model)
     expert = None
-    if re.match("https?:", args.expert):
-        expert = ServerExpert(server(args.expert, args.expert_model, "EXPERT_API_KEY"), settings.expert_tokens)
+    if is_url(args.expert):
+        expert = ServerExpert(server(args.expert, args.expert_model, "expert"), settings.expert_tokens)
     elif args.expert not in ("self", model):
         expert = LocalExpert(VLM.load(args.expert), settings.expert_tokens)
     return Controller(vlm, expert, clip, settings, VLM.load(args.check_model) if args.check_model else None)
@@ -541,29 +649,41 @@ def run(argv=None):
         else:
             print(describe(result, tally(result.votes, controller.taus, args.choices), args.choices, controller.taus))
             print("next: python catts.py --data questions.jsonl --output results.jsonl        # many questions")
+        if result.open:
+            print(f"open: {'; '.join(result.open.values())}", file=sys.stderr)
+            raise SystemExit(STILL_OPEN)
         return
 
     def answer_batch(batch):
-        return [r.record(s, settings.window) for s, r in zip(batch, controller.answer_all(batch))]
+        results = yield from controller.steps(batch)
+        return [r.record(s, settings.window) for s, r in zip(batch, results)]
 
     # a threshold's file may change between a run and its continuation
     frame = frame_of(args, image=None, question=None, choices=None, abstain=str(controller.threshold))
-    found = answer_file(answer_batch, samples, args.output, frame, args.batch_size, strict=args.strict)
-    if found is not None:
-        rows = [found[name] for name in sorted({s.id for s in samples} & set(found))]
+    ask_consent(args, samples, controller.calls_a_question(), args.output)
+    stored = answer_file(answer_batch, samples, args.output, frame, args.batch_size, strict=args.strict,
+                         in_flight=controller.batches_in_flight(args.batch_size))
+    if stored is not None:
+        rows = [stored[name] for name in sorted({s.id for s in samples} & set(stored))]
         if not rows:
             raise InputError(f"no question of {args.data} could be answered; every picture is broken")
         if left_out := len(samples) - len(rows) + getattr(samples, "broken", 0):
             print(f"{left_out} questions left out", file=sys.stderr)
+        closed, sentence = [row for row in rows if not is_open(row)], failures(rows)
         if args.json:
-            print(cli.strict_json(average(rows)))
-            return
-        print(cli.table({"mean of": average(rows)}))
-        print(f"wrote {args.output}")
-        if settings.early_exit == "off":
+            summary = average(closed, args.expert_price) if closed else {"questions": 0}
+            print(cli.strict_json(summary | {"open": len(rows) - len(closed)}))
+        elif closed:
+            print(cli.table({"mean of": average(closed, args.expert_price)}))
+        if not args.json:
+            print(f"wrote {args.output}")
+        if sentence:
+            print(sentence, file=sys.stderr)
+            raise SystemExit(STILL_OPEN)
+        if settings.early_exit == "off" and not args.json:
             exact = Path(args.output).with_name("exact.jsonl")
-            print(f"next: python catts.py {shlex.join([*argv, '--early_exit', 'exact', '--output', str(exact)])}"
-                  "        # the same answers, cheaper")
+            command_line = shlex.join([*cli.public_args(argv), "--early_exit", "exact", "--output", str(exact)])
+            print(f"next: python catts.py {command_line}        # the same answers, cheaper")
 
 
 def main(argv=None):

@@ -42,13 +42,14 @@ def load_model(path, device, compute):
 class Rollout:
     """One sampled completion. tokens (T,) int64, EOS included; logprobs (T,), at temperature 1 on raw logits, in nats;
     confidences (T,), Eq. 3 a token; finished: it ended by EOS and was not cut at max_new_tokens; entropies (T,) in nats,
-    only when asked for."""
+    only when asked for; failure: why a server gave no words, None where it did."""
     text: str
     tokens: torch.Tensor
     logprobs: torch.Tensor
     confidences: torch.Tensor
     finished: bool
     entropies: torch.Tensor | None = None
+    failure: Exception | None = None
 
 
 class Scores(NamedTuple):
