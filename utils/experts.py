@@ -212,7 +212,7 @@ def without_thoughts(text):
 # The base model behind a server
 
 class _OneByOne(Exception):
-    """The server gives one answer where several were asked for."""
+    """The server gives fewer answers than were asked for."""
 
 
 class ServerVLM:
@@ -227,6 +227,7 @@ class ServerVLM:
 
     def __init__(self, server: Server, rollout):
         self.server, self.rollout, self.warned, self.gave_logprobs = server, rollout, set(), False
+        self.few = ""               # what it did when it was asked for several answers
 
     def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, greedy=False, seed=0,
                first=0):
@@ -240,7 +241,7 @@ class ServerVLM:
 
             def read(reply):
                 if count > 1 and len(reply["choices"]) < count:
-                    raise _OneByOne
+                    raise _OneByOne(f"{len(reply['choices'])} answers where {count} were asked for")
                 if len(reply["choices"]) != count:
                     raise ValueError(f"{len(reply['choices'])} answers where {count} were asked for")
                 return self._read(reply["choices"])
@@ -255,7 +256,8 @@ class ServerVLM:
                 return None
             try:
                 return ask(i, n)
-            except _OneByOne:
+            except _OneByOne as error:
+                self.few = f"; it gave {error}"
                 self.server.dialect.drop("n")
                 return None
 
@@ -268,7 +270,7 @@ class ServerVLM:
             groups[i] = failed[0] if failed else [self._unanswered(s) if isinstance(s, ServerError) else s[0] for s in samples]
         failures = [group for group in groups if isinstance(group, ServerError) and group.kind != "refused"]
         if failures and len(failures) == len(prompts):
-            raise ServerError(f"{failures[0]}; what was done is kept, the same command goes on", failures[0].kind)
+            raise ServerError(f"{failures[0]}{self.few}; what was done is kept, the same command goes on", failures[0].kind)
         return [self.unanswered(n, group) if isinstance(group, ServerError) else group for group in groups]
 
     def unanswered(self, n, failure):
@@ -300,6 +302,8 @@ class ServerVLM:
             text, _ = read_choice(self.server, choice)
             failure = None
         except Cut:
+            if not self.server.dialect.thinks and self.server.thinking_tokens:
+                raise                   # `chat` makes room for its thoughts
             text, failure = "", ServerError(self.server.sentence("was cut before it answered", "raise --max_new_tokens or "
                                                                  "--thinking_tokens"), "refused")
         except TypeError:

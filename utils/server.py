@@ -156,7 +156,7 @@ def _message(value, depth=0):
         words.insert(0, ".".join(map(str, value["loc"])) + ":")
     text = " ".join(filter(None, words))
     codes = [str(value[key]) for key in ("code", "type", "status", "param")
-             if isinstance(value.get(key), str) and value[key] and value[key] not in text]
+             if isinstance(value.get(key), str) and not re.search(rf"(?<!\w){re.escape(value[key])}(?!\w)", text)]
     return f"{text} ({', '.join(codes)})" if codes and text else text or " ".join(codes)
 
 
@@ -197,6 +197,8 @@ def told_wait(headers, text, now=None):
     return float(match[1]) if match else None
 
 
+SECRET = re.compile(r"api.?key.{0,30}(not valid|invalid|incorrect|expired|missing)|(invalid|incorrect|missing) api.?key|"
+                    r"unauthori[sz]ed|authentication", re.IGNORECASE)
 QUOTA = re.compile(r"insufficient[_ ](quota|balance|credit|fund)|quota exhausted|exceeded your (current )?quota|billing|"
                    r"credit balance|out of credit|more credits|payment|arrear|free (tier|quota).{0,40}exhaust|spending limit",
                    re.IGNORECASE)
@@ -273,7 +275,7 @@ def _names(words, key):
     if len(key) > 2:
         return bool(re.search(rf"(?<![\w]){key}(?![\w])", words))
     return bool(re.search(rf"""["'`]{key}["'`]|(parameter|param|argument|field|property|name|body|of)\W{{1,3}}{key}\b|"""
-                          rf"(^|[\s.]){key}(:|\s+(must|should|is|greater|>|<|=|!=))|\({key}\)|, {key}\)", words))
+                          rf"(^|[\s.]){key}(:|\s+(must|should|is|greater|>|<|=|!=))|[:(,]\s?{key}(?!\w)", words))
 
 
 @dataclass
@@ -477,7 +479,7 @@ class Server:
                 raise error
             timeouts += isinstance(error.__cause__, TimeoutError)
             if error.wait is not None:
-                self.pace.slow_down(min(error.wait, self.patience))
+                self.pace.slow_down(error.wait if error.wait <= self.patience else 0.0)
             if error.wait and waited + error.wait <= self.patience and named_waits < 8:
                 named_waits, waited = named_waits + 1, waited + error.wait      # told to wait: no retry is used up
                 time.sleep(error.wait * (1 + random.random() / 10))
@@ -625,7 +627,7 @@ class Server:
             return error("refused", "its filter declines this question")
         if status in (400, 404, 415, 422, 500, 501, 200) and BLIND.search(words):
             return error("run", f"choose a model that sees pictures with {self.name_flag}")
-        if status in (401, 403, 407):
+        if status in (401, 403, 407) or (status in (400, 200) and SECRET.search(words)):
             return error("run", f"check the key in {self.flag.upper()}_API_KEY, what it may use, and --{self.flag}_header")
         if status in (400, 413, 422, 200) and LONG.search(words):
             return error("request", f"lower --max_side ({self.max_side}) or the tokens of a reply")
