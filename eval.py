@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shlex
+import sys
 import zlib
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,7 @@ from catts import Vote, sample_votes, share_of, spoken, tally, winner
 from noise import MODES, ClipAttention, make_pair, make_pairs, parse_t
 from utils import cli, metrics, report, results_file
 from utils.cli import InputError
+from utils.experts import in_background, without_thoughts
 from utils.judge import accepts, extract_answer, is_correct
 from utils.logs import training_log
 from utils.metrics import calibrated
@@ -59,17 +61,18 @@ from vlm import VLM
 
 
 class Memo:
-    """An Expert that is asked the same thing once. What it said before counts as asked anew: costs stay those of a method
-    that runs alone."""
+    """Caches the Expert's replies. A cached reply, also one from the disk, is charged in full: each method's cost is what it
+    would be if it ran alone. Several threads may ask at once, each other things."""
 
     def __init__(self, expert):
-        self.expert, self.said = expert, {}
+        self.expert, self.replies, self.remote = expert, {}, getattr(expert, "remote", False)
 
     def ask(self, turns, attempt=0):
         keys = [(attempt, prompt, *(zlib.crc32(p.tobytes()) for p in pictures)) for pictures, prompt in turns]
-        new = {key: turn for key, turn in zip(keys, turns) if key not in self.said}
-        self.said |= dict(zip(new, self.expert.ask(list(new.values()), attempt))) if new else {}
-        return [self.said[key] for key in keys]
+        new = {key: turn for key, turn in zip(keys, turns) if key not in self.replies}
+        replies = self.expert.ask(list(new.values()), attempt) if new else []
+        self.replies |= {key: replace(reply, cached=False) for key, reply in zip(new, replies)}
+        return [self.replies[key] for key in keys]
 
 
 def collector(controller, sizes, drawn):
@@ -83,22 +86,30 @@ def collector(controller, sizes, drawn):
 
     def collect(batch):
         pictures, prompts = [s.pictures() for s in batch], [data.prompt(s) for s in batch]
-        groups = vlm.sample(pictures, prompts, drawn, temperature=settings.temperature, top_k=settings.top_k,
-                            seed=[f"{settings.seed} {s.id}" for s in batch], **length)
-        greedy = [group[0] for group in vlm.sample(pictures, prompts, greedy=True, **length)]
+        expert, turns = Memo(controller.expert), [catts.Turn(s, p, catts.Result(s.id)) for s, p in zip(batch, pictures)]
+        alone = in_background(expert.ask, list(zip(pictures, prompts))) if expert.remote else None
+        groups = yield from controller.sampling(
+            turns, prompts, drawn, temperature=settings.temperature, top_k=settings.top_k,
+            seed=[f"{settings.seed} {s.id}" for s in batch], **length)
+        greedy = yield from controller.sampling(turns, prompts, greedy=True, **length)
+        greedy = [group[0] for group in greedy]
         cut = checker.contrast(pictures, pictures, prompts, alpha=0, beta=settings.check_beta, **length) if checker else None
-        expert, own = controller.expert, controller.expert.ask(list(zip(pictures, prompts)))
-        controller.expert = Memo(expert)
-        found = {n: controller.answer_all(batch, [group[:n] for group in groups]) for n in sizes}
-        controller.expert = expert
+        own = (yield from results_file.waited(alone, turns)) if alone else expert.ask(list(zip(pictures, prompts)))
+        found = {}
+        for n in sizes:
+            found[n] = yield from controller.steps(batch, [group[:n] for group in groups], expert)
         rows = []
         for i, sample in enumerate(batch):
             row = found[max(sizes)][i].record(sample, settings.window)
             row = {key: row[key] for key in ("id", "gold", "choices", "question", "source", "meta")}
             row |= {"samples": [spoken(r, sample, settings.window) for r in groups[i]],
                     "greedy": spoken(greedy[i], sample), "cut_only": spoken(cut[i], sample) if cut else None}
-            answer = extract_answer(own[i].text, sample.choices)
+            answer = extract_answer(without_thoughts(own[i].text)[0], sample.choices)
             row["expert"] = {"answer": answer, "correct": accepts(answer, sample), "tokens": own[i].tokens}
+            row["open"] = {who: why for results in found.values() for who, why in results[i].open.items()}
+            row["open"] |= {"expert alone": own[i].error} if own[i].failed else {}
+            if greedy[i].failure is not None and greedy[i].failure.kind != "refused":
+                row["open"]["base"] = str(greedy[i].failure)
             row["by_n"] = {str(n): {"ran": list(votes), "votes": votes, "parts": r.ledger.parts, "notes": r.ledger.notes,
                                     "said": r.said, "order": r.order}
                            for n, results in found.items() for r in [results[i]] for votes in [r.by_source()]}
@@ -128,6 +139,9 @@ def outcomes(row, n, settings):
         return sample_votes([s["answer"] for s in drawn], [s["confidence"][settings.reading] for s in drawn],
                             [math.exp(s["logprob"]) for s in drawn], replace(settings, **change))
 
+    def counted(tokens):
+        return math.nan if tokens is None else tokens           # a server that counts nothing
+
     taus = settings.taus()
     tokens = sum(s["tokens"] for s in drawn)
     found = {"pass@1": [outcome for s in drawn for outcome in single(s)], "greedy": single(row["greedy"])}
@@ -135,13 +149,13 @@ def outcomes(row, n, settings):
         found["greedy, cut only"] = single(row["cut_only"])
     found |= {f"majority@{n}": voted(samples(weight="equal"), tokens), f"weighted@{n}": voted(samples(), tokens),
               f"filtered@{n}": voted(samples(top_share=0.5), tokens),
-              "expert alone": [Outcome(row["id"], float("nan"), row["expert"]["correct"], row["expert"]["tokens"], 1)]}
+              "expert alone": [Outcome(row["id"], float("nan"), row["expert"]["correct"], counted(row["expert"]["tokens"]), 1)]}
     if str(n) not in row["by_n"]:
         return found
     run = row["by_n"][str(n)]
     part = defaultdict(lambda: defaultdict(int), {name: defaultdict(int, cost) for name, cost in run["parts"].items()})
-    cost = {"voter": (part["voter"]["expert_tokens"], part["voter"]["expert_calls"]),
-            "self_reflection": (part["critic"]["expert_tokens"] + part["self_reflection"]["tokens"],
+    cost = {"voter": (counted(part["voter"]["expert_tokens"]), part["voter"]["expert_calls"]),
+            "self_reflection": (counted(part["critic"]["expert_tokens"]) + part["self_reflection"]["tokens"],
                                 part["critic"]["expert_calls"]),
             "self_check": (2 * part["self_check"]["tokens"], 0)}
     modules = modules_of(row, n)
@@ -152,9 +166,9 @@ def outcomes(row, n, settings):
                     raise InputError(f"question {row['id']!r}: the votes of {source} for {n} samples are gone; collect again")
             votes = samples() + [Vote(source, *vote) for source in subset for vote in run["votes"][source]]
             # one module needs no Planner; of several it orders the calls, and is paid for it
-            planned = [(part["planner"]["expert_tokens"], part["planner"]["expert_calls"])] * (size > 1)
+            planned = [(counted(part["planner"]["expert_tokens"]), part["planner"]["expert_calls"])] * (size > 1)
             more, calls = map(sum, zip(*(cost[source] for source in subset), *planned))
-            found[f"{method_of(subset)}@{n}"] = voted(votes, tokens + more, calls)
+            found[f"{method_of(subset, row.get('incomplete'))}@{n}"] = voted(votes, tokens + more, calls)
             if subset == ("self_check",):
                 check = run["votes"]["self_check"]
                 found["greedy VCD"] = [Outcome(row["id"], float("nan"), bool(check) and accepts(check[0][0], sample),
@@ -189,7 +203,8 @@ def make_tables(votes, probes, settings, sizes, drawn, regions, ts, risk, scales
     drawn: samples a question; scales: see `methods_of`."""
     n, last, names = settings.samples, max(ts), list(votes)
     methods = methods_of(votes, settings, scales)
-    best = f"{method_of(modules_of(votes[names[-1]][0], n))}@{n}"
+    last_row = votes[names[-1]][0]
+    best = f"{method_of(modules_of(last_row, n), last_row.get('incomplete'))}@{n}"
     shown = list(dict.fromkeys(["pass@1", *([CALIBRATED] if scales[names[-1]] else []), f"majority@{n}", best]))
     boots = {name: {method: resampled(some) for method, some in found.items()} for name, found in methods.items()}
     tables = {"methods": {name: {method: summarise(some, boots[name][method]) for method, some in found.items()}
@@ -253,6 +268,23 @@ def cases(rows, settings, samples, clip, method, number=12):
     return found
 
 
+def show_tables(tables, about, sentences, drawn, probe_ran):
+    """Print the tables of methods and of the probe; above each, whom a server failed."""
+    for name, found in tables["methods"].items():
+        print(f"\n{name}: {about}")
+        if sentences[name]:
+            print(f"{name}: {sentences[name]}")
+        print(cli.table({method: {key: row.get(key, math.nan) for key in (*HEADLINE, "tokens", "calls")}
+                          for method, row in found.items()}, intervals=False))
+        print(f"\n{name}: against majority voting at the same N and at the same tokens")
+        print(cli.table(tables["against majority"][name]))
+        if any(math.isnan(row["majority, same tokens"]) for row in tables["against majority"][name].values()):
+            print(f"nan: more tokens than majority@{drawn}; a larger --sizes draws more samples")
+    if probe_ran:
+        print("\nThe probe")
+        print(cli.table(tables["probe"], intervals=False))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Methods, calibration, scaling and the probe, for one model or two.")
     cli.add_sources(parser)
@@ -263,6 +295,8 @@ def main(argv=None):
     parser.add_argument("--t", type=int, nargs="+", default=list(PROBE_STEPS), help="noise steps of the probe; 0 is always run")
     parser.add_argument("--probe_samples", type=int, default=4, help="answers a question at each step of the probe")
     parser.add_argument("--target_risk", type=float, default=0.1, help="share of wrong answers that abstention aims at")
+    parser.add_argument("--max_failed", type=float, default=0.05, help="share of questions on which a server may have failed "
+                        "for a row to be called CA-TTS")
     parser.add_argument("--output", default="runs/eval", help="folder for what is measured")
     parser.add_argument("--json", action="store_true", help="print tables.json")
     cli.add_options(parser, catts.Settings)
@@ -271,6 +305,8 @@ def main(argv=None):
     settings = catts.Settings(**{name: getattr(args, name) for name in catts.Settings.__dataclass_fields__})
     if settings.early_exit != "off":
         raise InputError(f"--early_exit is {settings.early_exit!r}; here every module must vote, leave it off")
+    if not 0 <= args.max_failed <= 1:
+        raise InputError(f"--max_failed is {args.max_failed}; a share from 0 to 1 is expected")
     if args.probe_samples < 1 or not 0 < args.target_risk < 1:
         raise InputError(f"--probe_samples {args.probe_samples} must be at least 1, --target_risk {args.target_risk} between 0 "
                          "and 1")
@@ -287,14 +323,18 @@ def main(argv=None):
     output, samples = Path(args.output), data.load(args.data or "synthetic", "test", args.limit, args.data_seed, args.strict,
                                                    answered=True)
     paths = list(filter(None, (args.baseline, args.model)))
-    names = [Path(path).name for path in paths] if len({Path(path).name for path in paths}) == len(paths) else paths
+    public = [cli.public_url(path) for path in paths]
+    names = [Path(path).name for path in public] if len({Path(path).name for path in public}) == len(paths) else public
     votes, probes = {}, {}
     for name, path in zip(names, paths):
         controller = catts.build(args, settings, path)
         folder = output / re.sub(r"[^\w.-]+", "_", name)
         frame = results_file.frame_of(args, model=path, baseline=None, target_risk=None)
-        votes[name] = results_file.answer_file(collector(controller, args.sizes, drawn), samples, folder / "votes.jsonl", frame,
-                                        args.batch_size, f"{name}: votes", args.strict)
+        calls = {who: (count * len(args.sizes) + 1, reply) for who, (count, reply) in controller.calls_a_question().items()}
+        results_file.ask_consent(args, samples, calls, folder / "votes.jsonl")
+        votes[name] = results_file.answer_file(
+            collector(controller, args.sizes, drawn), samples, folder / "votes.jsonl", frame, args.batch_size,
+            f"{name}: votes", args.strict, controller.batches_in_flight(args.batch_size))
         if isinstance(controller.vlm, VLM):
             probes[name] = results_file.answer_file(
                 prober(controller.vlm, controller.clip, args.regions, ts, settings.mass, args.probe_samples,
@@ -309,6 +349,11 @@ def main(argv=None):
     expected = [catts.SOURCE[m] for m in controller.modules if m != "self_check" or controller.checker is not None]
     for rows in votes.values():
         check_rows(rows, args.sizes, drawn, expected)
+    sentences = {name: results_file.failures(rows) for name, rows in votes.items()}
+    for rows in votes.values():
+        if sum(map(results_file.is_open, rows)) > args.max_failed * len(rows):
+            for row in rows:
+                row["incomplete"] = True            # then no method is called CA-TTS
     scales = dict(zip(names, stored_scales(paths)))
     tables = make_tables(votes, probes, settings, args.sizes, drawn, args.regions, ts, args.target_risk, scales)
     kept, left_out = len(votes[names[-1]]), len(ids) - len(votes[names[-1]]) + getattr(samples, "broken", 0)
@@ -330,23 +375,20 @@ def main(argv=None):
                                           for name, rows in probes.items() for region in args.regions})
     if args.json:
         print(cli.strict_json(tables))
+    else:
+        show_tables(tables, about, sentences, drawn, bool(probes))
+    for name, sentence in sentences.items():
+        if sentence:
+            print(f"{name}: {sentence}", file=sys.stderr)
+    if any(sentences.values()):
+        raise SystemExit(catts.STILL_OPEN)
+    if args.json:
         return
-    for name, found in tables["methods"].items():
-        print(f"\n{name}: {about}")
-        print(cli.table({method: {key: row.get(key, math.nan) for key in (*HEADLINE, "tokens", "calls")}
-                          for method, row in found.items()}, intervals=False))
-        print(f"\n{name}: against majority voting at the same N and at the same tokens")
-        print(cli.table(tables["against majority"][name]))
-        if any(math.isnan(row["majority, same tokens"]) for row in tables["against majority"][name].values()):
-            print(f"nan: more tokens than majority@{drawn}; a larger --sizes draws more samples")
-    if probes:
-        print("\nThe probe")
-        print(cli.table(tables["probe"], intervals=False))
     print(f"\nwrote {output}/: report.html, tables.json, threshold.json, probe.png and the stored votes; "
           "the page and tables.json hold every interval")
     changed = [f"--{key} {shlex.quote(str(value))}" for key, value in results_file.deciding(settings).items()
                if value != getattr(catts.Settings, key)]
-    changed += [f"--{key} {shlex.quote(getattr(args, key))}" for key in ("expert", "expert_model", "clip", "check_model")
+    changed += [f"--{key} {shlex.quote(cli.public_url(getattr(args, key)))}" for key in ("expert", "expert_model", "clip", "check_model")
                 if getattr(args, key) != parser.get_default(key)]
     print("next: " + " ".join(["python catts.py tiny/example.png \"How many red crosses are there?\" --model",
                                cli.shown(args.model), *changed, f"--abstain {output}/threshold.json"]))

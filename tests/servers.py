@@ -272,7 +272,11 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests.append(Request(self.path, {k.lower(): v for k, v in self.headers.items()}, body,
                                                 len(self.server.requests) + 1))
             request = self.server.requests[-1]
+            self.server.now += 1
+            self.server.active.append(self.server.now)
         outcome = self.server.act(request)
+        with self.server.lock:
+            self.server.now -= 1
         status, content, headers = outcome if isinstance(outcome, tuple) else (200, outcome, {})
         content = content if isinstance(content, bytes) else (
             content if isinstance(content, str) else json.dumps(content)).encode()
@@ -298,9 +302,9 @@ class Quiet(ThreadingHTTPServer):
 
 
 def start(act):
-    """A server that acts so -> it, with `requests` and `host`. `shutdown` ends it."""
+    """A server that acts so -> it, with its host, requests, and how many were active at once. `shutdown` ends it."""
     server = Quiet(("127.0.0.1", 0), Handler)
-    server.act, server.requests, server.lock = act, [], threading.Lock()
+    server.act, server.requests, server.lock, server.now, server.active = act, [], threading.Lock(), 0, []
     server.host = f"127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     return server

@@ -10,7 +10,9 @@ import servers
 import torch
 from conftest import ROOT
 
+import catts
 import data
+import eval as eval_py
 from catts import Controller, Settings, tally
 from data import MODULES
 from utils import cli, results_file
@@ -326,3 +328,176 @@ def test_a_server_draws_all_its_samples_at_once(http, expert, clip, questions):
         settings = Settings(modules="", weight="equal", early_exit=early_exit)
         assert len(Controller(ServerVLM(endpoint(http), Rollout), expert, clip, settings).answer(questions[0]).rollouts) == 8
     assert [body["n"] for body, _ in http.seen] == [8, 8] and http.seen[0][0]["seed"] == http.seen[1][0]["seed"]
+
+
+# ---- Whole runs
+
+FLAGS = ["--data", "synthetic", "--limit", "6", "--batch_size", "2", "--samples", "2", "--modules",
+         "self_consistency,self_reflection", "--expert_model", "big", "--retries", "0", "--max_new_tokens", "24"]
+
+
+def run_catts(server, output, *flags, cache="cache"):
+    """catts.py on six questions -> (exit code, rows without their seconds)."""
+    code = 0
+    try:
+        catts.run([*FLAGS, "--expert", f"http://{server.host}/v1", "--output", str(output), "--cache",
+                   str(output.parent / cache) if cache else "", *flags])
+    except SystemExit as end:
+        code = end.code
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    for row in rows:
+        row["ledger"].pop("seconds")
+    return code, rows
+
+
+def act_as_expert(request):
+    return play_expert(request.body) | {"usage": {"prompt_tokens": 100, "completion_tokens": 5}}
+
+
+@pytest.mark.parametrize("cache", ["cache", ""])
+def test_an_outage_leaves_questions_open_and_the_same_command_closes_them(tmp_path, capsys, cache):
+    def ill(request):
+        prompt = request.body["messages"][0]["content"][-1]["text"]
+        return servers.refuse(500, "the voter is ill") if "JSON list of probabilities" in prompt else act_as_expert(request)
+    server = servers.start(act_as_expert)
+    try:
+        code, undisturbed = run_catts(server, tmp_path / "fine.jsonl", cache=cache and "other")
+        assert code == 0 and all(not row["open"] and row["ledger"]["expert_prompt_tokens"] == 300 for row in undisturbed)
+        capsys.readouterr()
+        for act in (ill, lambda request: servers.refuse(401, "no such key")):
+            server.act = act
+            code, rows = run_catts(server, tmp_path / "ill.jsonl", cache=cache)
+            told = capsys.readouterr()
+            assert code == catts.STILL_OPEN and len(rows) == 6 and all("voter" in row["open"] for row in rows)
+            assert "Expert failed on 6 of 6 questions" in told.err and "same command" in told.err
+            assert "accuracy" not in told.out               # a failure is no result
+        server.act = act_as_expert
+        code, rows = run_catts(server, tmp_path / "ill.jsonl", cache=cache)
+        assert code == 0 and rows == undisturbed
+        before = len(server.requests)
+        assert run_catts(server, tmp_path / "ill.jsonl", cache=cache) == (0, undisturbed) and len(server.requests) == before
+    finally:
+        server.shutdown()
+
+
+def test_one_question_that_a_base_server_refuses_ends_no_run(tmp_path, capsys):
+    """Its filter declines the second question, the third breaks it: two are unanswered, one of them for good."""
+    questions = [data.ask(sample) for sample in data.load("synthetic", "test", 6)]
+
+    def act(request):
+        prompt = request.body["messages"][0]["content"][-1]["text"]
+        if questions[1] in prompt:
+            return servers.refuse(400, "flagged by the content filter")
+        return servers.refuse(500, "I broke") if questions[2] in prompt and ill else request.good()
+
+    server, ill = servers.start(act), True
+    flags = ["--model", f"http://{server.host}/v1", "--model_name", "m", "--modules", "", "--batch_size", "1", "--workers", "2"]
+    try:
+        code, rows = run_catts(server, tmp_path / "base.jsonl", *flags)
+        assert code == catts.STILL_OPEN and [bool(row["open"]) for row in rows] == [False, False, True, False, False, False]
+        assert [row["answer"] for row in rows] == ["3", None, None, "3", "3", "3"]
+        assert "flagged by the content filter" in " ".join(rows[1]["ledger"]["notes"]) and "I broke" in rows[2]["open"]["base"]
+        assert "base's server failed on 1 of 6" in capsys.readouterr().err
+        ill = False
+        code, rows = run_catts(server, tmp_path / "base.jsonl", *flags)
+        assert code == 0 and [row["answer"] for row in rows] == ["3", None, "3", "3", "3", "3"]
+    finally:
+        server.shutdown()
+
+
+def test_secrets_of_urls_and_headers_are_neither_printed_nor_stored(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("EXPERT_API_KEY", KEY)
+    secrets = ["password-0123", "query-secret-0123", "header-secret-0123", KEY]
+
+    def act(request):
+        assert request.headers["x-token"] == secrets[2] and secrets[1] in request.path
+        text = f"you sent {request.headers} to {request.path}"
+        return play_expert(request.body) if request.count < 10 else servers.refuse(403, text)
+
+    server = servers.start(act)
+    url = f"http://me:{secrets[0]}@{server.host}/v1?api_key={secrets[1]}&api-version=2"
+    try:
+        code, _ = run_catts(server, tmp_path / "out.jsonl", "--expert", url, "--expert_header", f"x-token={secrets[2]}")
+        assert code == catts.STILL_OPEN
+        server.act = lambda request: play_expert(request.body)
+        code, rows = run_catts(server, tmp_path / "out.jsonl", "--expert", url, f"--expert_header=x-token={secrets[2]}")
+        assert code == 0 and len(rows) == 6
+    finally:
+        server.shutdown()
+    written = "".join(capsys.readouterr()) + "".join(p.read_text() for p in tmp_path.rglob("*") if p.is_file())
+    assert not [secret for secret in secrets if secret in written] and "api-version=2" in written
+
+
+def test_long_runs_need_consent_and_say_what_they_cost(tmp_path, capsys):
+    server = servers.start(act_as_expert)
+    try:
+        with pytest.raises(InputError, match="18 calls.*--yes"):
+            run_catts(server, tmp_path / "out.jsonl", "--ask_above", "17")
+        assert not server.requests and "Expert: up to 18 calls" in capsys.readouterr().err
+        code, rows = run_catts(server, tmp_path / "out.jsonl", "--ask_above", "17", "--yes", "--expert_price", "10", "1000")
+        assert code == 0 and len(server.requests) == 18
+        assert "money" in (told := capsys.readouterr().out) and f"{(1800 * 10 + 90 * 1000) / 1e6:.3f}" in told
+        run_catts(server, tmp_path / "out.jsonl", "--ask_above", "0")           # nothing is left to be asked
+    finally:
+        server.shutdown()
+
+
+def test_usage_that_nobody_counts_is_unknown(tmp_path):
+    server = servers.start(lambda request: {"choices": play_expert(request.body)["choices"]})
+    try:
+        _, rows = run_catts(server, tmp_path / "out.jsonl")
+        assert all(row["ledger"]["expert_tokens"] is None and row["ledger"]["expert_calls"] == 3 for row in rows)
+    finally:
+        server.shutdown()
+
+
+def test_batches_travel_together_and_votes_do_not_depend_on_it(base, clip, questions):
+    server = servers.start(lambda request: time.sleep(0.3) or act_as_expert(request))
+    try:
+        expert = ServerExpert(Server(f"http://{server.host}/v1", "big", workers=12))
+        control = Controller(base, expert, clip, Settings(modules="self_consistency,self_reflection", samples=2,
+                                                          max_new_tokens=24))
+        batches = [questions[i:i + 2] for i in range(0, 8, 2)]
+        start = time.perf_counter()
+        apart = [control.answer_all(batch) for batch in batches]
+        middle = time.perf_counter()
+        together = {id(batch): results for batch, results in results_file._answered(control.steps, iter(batches), 4)}
+        end = time.perf_counter()
+        for batch, results in zip(batches, apart):
+            for a, b in zip(results, together[id(batch)]):
+                assert (a.answer, a.votes, a.order, a.said) == (b.answer, b.votes, b.order, b.said)
+        print(f"one after another {middle - start:.2f} s, together {end - middle:.2f} s")
+        assert end - middle < middle - start
+        assert 4 < max(server.active) <= 12
+    finally:
+        server.shutdown()
+
+
+def test_a_table_says_on_how_many_questions_the_expert_failed(tmp_path, capsys):
+    """Over --max_failed no row is called CA-TTS; the same command then makes the table of an undisturbed run."""
+    def ill(request):
+        return act_as_expert(request) if request.count % 5 else servers.refuse(500, "now and then I break")
+
+    def run(output):
+        try:
+            eval_py.main(["--expert", f"http://{server.host}/v1", "--expert_model", "big", "--data", "synthetic", "--limit",
+                          "8", "--samples", "2", "--sizes", "2", "--t", "999", "--regions", "key", "--probe_samples", "1",
+                          "--retries", "0", "--max_new_tokens", "24", "--output", str(tmp_path / output), "--cache", ""])
+        except SystemExit as end:
+            return end.code, capsys.readouterr()
+        return 0, capsys.readouterr()
+
+    server = servers.start(act_as_expert)
+    try:
+        assert run("fine")[0] == 0
+        server.act = ill
+        code, told = run("ill")
+        assert code == catts.STILL_OPEN and "Expert failed on" in told.out and "now and then I break" in told.out
+        assert "CA-TTS@2" not in told.out and "+VRC, Expert failed@2" in told.out
+        server.act = act_as_expert
+        code, told = run("ill")
+        assert code == 0 and "CA-TTS@2" in told.out
+    finally:
+        server.shutdown()
+    fine, mended = (json.loads((tmp_path / name / "tables.json").read_text()) for name in ("fine", "ill"))
+    assert fine == mended

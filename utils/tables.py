@@ -30,9 +30,13 @@ LETTER = {"voter": "V", "self_reflection": "R", "self_check": "C"}
 WORKERS = {"voter": ("voter",), "self_reflection": ("critic", "self_reflection"), "self_check": ("self_check",)}
 
 
-def method_of(modules):
-    """The name of a subset of LETTER's modules, added to the samples' weighted vote."""
-    return {0: "weighted", len(LETTER): "CA-TTS"}.get(len(modules), "+" + "".join(LETTER[source] for source in modules))
+def method_of(modules, incomplete=False):
+    """The name of a subset of LETTER's modules, added to the samples' weighted vote. incomplete: too many of the Expert's
+    votes are missing for the whole to be called CA-TTS."""
+    letters = "+" + "".join(LETTER[source] for source in modules)
+    if incomplete and len(modules) == len(LETTER):
+        return f"{letters}, Expert failed"
+    return {0: "weighted", len(LETTER): "CA-TTS"}.get(len(modules), letters)
 
 
 def modules_of(row, n):
