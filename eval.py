@@ -81,7 +81,7 @@ def collector(controller, sizes, drawn):
     `drawn` samples a question; the votes of every module for the first n of them, for each n of `sizes`; the greedy answer,
     the one with the plausibility cut alone (alpha = 0), and the Expert's own.
     """
-    vlm, settings, checker = controller.vlm, controller.settings, controller.checker
+    settings, checker = controller.settings, controller.checker
     length = {"max_new_tokens": settings.max_new_tokens}
 
     def collect(batch):

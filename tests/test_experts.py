@@ -3,6 +3,7 @@ import json
 import re
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -15,7 +16,7 @@ import data
 import eval as eval_py
 from catts import Controller, Settings, tally
 from data import MODULES
-from utils import cli, results_file
+from utils import cli, results_file, tables
 from utils.cli import InputError
 from utils.experts import LocalExpert, Server, ServerExpert, ServerVLM, parse_order, parse_probabilities
 from vlm import VLM, Rollout
@@ -461,7 +462,7 @@ def test_batches_travel_together_and_votes_do_not_depend_on_it(base, clip, quest
         start = time.perf_counter()
         apart = [control.answer_all(batch) for batch in batches]
         middle = time.perf_counter()
-        together = {id(batch): results for batch, results in results_file._answered(control.steps, iter(batches), 4)}
+        together = {id(batch): results for batch, results in results_file.answer_batches(control.steps, iter(batches), 4)}
         end = time.perf_counter()
         for batch, results in zip(batches, apart):
             for a, b in zip(results, together[id(batch)]):
@@ -473,15 +474,18 @@ def test_batches_travel_together_and_votes_do_not_depend_on_it(base, clip, quest
         server.shutdown()
 
 
-def test_a_table_says_on_how_many_questions_the_expert_failed(tmp_path, capsys):
+def test_a_table_says_on_how_many_questions_the_expert_failed(tmp_path, capsys, monkeypatch):
     """Over --max_failed no row is called CA-TTS; the same command then makes the table of an undisturbed run."""
+    monkeypatch.setattr(tables, "ROUNDS", 10)               # intervals are not what is tested
+    monkeypatch.setattr(eval_py, "summary_intervals", partial(tables.summary_intervals, rounds=10))
+
     def ill(request):
         return act_as_expert(request) if request.count % 5 else servers.refuse(500, "now and then I break")
 
     def run(output):
         try:
             eval_py.main(["--expert", f"http://{server.host}/v1", "--expert_model", "big", "--data", "synthetic", "--limit",
-                          "8", "--samples", "2", "--sizes", "2", "--t", "999", "--regions", "key", "--probe_samples", "1",
+                          "6", "--samples", "2", "--sizes", "2", "--t", "999", "--regions", "key", "--probe_samples", "1",
                           "--retries", "0", "--max_new_tokens", "24", "--output", str(tmp_path / output), "--cache", ""])
         except SystemExit as end:
             return end.code, capsys.readouterr()

@@ -166,7 +166,7 @@ def answer_file(answer_batch, samples, output, settings, batch_size=16, name="qu
                         continue
                 progress.update(len(batch))
 
-        for batch, rows in _answered(answer_batch, unanswered(), in_flight):
+        for batch, rows in answer_batches(answer_batch, unanswered(), in_flight):
             rows = [_with_earlier_costs(row, stored[0].get(row["id"])) for row in rows if row["id"] not in done]
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
@@ -176,7 +176,7 @@ def answer_file(answer_batch, samples, output, settings, batch_size=16, name="qu
     return _merge(output, samples) if rank == 0 else None
 
 
-def _answered(answer_batch, batches, in_flight):
+def answer_batches(answer_batch, batches, in_flight):
     """Yields (batch, its rows) as they are done. While one batch waits for a server, others go on, all on this thread.
 
     An error ends the run after the batches that are under way: what they bought is not lost.
