@@ -318,10 +318,12 @@ class Controller:
         return run_through(self.steps(samples, rollouts))
 
     def steps(self, samples, rollouts=None, expert=None):
-        """`answer_all` as a generator, which yields each Future of a server that it waits for and returns the results.
+        """`answer_all` as a generator, which yields each Future of a server that it waits for and returns the
+        results.
 
-        Without early exit every role is asked as soon as its prompt is there: the Planner before the samples, Critic and
-        Voter together. While they travel, the base goes on. Votes are cast in one order, so that no reply's speed matters.
+        Without early exit every role is asked as soon as its prompt is there: the Planner before the samples,
+        Critic and Voter together. While they travel, the base goes on. Votes are cast in one order, so that
+        no reply's speed matters.
         """
         expert = expert or self.expert
         turns = [Turn(sample, sample.pictures(), Result(sample.id)) for sample in samples]
@@ -335,7 +337,8 @@ class Controller:
         pending = self._pending(turns, self.modules)
         planner = planner or self._start_planner(pending, expert)
         if self.settings.early_exit != "exact":
-            roles = [module for module in ("self_reflection", "self_consistency") if module in self.modules and pending]
+            roles = [module for module in ("self_reflection", "self_consistency") if module in self.modules
+                     and pending]
             started = {module: getattr(self, f"_start_{module}")(pending, expert) for module in roles}
             if "self_check" in self.modules and pending:
                 self._self_check(pending)
@@ -350,14 +353,16 @@ class Controller:
                     if batch and module == "self_check":
                         self._self_check(batch)
                     elif batch:
-                        yield from getattr(self, f"_{module}")(*getattr(self, f"_start_{module}")(batch, expert))
+                        yield from getattr(self,
+                                           f"_{module}")(*getattr(self, f"_start_{module}")(batch, expert))
                 pending = self._pending(pending, None, place + 1)
         for turn in turns:
             self._conclude(turn)
         return [turn.result for turn in turns]
 
     def sample(self, pictures, prompts, n=1, **how):
-        """`vlm.sample`. Where a server fails on these questions alone, Rollouts that say so; InputError where it is down."""
+        """`vlm.sample`. Where a server fails on these questions alone, Rollouts that say so; InputError where
+        it is down."""
         try:
             return self.vlm.sample(pictures, prompts, n, **how)
         except ServerError as error:
@@ -374,7 +379,8 @@ class Controller:
             return self.sample(pictures, prompts, n, **how)
 
     def batches_in_flight(self, batch_size):
-        """How many batches to have under way so that no server waits for the base, nor the base for a server (int)."""
+        """How many batches to have under way so that no server waits for the base, nor the base for a server
+        (int)."""
         servers = [who.server for who in (self.expert, self.vlm) if hasattr(who, "server")]
         return 2 + math.ceil(max(server.workers for server in servers) / batch_size) if servers else 1
 
@@ -383,7 +389,8 @@ class Controller:
         calls, reflects = {}, "self_reflection" in self.modules
         if getattr(self.expert, "remote", False):
             planned = self.settings.order in ("auto", "planner") and len(self.modules) > 1
-            calls["Expert"] = (planned + reflects + ("self_consistency" in self.modules), self.settings.expert_tokens)
+            calls["Expert"] = (planned + reflects + ("self_consistency" in self.modules),
+                               self.settings.expert_tokens)
         if isinstance(self.vlm, ServerVLM):
             calls["base"] = (1 + reflects, self.settings.max_new_tokens * self.settings.samples)
         return calls
@@ -432,7 +439,8 @@ class Controller:
                 rounds.setdefault((self._round(turn), len(turn.result.rollouts)), []).append(turn)
             for (size, first), part in rounds.items():
                 groups = yield from self.sampling(
-                    part, [data.prompt(t.sample) for t in part], size, max_new_tokens=self.settings.max_new_tokens,
+                    part, [data.prompt(t.sample) for t in part], size,
+                    max_new_tokens=self.settings.max_new_tokens,
                     first=first, temperature=self.settings.temperature, top_k=self.settings.top_k,
                     seed=[self._seed(t) for t in part])
                 for turn, group in zip(part, groups):
@@ -507,13 +515,15 @@ class Controller:
         """Expert as Voter (Eq. 6, 7): V[k] += tau1 c_k over the samples' answers."""
         shares = record_role("voter", turns, (yield from waited(voter, turns)))
         for turn, probabilities in zip(turns, shares):
-            turn.result.votes += [Vote("voter", *pair) for pair in zip(candidates[id(turn)], probabilities or [])]
+            turn.result.votes += [Vote("voter", *pair)
+                                  for pair in zip(candidates[id(turn)], probabilities or [])]
 
     def _start_self_reflection(self, turns, expert):
         """Expert as Critic, on its way -> what `_self_reflection` takes."""
         criticised = self._with_answers(turns, "critic")
         current = {id(turn): self._rows(turn, True)[0].answer for turn in criticised}
-        return criticised, current, start_role(expert, criticised, lambda t: data.critic_prompt(t.sample, current[id(t)]),
+        return criticised, current, start_role(expert, criticised,
+                                               lambda t: data.critic_prompt(t.sample, current[id(t)]),
                                                lambda _, text: parse_critique(text))
 
     def _self_reflection(self, turns, current, critic):
@@ -592,14 +602,16 @@ def build(args, settings, model=None):
         raise InputError(f"--batch_size {args.batch_size} and --timeout {args.timeout:g} must be above 0 (a time-out at most "
                          f"1e6), --retries {args.retries} not negative")
     if args.workers < 1 or not 0 <= args.patience <= 1e6 or args.max_side < 0 or args.thinking_tokens < 0:
-        raise InputError(f"--workers {args.workers} must be at least 1; --patience {args.patience:g} (at most 1e6), --max_side "
+        raise InputError(f"--workers {args.workers} must be at least 1; --patience {args.patience:g} (at "
+                         f"most 1e6), --max_side "
                          f"{args.max_side} and --thinking_tokens {args.thinking_tokens} must not be negative")
     settings.check()
     read_threshold(settings, sources_of(args))
     model = model or args.model
 
     def server(url, name, flag):
-        return Server(url, name, os.environ.get(f"{flag.upper()}_API_KEY") or None, args.timeout, args.retries, args.cache,
+        return Server(url, name, os.environ.get(f"{flag.upper()}_API_KEY") or None, args.timeout,
+                      args.retries, args.cache,
                       workers=args.workers, patience=args.patience, max_side=args.max_side, flag=flag,
                       body=cli.json_object(f"--{flag}_body", getattr(args, f"{flag}_body")),
                       headers=cli.headers_in(f"--{flag}_header", getattr(args, f"{flag}_header")),
@@ -682,7 +694,8 @@ def run(argv=None):
             raise SystemExit(STILL_OPEN)
         if settings.early_exit == "off" and not args.json:
             exact = Path(args.output).with_name("exact.jsonl")
-            command_line = shlex.join([*cli.public_args(argv), "--early_exit", "exact", "--output", str(exact)])
+            command_line = shlex.join([*cli.public_args(argv), "--early_exit", "exact", "--output",
+                                       str(exact)])
             print(f"next: python catts.py {command_line}        # the same answers, cheaper")
 
 

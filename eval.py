@@ -61,8 +61,8 @@ from vlm import VLM
 
 
 class Memo:
-    """Caches the Expert's replies. A cached reply, also one from the disk, is charged in full: each method's cost is what it
-    would be if it ran alone. Several threads may ask at once, each other things."""
+    """Caches the Expert's replies. A cached reply, also one from the disk, is charged in full: each method's
+    cost is what it would be if it ran alone. Several threads may ask at once, each other things."""
 
     def __init__(self, expert):
         self.expert, self.replies, self.remote = expert, {}, getattr(expert, "remote", False)
@@ -86,7 +86,8 @@ def collector(controller, sizes, drawn):
 
     def collect(batch):
         pictures, prompts = [s.pictures() for s in batch], [data.prompt(s) for s in batch]
-        expert, turns = Memo(controller.expert), [catts.Turn(s, p, catts.Result(s.id)) for s, p in zip(batch, pictures)]
+        expert, turns = Memo(controller.expert), [catts.Turn(s, p, catts.Result(s.id)) for s,
+                                                  p in zip(batch, pictures)]
         alone = in_background(expert.ask, list(zip(pictures, prompts))) if expert.remote else None
         groups = yield from controller.sampling(
             turns, prompts, drawn, temperature=settings.temperature, top_k=settings.top_k,
@@ -94,7 +95,8 @@ def collector(controller, sizes, drawn):
         greedy = yield from controller.sampling(turns, prompts, greedy=True, **length)
         greedy = [group[0] for group in greedy]
         cut = checker.contrast(pictures, pictures, prompts, alpha=0, beta=settings.check_beta, **length) if checker else None
-        own = (yield from results_file.waited(alone, turns)) if alone else expert.ask(list(zip(pictures, prompts)))
+        own = (yield from results_file.waited(alone,
+                                              turns)) if alone else expert.ask(list(zip(pictures, prompts)))
         found = {}
         for n in sizes:
             found[n] = yield from controller.steps(batch, [group[:n] for group in groups], expert)
@@ -149,7 +151,8 @@ def outcomes(row, n, settings):
         found["greedy, cut only"] = single(row["cut_only"])
     found |= {f"majority@{n}": voted(samples(weight="equal"), tokens), f"weighted@{n}": voted(samples(), tokens),
               f"filtered@{n}": voted(samples(top_share=0.5), tokens),
-              "expert alone": [Outcome(row["id"], float("nan"), row["expert"]["correct"], counted(row["expert"]["tokens"]), 1)]}
+              "expert alone": [Outcome(row["id"], float("nan"), row["expert"]["correct"],
+                                       counted(row["expert"]["tokens"]), 1)]}
     if str(n) not in row["by_n"]:
         return found
     run = row["by_n"][str(n)]
@@ -166,7 +169,8 @@ def outcomes(row, n, settings):
                     raise InputError(f"question {row['id']!r}: the votes of {source} for {n} samples are gone; collect again")
             votes = samples() + [Vote(source, *vote) for source in subset for vote in run["votes"][source]]
             # one module needs no Planner; of several it orders the calls, and is paid for it
-            planned = [(counted(part["planner"]["expert_tokens"]), part["planner"]["expert_calls"])] * (size > 1)
+            planned = [(counted(part["planner"]["expert_tokens"]),
+                        part["planner"]["expert_calls"])] * (size > 1)
             more, calls = map(sum, zip(*(cost[source] for source in subset), *planned))
             found[f"{method_of(subset, row.get('incomplete'))}@{n}"] = voted(votes, tokens + more, calls)
             if subset == ("self_check",):
@@ -295,7 +299,8 @@ def main(argv=None):
     parser.add_argument("--t", type=int, nargs="+", default=list(PROBE_STEPS), help="noise steps of the probe; 0 is always run")
     parser.add_argument("--probe_samples", type=int, default=4, help="answers a question at each step of the probe")
     parser.add_argument("--target_risk", type=float, default=0.1, help="share of wrong answers that abstention aims at")
-    parser.add_argument("--max_failed", type=float, default=0.05, help="share of questions on which a server may have failed "
+    parser.add_argument("--max_failed", type=float, default=0.05,
+                        help="share of questions on which a server may have failed "
                         "for a row to be called CA-TTS")
     parser.add_argument("--output", default="runs/eval", help="folder for what is measured")
     parser.add_argument("--json", action="store_true", help="print tables.json")
@@ -324,13 +329,15 @@ def main(argv=None):
                                                    answered=True)
     paths = list(filter(None, (args.baseline, args.model)))
     public = [cli.public_url(path) for path in paths]
-    names = [Path(path).name for path in public] if len({Path(path).name for path in public}) == len(paths) else public
+    names = [Path(path).name for path in public] if len({Path(path).name
+                                                         for path in public}) == len(paths) else public
     votes, probes = {}, {}
     for name, path in zip(names, paths):
         controller = catts.build(args, settings, path)
         folder = output / re.sub(r"[^\w.-]+", "_", name)
         frame = results_file.frame_of(args, model=path, baseline=None, target_risk=None)
-        calls = {who: (count * len(args.sizes) + 1, reply) for who, (count, reply) in controller.calls_a_question().items()}
+        calls = {who: (count * len(args.sizes) + 1, reply) for who,
+                 (count, reply) in controller.calls_a_question().items()}
         results_file.ask_consent(args, samples, calls, folder / "votes.jsonl")
         votes[name] = results_file.answer_file(
             collector(controller, args.sizes, drawn), samples, folder / "votes.jsonl", frame, args.batch_size,
@@ -388,7 +395,8 @@ def main(argv=None):
           "the page and tables.json hold every interval")
     changed = [f"--{key} {shlex.quote(str(value))}" for key, value in results_file.deciding(settings).items()
                if value != getattr(catts.Settings, key)]
-    changed += [f"--{key} {shlex.quote(cli.public_url(getattr(args, key)))}" for key in ("expert", "expert_model", "clip", "check_model")
+    changed += [f"--{key} {shlex.quote(cli.public_url(getattr(args, key)))}"
+                for key in ("expert", "expert_model", "clip", "check_model")
                 if getattr(args, key) != parser.get_default(key)]
     print("next: " + " ".join(["python catts.py tiny/example.png \"How many red crosses are there?\" --model",
                                cli.shown(args.model), *changed, f"--abstain {output}/threshold.json"]))

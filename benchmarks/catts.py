@@ -2,13 +2,15 @@
 
     python benchmarks/catts.py                        # 40 built-in questions, minutes
     python benchmarks/catts.py --questions 8 --rounds 1
-    python benchmarks/catts.py --latency 0.2 1        # an Expert behind a server that takes so many seconds for a reply
+    python benchmarks/catts.py --latency 0.2 1        # an Expert behind a server that takes so many seconds
+    for a reply
 
 from scratch: one question after the other; each of the 8 samples, each role of the Expert and each side of the contrast
 encodes picture and prompt for itself. ours, off: all modules, questions in batches, samples share a prefill. ours, exact:
 lossless early exit beside it. The answers must be the same; those that are not are counted.
 
---latency: the bound is the larger of the base alone, with an Expert that answers at once, and calls x latency / workers.
+--latency: the bound is the larger of the base alone, with an Expert that answers at once, and calls x latency
+/ workers.
 """
 import argparse
 import json
@@ -95,7 +97,8 @@ def overlap(samples, latencies, rounds):
         wall, calls, workers = seconds(latency)
         bound = max(alone, calls * latency / workers)
         rows[f"{len(samples)} questions, {latency:g} s"] = {
-            "calls": calls, "base alone": alone, "calls x latency / workers": calls * latency / workers, "seconds": wall,
+            "calls": calls, "base alone": alone, "calls x latency / workers": calls * latency / workers,
+            "seconds": wall,
             "ratio to bound": wall / bound}
     print(cli.table(rows))
 
@@ -104,7 +107,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--questions", type=at_least(1), default=40)
     parser.add_argument("--rounds", type=at_least(1), default=5, help="medians are over so many, after a warm-up")
-    parser.add_argument("--latency", type=float, nargs="+", help="measure the overlap of base and Expert instead")
+    parser.add_argument("--latency", type=float, nargs="+", help="measure the overlap of base and Expert "
+                                                                 "instead")
     parser.add_argument("--only", choices=list(CONTENDERS), help="run one contender once and print what it adds to memory")
     args = parser.parse_args()
     samples = list(data.load("synthetic", "val", args.questions))

@@ -40,7 +40,8 @@ def questions():
 def test_replies_are_parsed_strictly():
     assert parse_probabilities("[2, 6]", 2) == [0.25, 0.75]
     assert parse_probabilities("```json\n[0.5, 0.5, 0]\n```", 3) == [0.5, 0.5, 0]
-    for bad in ("[1]", "[1, 1, 1]", "[0, 0]", "[1, -1]", "[1, NaN]", "[1, Infinity]", '[1, "1"]', "1, 1", "[1, true]",
+    for bad in ("[1]", "[1, 1, 1]", "[0, 0]", "[1, -1]", "[1, NaN]", "[1, Infinity]", '[1, "1"]', "1, 1",
+                "[1, true]",
                 "[1, 1] because", "[1, 1e999]"):
         with pytest.raises(ValueError):
             parse_probabilities(bad, 2)
@@ -53,7 +54,8 @@ def test_replies_are_parsed_strictly():
 # ---- Servers that misbehave
 
 class Misbehaving(BaseHTTPRequestHandler):
-    """Speaks the OpenAI protocol; `server.mood` is a list of what to do with the next requests, then all is well."""
+    """Speaks the OpenAI protocol; `server.mood` is a list of what to do with the next requests, then all is
+    well."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -82,8 +84,10 @@ class Misbehaving(BaseHTTPRequestHandler):
                 return
         content = self.server.reply(body)
         text = {"html": "<html>busy</html>", "truncated": json.dumps(content)[:-20], "big": "x" * 10_000_000,
-                "list": "[]", "deep": "[" * 100_000, "empty": "{}", "error": '{"error": {"message": "overloaded"}}',
-                "silent": '{"choices": [{"message": {"content": null}}]}'}.get(mood, self.server.edit(json.dumps(content)))
+                "list": "[]", "deep": "[" * 100_000, "empty": "{}",
+                "error": '{"error": {"message": "overloaded"}}',
+                "silent": '{"choices": [{"message": {"content": null}}]}'}.get(mood,
+                                                                               self.server.edit(json.dumps(content)))
         self.send_response(200)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
@@ -103,7 +107,8 @@ class Misbehaving(BaseHTTPRequestHandler):
 
 
 def play_expert(body):
-    """A well-behaved Expert: the reply that the prompt's role asks for, echoing the key as a nasty server might."""
+    """A well-behaved Expert: the reply that the prompt's role asks for, echoing the key as a nasty server
+    might."""
     prompt = body["messages"][0]["content"][-1]["text"]
     if "JSON list of names" in prompt:
         text = json.dumps(MODULES)
@@ -111,7 +116,8 @@ def play_expert(body):
         text = json.dumps([1] + [0] * (sum(line[:1].isdigit() for line in prompt.split("\n")) - 1))
     else:
         text = f"look again {KEY}"
-    return {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": {"completion_tokens": 5}}
+    return {"choices": [{"message": {"role": "assistant", "content": text}}],
+            "usage": {"completion_tokens": 5}}
 
 
 @pytest.fixture
@@ -126,10 +132,12 @@ def http():
 
 
 def endpoint(http, **kwargs):
-    return Server(http.url, "big", KEY, **{"timeout": 0.6, "retries": 1, "backoff": 0.01, "workers": 1, **kwargs})
+    return Server(http.url, "big", KEY,
+                  **{"timeout": 0.6, "retries": 1, "backoff": 0.01, "workers": 1, **kwargs})
 
 
-MOODS = ["slow", "drip", "header drip", "error", "silent", 500, 503, 429, 400, 401, 302, "truncated", "html", "big", "closed",
+MOODS = ["slow", "drip", "header drip", "error", "silent", 500, 503, 429, 400, 401, 302, "truncated", "html",
+         "big", "closed",
          "list", "deep", "empty"]
 SPELT = {"plain": json.dumps,
          "as \\u": lambda text: "".join(f"\\u{ord(c):04x}" for c in text).join('""'),
@@ -142,7 +150,8 @@ def test_a_server_that_misbehaves_once_or_always(base, clip, questions, http, mo
     good = Controller(base, ServerExpert(endpoint(http)), clip, settings).answer(sample)
     assert good.ledger.expert_calls == 3 and not good.ledger.notes and good.ledger.expert_tokens == 15
     http.mood = [mood]
-    once = Controller(base, ServerExpert(endpoint(http, cache=tmp_path / "cache")), clip, settings).answer(sample)
+    once = Controller(base, ServerExpert(endpoint(http, cache=tmp_path / "cache")), clip,
+                      settings).answer(sample)
     assert once.answer == good.answer
     transient = mood not in (400, 401, 302)
     assert (not any("abstained" in note for note in once.ledger.notes)) == transient
@@ -152,7 +161,8 @@ def test_a_server_that_misbehaves_once_or_always(base, clip, questions, http, mo
     assert sum("abstained" in note for note in always.ledger.notes) == 3
     written = "".join(path.read_text() for path in (tmp_path / "cache").rglob("*.json"))
     for r in (good, once, always):
-        written += json.dumps(r.record(sample, 32)) + results_file.describe(r, tally(r.votes, TAUS), None, TAUS)
+        written += json.dumps(r.record(sample, 32)) + results_file.describe(r, tally(r.votes, TAUS), None,
+                                                                            TAUS)
     assert KEY not in written + caplog.text and "look again [key]" in written
     assert all(auth == f"Bearer {KEY}" for _, auth in http.seen)
     assert all(part["image_url"]["url"].startswith("data:image/png;base64,") for body, _ in http.seen
@@ -164,7 +174,8 @@ def test_a_key_is_cut_out_however_json_spells_it(http, tmp_path, spelling):
     key = 'sk-"a/b\\c/0123'
     http.reply = lambda body: {"choices": [{"message": {"content": "HERE"}}], "id": "HERE"}
     http.edit = lambda text: text.replace('"HERE"', SPELT[spelling](f"the key {key}!"))
-    (reply,) = ServerExpert(Server(http.url, "big", key, timeout=2, retries=0, cache=tmp_path)).ask([([], "Say it.")])
+    (reply,) = ServerExpert(Server(http.url, "big", key, timeout=2, retries=0,
+                                   cache=tmp_path)).ask([([], "Say it.")])
     assert reply.text == "the key [key]!" and not reply.error
     assert key not in str(json.loads(next(tmp_path.rglob("*.json")).read_text()))
 
@@ -187,19 +198,22 @@ def test_the_cache_answers_a_second_run(base, clip, questions, http, tmp_path):
     runs = []
     for _ in range(2):
         before = len(http.seen)
-        result = Controller(base, ServerExpert(endpoint(http, cache=tmp_path)), clip, settings).answer(questions[1])
+        result = Controller(base, ServerExpert(endpoint(http, cache=tmp_path)), clip,
+                            settings).answer(questions[1])
         runs.append((result, len(http.seen) - before))
     assert runs[0][1] == 3 and runs[1][1] == 0 and runs[0][0].votes == runs[1][0].votes
     assert runs[1][0].ledger.cached_calls == 3 and runs[1][0].ledger.expert_calls == 0
     for path in tmp_path.rglob("*.json"):
         path.write_text(path.read_text()[:30])              # torn: asked again
-    again = Controller(base, ServerExpert(endpoint(http, cache=tmp_path)), clip, settings).answer(questions[1])
+    again = Controller(base, ServerExpert(endpoint(http, cache=tmp_path)), clip,
+                       settings).answer(questions[1])
     assert again.votes == runs[0][0].votes and again.ledger.expert_calls == 3
 
 
 def test_a_server_nobody_runs_is_an_abstention(base, clip, questions):
     server = Server("http://127.0.0.1:9/v1", "big", None, retries=1, backoff=0.01)
-    result = Controller(base, ServerExpert(server), clip, Settings(modules="self_consistency")).answer(questions[0])
+    result = Controller(base, ServerExpert(server), clip,
+                        Settings(modules="self_consistency")).answer(questions[0])
     assert result.answer is not None and "refused" in " ".join(result.ledger.notes)
 
 
@@ -238,7 +252,8 @@ def test_a_base_answers_or_says_what_to_do(name, capsys):
         for rollout in outcome:
             assert "3" in rollout.text and "9" not in rollout.text and rollout.failure is None
             # the mean over k alternatives, -0.1 - i each, whatever was unknown
-            assert rollout.confidences.mean().item() == pytest.approx(2.1 if name == "five alternatives" else 9.6)
+            assert rollout.confidences.mean().item() == pytest.approx(2.1 if name == "five alternatives"
+                                                                      else 9.6)
             assert rollout.logprobs.mean().item() == pytest.approx(-0.1)
     else:
         sentences = [str(outcome)] if isinstance(outcome, InputError) else [str(r.failure) for r in outcome]
@@ -252,11 +267,13 @@ def test_a_base_answers_or_says_what_to_do(name, capsys):
 
 def play_base(body):
     def token(p, n=20):
-        return {"token": "x", "logprob": -p, "top_logprobs": [{"token": "y", "logprob": -p - i} for i in range(n)]}
+        return {"token": "x", "logprob": -p,
+                "top_logprobs": [{"token": "y", "logprob": -p - i} for i in range(n)]}
     answers = ["It is \\boxed{3}"] * body["n"] if body["temperature"] == 0 else [
         f"It is \\boxed{{{3 + i % 2}}}" for i in range(body["n"])]
     return {"choices": [{"message": {"content": text}, "finish_reason": "stop",
-                         "logprobs": {"content": [token(0.1), token(0.3 + i)]}} for i, text in enumerate(answers)]}
+                         "logprobs": {"content": [token(0.1), token(0.3 + i)]}} for i,
+                         text in enumerate(answers)]}
 
 
 def test_the_base_can_be_a_server(base, expert, clip, questions, http):
@@ -295,10 +312,13 @@ def test_a_base_server_without_logprobs_is_refused(http, questions):
 
 @pytest.mark.parametrize("spoil", [
     lambda c: c["logprobs"]["content"].clear(), lambda c: c["message"].update(content=None),
-    lambda c: c["message"].update(content=""), lambda c: c["logprobs"]["content"][0].update(logprob=float("nan")),
-    lambda c: c["logprobs"]["content"][0].update(logprob=10**400), lambda c: c["logprobs"]["content"][0].update(logprob=300),
+    lambda c: c["message"].update(content=""),
+    lambda c: c["logprobs"]["content"][0].update(logprob=float("nan")),
+    lambda c: c["logprobs"]["content"][0].update(logprob=10**400),
+    lambda c: c["logprobs"]["content"][0].update(logprob=300),
     lambda c: c["logprobs"]["content"][1]["top_logprobs"][3].update(logprob=-3e38)])
-def test_one_bad_completion_of_a_base_server_is_an_unanswered_sample(base, expert, clip, http, questions, spoil):
+def test_one_bad_completion_of_a_base_server_is_an_unanswered_sample(base, expert, clip, http, questions,
+                                                                     spoil):
     def reply(body):
         answer = play_base(body)
         spoil(answer["choices"][-1])
@@ -306,7 +326,8 @@ def test_one_bad_completion_of_a_base_server_is_an_unanswered_sample(base, exper
     http.reply = reply
     controller = Controller(ServerVLM(endpoint(http), Rollout), expert, clip, Settings(modules="", samples=5))
     result = controller.answer(questions[0])
-    assert [v.answer for v in result.votes] == ["3", "4", "3", "4"] and result.answer == "4"     # C rises with i
+    assert [v.answer for v in result.votes] == ["3", "4", "3",
+                                                "4"] and result.answer == "4"     # C rises with i
     assert result.ledger.notes == ["1 of 5 samples gave no answer"]
     json.loads(cli.strict_json(result.record(questions[0], 32)), parse_constant=pytest.fail)
 
@@ -314,27 +335,33 @@ def test_one_bad_completion_of_a_base_server_is_an_unanswered_sample(base, exper
 def test_few_alternatives_are_read_alike_and_said(http, capsys):
     def reply(body):
         answer = play_base(body)
-        answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = [{"logprob": -0.1 - i} for i in range(3)]
+        answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = [{"logprob": -0.1 - i}
+                                                                          for i in range(3)]
         return answer
     http.reply = reply
     (rollout,), = ServerVLM(endpoint(http), Rollout).sample([[]], ["?"], 1)
-    torch.testing.assert_close(rollout.confidences, torch.tensor([0.1 + 1, 0.3 + 1]))       # three alternatives each
+    torch.testing.assert_close(rollout.confidences,
+                               torch.tensor([0.1 + 1, 0.3 + 1]))       # three alternatives each
     assert "3 top_logprobs" in capsys.readouterr().err
 
 
 def test_a_server_draws_all_its_samples_at_once(http, expert, clip, questions):
-    """What it says under one seed depends on how many are asked for: in rounds, `exact` would answer something else."""
+    """What it says under one seed depends on how many are asked for: in rounds, `exact` would answer
+    something else."""
     http.reply = play_base
     for early_exit in ("off", "exact"):
         settings = Settings(modules="", weight="equal", early_exit=early_exit)
-        assert len(Controller(ServerVLM(endpoint(http), Rollout), expert, clip, settings).answer(questions[0]).rollouts) == 8
-    assert [body["n"] for body, _ in http.seen] == [8, 8] and http.seen[0][0]["seed"] == http.seen[1][0]["seed"]
+        assert len(Controller(ServerVLM(endpoint(http), Rollout), expert, clip,
+                              settings).answer(questions[0]).rollouts) == 8
+    assert [body["n"] for body, _ in http.seen] == [8,
+                                                    8] and http.seen[0][0]["seed"] == http.seen[1][0]["seed"]
 
 
 # ---- Whole runs
 
 FLAGS = ["--data", "synthetic", "--limit", "6", "--batch_size", "2", "--samples", "2", "--modules",
-         "self_consistency,self_reflection", "--expert_model", "big", "--retries", "0", "--max_new_tokens", "24"]
+         "self_consistency,self_reflection", "--expert_model", "big", "--retries", "0", "--max_new_tokens",
+         "24"]
 
 
 def run_catts(server, output, *flags, cache="cache"):
@@ -359,11 +386,13 @@ def act_as_expert(request):
 def test_an_outage_leaves_questions_open_and_the_same_command_closes_them(tmp_path, capsys, cache):
     def ill(request):
         prompt = request.body["messages"][0]["content"][-1]["text"]
-        return servers.refuse(500, "the voter is ill") if "JSON list of probabilities" in prompt else act_as_expert(request)
+        return servers.refuse(500,
+                              "the voter is ill") if "JSON list of probabilities" in prompt else act_as_expert(request)
     server = servers.start(act_as_expert)
     try:
         code, undisturbed = run_catts(server, tmp_path / "fine.jsonl", cache=cache and "other")
-        assert code == 0 and all(not row["open"] and row["ledger"]["expert_prompt_tokens"] == 300 for row in undisturbed)
+        assert code == 0 and all(not row["open"] and row["ledger"]["expert_prompt_tokens"] == 300
+                                 for row in undisturbed)
         capsys.readouterr()
         for act in (ill, lambda request: servers.refuse(401, "no such key")):
             server.act = act
@@ -376,13 +405,15 @@ def test_an_outage_leaves_questions_open_and_the_same_command_closes_them(tmp_pa
         code, rows = run_catts(server, tmp_path / "ill.jsonl", cache=cache)
         assert code == 0 and rows == undisturbed
         before = len(server.requests)
-        assert run_catts(server, tmp_path / "ill.jsonl", cache=cache) == (0, undisturbed) and len(server.requests) == before
+        assert run_catts(server, tmp_path / "ill.jsonl", cache=cache) == (0,
+                                                                          undisturbed) and len(server.requests) == before
     finally:
         server.shutdown()
 
 
 def test_one_question_that_a_base_server_refuses_ends_no_run(tmp_path, capsys):
-    """Its filter declines the second question, the third breaks it: two are unanswered, one of them for good."""
+    """Its filter declines the second question, the third breaks it: two are unanswered, one of them for
+    good."""
     questions = [data.ask(sample) for sample in data.load("synthetic", "test", 6)]
 
     def act(request):
@@ -392,10 +423,12 @@ def test_one_question_that_a_base_server_refuses_ends_no_run(tmp_path, capsys):
         return servers.refuse(500, "I broke") if questions[2] in prompt and ill else request.good()
 
     server, ill = servers.start(act), True
-    flags = ["--model", f"http://{server.host}/v1", "--model_name", "m", "--modules", "", "--batch_size", "1", "--workers", "2"]
+    flags = ["--model", f"http://{server.host}/v1", "--model_name", "m", "--modules", "", "--batch_size", "1",
+             "--workers", "2"]
     try:
         code, rows = run_catts(server, tmp_path / "base.jsonl", *flags)
-        assert code == catts.STILL_OPEN and [bool(row["open"]) for row in rows] == [False, False, True, False, False, False]
+        assert code == catts.STILL_OPEN and [bool(row["open"]) for row in rows] == [False, False, True, False,
+                                                                                    False, False]
         assert [row["answer"] for row in rows] == ["3", None, None, "3", "3", "3"]
         assert "flagged by the content filter" in " ".join(rows[1]["ledger"]["notes"]) and "I broke" in rows[2]["open"]["base"]
         assert "base's server failed on 1 of 6" in capsys.readouterr().err
@@ -418,14 +451,17 @@ def test_secrets_of_urls_and_headers_are_neither_printed_nor_stored(tmp_path, ca
     server = servers.start(act)
     url = f"http://me:{secrets[0]}@{server.host}/v1?api_key={secrets[1]}&api-version=2"
     try:
-        code, _ = run_catts(server, tmp_path / "out.jsonl", "--expert", url, "--expert_header", f"x-token={secrets[2]}")
+        code, _ = run_catts(server, tmp_path / "out.jsonl", "--expert", url, "--expert_header",
+                            f"x-token={secrets[2]}")
         assert code == catts.STILL_OPEN
         server.act = lambda request: play_expert(request.body)
-        code, rows = run_catts(server, tmp_path / "out.jsonl", "--expert", url, f"--expert_header=x-token={secrets[2]}")
+        code, rows = run_catts(server, tmp_path / "out.jsonl", "--expert", url,
+                               f"--expert_header=x-token={secrets[2]}")
         assert code == 0 and len(rows) == 6
     finally:
         server.shutdown()
-    written = "".join(capsys.readouterr()) + "".join(p.read_text() for p in tmp_path.rglob("*") if p.is_file())
+    written = "".join(capsys.readouterr()) + "".join(p.read_text() for p in tmp_path.rglob("*")
+                                                     if p.is_file())
     assert not [secret for secret in secrets if secret in written] and "api-version=2" in written
 
 
@@ -435,7 +471,8 @@ def test_long_runs_need_consent_and_say_what_they_cost(tmp_path, capsys):
         with pytest.raises(InputError, match="18 calls.*--yes"):
             run_catts(server, tmp_path / "out.jsonl", "--ask_above", "17")
         assert not server.requests and "Expert: up to 18 calls" in capsys.readouterr().err
-        code, rows = run_catts(server, tmp_path / "out.jsonl", "--ask_above", "17", "--yes", "--expert_price", "10", "1000")
+        code, rows = run_catts(server, tmp_path / "out.jsonl", "--ask_above", "17", "--yes", "--expert_price",
+                               "10", "1000")
         assert code == 0 and len(server.requests) == 18
         assert "money" in (told := capsys.readouterr().out) and f"{(1800 * 10 + 90 * 1000) / 1e6:.3f}" in told
         run_catts(server, tmp_path / "out.jsonl", "--ask_above", "0")           # nothing is left to be asked
@@ -447,7 +484,8 @@ def test_usage_that_nobody_counts_is_unknown(tmp_path):
     server = servers.start(lambda request: {"choices": play_expert(request.body)["choices"]})
     try:
         _, rows = run_catts(server, tmp_path / "out.jsonl")
-        assert all(row["ledger"]["expert_tokens"] is None and row["ledger"]["expert_calls"] == 3 for row in rows)
+        assert all(row["ledger"]["expert_tokens"] is None and row["ledger"]["expert_calls"] == 3
+                   for row in rows)
     finally:
         server.shutdown()
 
@@ -456,13 +494,15 @@ def test_batches_travel_together_and_votes_do_not_depend_on_it(base, clip, quest
     server = servers.start(lambda request: time.sleep(0.3) or act_as_expert(request))
     try:
         expert = ServerExpert(Server(f"http://{server.host}/v1", "big", workers=12))
-        control = Controller(base, expert, clip, Settings(modules="self_consistency,self_reflection", samples=2,
+        control = Controller(base, expert, clip,
+                             Settings(modules="self_consistency,self_reflection", samples=2,
                                                           max_new_tokens=24))
         batches = [questions[i:i + 2] for i in range(0, 8, 2)]
         start = time.perf_counter()
         apart = [control.answer_all(batch) for batch in batches]
         middle = time.perf_counter()
-        together = {id(batch): results for batch, results in results_file.answer_batches(control.steps, iter(batches), 4)}
+        together = {id(batch): results for batch,
+                    results in results_file.answer_batches(control.steps, iter(batches), 4)}
         end = time.perf_counter()
         for batch, results in zip(batches, apart):
             for a, b in zip(results, together[id(batch)]):
@@ -475,7 +515,8 @@ def test_batches_travel_together_and_votes_do_not_depend_on_it(base, clip, quest
 
 
 def test_a_table_says_on_how_many_questions_the_expert_failed(tmp_path, capsys, monkeypatch):
-    """Over --max_failed no row is called CA-TTS; the same command then makes the table of an undisturbed run."""
+    """Over --max_failed no row is called CA-TTS; the same command then makes the table of an undisturbed
+    run."""
     monkeypatch.setattr(tables, "ROUNDS", 10)               # intervals are not what is tested
     monkeypatch.setattr(eval_py, "summary_intervals", partial(tables.summary_intervals, rounds=10))
 
@@ -484,9 +525,12 @@ def test_a_table_says_on_how_many_questions_the_expert_failed(tmp_path, capsys, 
 
     def run(output):
         try:
-            eval_py.main(["--expert", f"http://{server.host}/v1", "--expert_model", "big", "--data", "synthetic", "--limit",
-                          "6", "--samples", "2", "--sizes", "2", "--t", "999", "--regions", "key", "--probe_samples", "1",
-                          "--retries", "0", "--max_new_tokens", "24", "--output", str(tmp_path / output), "--cache", ""])
+            eval_py.main(["--expert", f"http://{server.host}/v1", "--expert_model", "big", "--data",
+                          "synthetic", "--limit",
+                          "6", "--samples", "2", "--sizes", "2", "--t", "999", "--regions", "key",
+                          "--probe_samples", "1",
+                          "--retries", "0", "--max_new_tokens", "24", "--output", str(tmp_path / output),
+                          "--cache", ""])
         except SystemExit as end:
             return end.code, capsys.readouterr()
         return 0, capsys.readouterr()

@@ -42,20 +42,26 @@ def add_sources(parser):
     parser.add_argument("--expert_model", default="", help="the Expert's name on its server (key: EXPERT_API_KEY)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds a server may take for a reply")
     parser.add_argument("--retries", type=int, default=4, help="how often a failed request is sent again")
-    parser.add_argument("--patience", type=float, default=120.0, help="longest wait in seconds that a server may ask for")
-    parser.add_argument("--workers", type=int, default=8, help="requests to a server at the same time; fewer after a 429")
+    parser.add_argument("--patience", type=float, default=120.0,
+                        help="longest wait in seconds that a server may ask for")
+    parser.add_argument("--workers", type=int, default=8, help="requests to a server at the same time; "
+                                                               "fewer after a 429")
     parser.add_argument("--cache", default="runs/cache", help="folder for servers' replies; '' = none")
     for who in ("expert", "model"):
         parser.add_argument(f"--{who}_body", metavar="JSON", help="fields added to each request, such as "
                             "'{\"enable_thinking\": false}'; null takes one out")
-        parser.add_argument(f"--{who}_header", metavar="NAME=VALUE", action="append", help="sent with each request; {key} "
+        parser.add_argument(f"--{who}_header", metavar="NAME=VALUE", action="append",
+                            help="sent with each request; {key} "
                             "stands for the key; may be given several times")
     parser.add_argument("--thinking_tokens", type=int, default=4096, help="added to a reply's, where "
                         "a server's model thinks")
-    parser.add_argument("--max_side", type=int, default=2048, help="longer side, in pixels, of what a server sees; 0 = any")
-    parser.add_argument("--expert_price", type=float, nargs=2, metavar=("IN", "OUT"), help="of the Expert, for a million "
+    parser.add_argument("--max_side", type=int, default=2048,
+                        help="longer side, in pixels, of what a server sees; 0 = any")
+    parser.add_argument("--expert_price", type=float, nargs=2, metavar=("IN", "OUT"),
+                        help="of the Expert, for a million "
                         "tokens of prompts and of replies; the summary then gives money")
-    parser.add_argument("--ask_above", type=int, default=1000, help="calls of servers above which a run needs consent")
+    parser.add_argument("--ask_above", type=int, default=1000,
+                        help="calls of servers above which a run needs consent")
     parser.add_argument("--yes", action="store_true", help="consent to any number of calls")
 
 
@@ -129,25 +135,29 @@ def json_object(flag, text):
 
 
 def headers_in(flag, pairs):
-    """["NAME=VALUE", ...] -> {name: value}. Raises InputError, which does not repeat the value: it may be a secret."""
+    """["NAME=VALUE", ...] -> {name: value}. Raises InputError, which does not repeat the value: it may be a
+    secret."""
     for pair in pairs or []:
         if not pair.partition("=")[0] or "=" not in pair:
             raise InputError(f"{flag} {pair.partition('=')[0][:20]!r}... is not of the form NAME=VALUE")
     return dict(pair.split("=", 1) for pair in pairs or [])
 
 
-PUBLIC = ("api-version", "version", "alt", "region")      # what a URL's query may show; all else may be a secret
+PUBLIC = ("api-version", "version", "alt",
+          "region")      # what a URL's query may show; all else may be a secret
 
 
 def public_url(url):
-    """A URL as it may be printed and stored: without user:password@, query values hidden. Other words stay as they are."""
+    """A URL as it may be printed and stored: without user:password@, query values hidden. Other words stay as
+    they are."""
     try:
         parts = urllib.parse.urlsplit(url.strip() if "://" in url else f"//{url.strip()}")
         if not parts.query and "@" not in parts.netloc:
             return url
         query = "&".join(pair if pair.partition("=")[0].lower() in PUBLIC else pair.partition("=")[0] + "=..."
                          for pair in parts.query.split("&") if pair)
-        public = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query, fragment=""))
+        public = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query,
+                                                        fragment=""))
         return public if "://" in url else public.removeprefix("//")
     except ValueError:
         return re.sub(r"//[^/@]*@|\?.*", "//", url)

@@ -1,12 +1,13 @@
 """The Expert, local or behind a server, its roles, and a base model behind a server.
 
     LocalExpert(vlm).ask([(pictures, prompt)])                                   # a VLM in the Expert's roles
-    ServerExpert(Server("https://host/v1", "gpt-x", key)).ask([...])             # any OpenAI-compatible endpoint
-    ServerVLM(Server("http://host:8000/v1", "qwen"), Rollout).sample(images, prompts, 8)      # the base, e.g. vLLM
+    ServerExpert(Server("https://host/v1", "gpt-x", key)).ask([...])             # any OpenAI-compatible
+    endpoint ServerVLM(Server("http://host:8000/v1", "qwen"), Rollout).sample(images, prompts, 8)      # the
+    base, e.g. vLLM
 
-A reply is read where it is unambiguous: thoughts are taken out, a list may stand in prose or in a fence. What cannot be
-read is asked for again; then the role abstains and says why. A role that failed because of the server leaves its question
-open, for the same command to ask again.
+A reply is read where it is unambiguous: thoughts are taken out, a list may stand in prose or in a fence. What
+cannot be read is asked for again; then the role abstains and says why. A role that failed because of the
+server leaves its question open, for the same command to ask again.
 """
 import json
 import math
@@ -31,8 +32,8 @@ SENTINEL = -1000.0              # log-probs from here down stand for "unknown": 
 
 
 def in_background(function, *args):
-    """function(*args) on a daemon thread, for which Ctrl-C does not wait -> Future; its `finished` says when, in
-    time.perf_counter()."""
+    """function(*args) on a daemon thread, for which Ctrl-C does not wait -> Future; its `finished` says when,
+    in time.perf_counter()."""
     future = Future()
 
     def work():
@@ -50,7 +51,8 @@ def in_background(function, *args):
 
 
 def at_once(function, items, workers):
-    """[function(item), ...] on several threads. They are daemons: Ctrl-C does not wait for a server that hangs."""
+    """[function(item), ...] on several threads. They are daemons: Ctrl-C does not wait for a server that
+    hangs."""
     results, work = [None] * len(items), queue.SimpleQueue()
     for pair in enumerate(items):
         work.put(pair)
@@ -77,15 +79,16 @@ def at_once(function, items, workers):
     return [value for _, value in results]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Who is asked
 
 @dataclass
 class Reply:
     """What an Expert replied; or error, one sentence, and whether asking again is useless (`final`).
 
-    tokens, prompt_tokens: None where nobody counted them. requests: sent for it, 0 = none. failed: the error is the
-    server's, so that the question stays open. cut: at the longest reply. forget: takes the reply out of the cache.
+    tokens, prompt_tokens: None where nobody counted them. requests: sent for it, 0 = none. failed: the error
+    is the server's, so that the question stays open. cut: at the longest reply. forget: takes the reply out
+    of the cache.
     """
     text: str = ""
     tokens: int | None = 0
@@ -101,9 +104,11 @@ class Reply:
     def costs(self):
         """What it adds to a ledger (dict). A reply from the cache costs nothing."""
         if self.cached or not self.requests:
-            return {"expert_calls": 0, "cached_calls": int(self.cached), "expert_retries": 0, "expert_tokens": 0,
+            return {"expert_calls": 0, "cached_calls": int(self.cached), "expert_retries": 0,
+                    "expert_tokens": 0,
                     "expert_prompt_tokens": 0}
-        return {"expert_calls": 1, "cached_calls": 0, "expert_retries": self.requests - 1, "expert_tokens": self.tokens,
+        return {"expert_calls": 1, "cached_calls": 0, "expert_retries": self.requests - 1,
+                "expert_tokens": self.tokens,
                 "expert_prompt_tokens": self.prompt_tokens}
 
 
@@ -119,7 +124,8 @@ class LocalExpert:
         """[(pictures, prompt), ...] -> list of Reply."""
         if not turns:
             return []
-        groups = self.vlm.sample([pictures for pictures, _ in turns], [prompt for _, prompt in turns], greedy=attempt == 0,
+        groups = self.vlm.sample([pictures for pictures, _ in turns], [prompt for _, prompt in turns],
+                                 greedy=attempt == 0,
                                  seed=[f"expert {attempt} {prompt}" for _, prompt in turns],
                                  max_new_tokens=self.max_new_tokens)
         return [Reply(r.text, len(r.tokens), cut=not r.finished) for (r,) in groups]
@@ -145,7 +151,8 @@ class ServerExpert:
             return Reply(error=str(error), final=True, prompt_tokens=0, requests=error.requests,
                          failed=error.kind != "refused")
         text, tokens, prompt_tokens, cut = answer.value
-        return Reply(text, tokens, answer.cached, prompt_tokens=prompt_tokens, requests=answer.requests, cut=cut,
+        return Reply(text, tokens, answer.cached, prompt_tokens=prompt_tokens, requests=answer.requests,
+                     cut=cut,
                      forget=answer.forget)
 
     def _read(self, reply):
@@ -158,12 +165,15 @@ class ServerExpert:
 
 def _count(number):
     """A count of tokens as a server gives it, or None."""
-    return number if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 10**7 else None
+    return number if isinstance(number, int) and not isinstance(number,
+                                                                bool) and 0 <= number < 10**7 else None
 
 
 def read_choice(server, choice):
-    """One of a reply's choices -> (its text without thoughts, whether it was cut). Raises what `Server.chat` expects."""
-    message, reason = choice["message"], str(choice.get("finish_reason") or choice.get("native_finish_reason") or "").lower()
+    """One of a reply's choices -> (its text without thoughts, whether it was cut). Raises what `Server.chat`
+    expects."""
+    message, reason = choice["message"], str(choice.get("finish_reason") or choice.get("native_finish_reason")
+                                             or "").lower()
     content, cut = message.get("content"), reason in ("length", "max_tokens", "max_output_tokens")
     if isinstance(content, list):           # parts; those of another type are thoughts
         content = "".join(part if isinstance(part, str) else part.get("text") or "" for part in content
@@ -171,11 +181,14 @@ def read_choice(server, choice):
     thoughts = message.get("reasoning_content") or message.get("reasoning") or message.get("thinking")
     text, tagged, unfinished = without_thoughts(content) if isinstance(content, str) else ("", False, False)
     if thoughts or tagged:
-        server.dialect.thinks = server.dialect.thinks or not cut        # where it was cut, `chat` makes room and says so
+        # Where it was cut, `chat` makes room and says so.
+        server.dialect.thinks = server.dialect.thinks or not cut
     if text:
         return text, cut
-    if message.get("refusal") or reason in ("content_filter", "safety", "recitation", "prohibited_content", "refusal"):
-        words = message.get("refusal") if isinstance(message.get("refusal"), str) else f"finish_reason {reason}"
+    if message.get("refusal") or reason in ("content_filter", "safety", "recitation", "prohibited_content",
+                                            "refusal"):
+        words = message.get("refusal") if isinstance(message.get("refusal"),
+                                                     str) else f"finish_reason {reason}"
         raise ServerError(server.sentence(f"refuses to answer this question: {words[:200]!r}"), "refused")
     if unfinished or (cut and (thoughts or not content)):
         raise Cut
@@ -189,7 +202,8 @@ TAG = re.compile(r"<(/?)(?:think|thinking|thoughts?|reasoning)>|◁(/?)think▷|
 
 
 def without_thoughts(text):
-    """A reply -> (what is said outside of <think> and its kin, whether there were any, whether one never ends)."""
+    """A reply -> (what is said outside of <think> and its kin, whether there were any, whether one never
+    ends)."""
     text = text[:MAX_TEXT]
     if "<|channel|>" in text:                               # gpt-oss, where its server leaves the channels in
         final = text.rpartition("<|channel|>final<|message|>")
@@ -208,7 +222,7 @@ def without_thoughts(text):
     return "".join([*outside, "" if inside else text[start:]]).strip(), True, inside
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The base model behind a server
 
 class _OneByOne(Exception):
@@ -216,11 +230,11 @@ class _OneByOne(Exception):
 
 
 class ServerVLM:
-    """The base model behind a Server (vLLM and others): `sample` as that of VLM. C is read from `logprobs` with
-    `top_logprobs` = 20; a Rollout's token ids are unknown, -1 each.
+    """The base model behind a Server (vLLM and others): `sample` as that of VLM. C is read from `logprobs`
+    with `top_logprobs` = 20; a Rollout's token ids are unknown, -1 each.
 
-    A completion that is empty or whose numbers make no sense is a Rollout without words and without confidence: unanswered.
-    A question that failed is n of those; their `failure` says why.
+    A completion that is empty or whose numbers make no sense is a Rollout without words and without
+    confidence: unanswered. A question that failed is n of those; their `failure` says why.
 
     rollout: the class of what `sample` returns, `vlm.Rollout`.
     """
@@ -229,11 +243,14 @@ class ServerVLM:
         self.server, self.rollout, self.warned, self.gave_logprobs = server, rollout, set(), False
         self.few = ""               # what it did when it was asked for several answers
 
-    def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, greedy=False, seed=0,
+    def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, greedy=False,
+               seed=0,
                first=0):
-        """As VLM.sample. top_k travels as vLLM's parameter of that name. Raises ServerError when no question was served."""
+        """As VLM.sample. top_k travels as vLLM's parameter of that name. Raises ServerError when no question
+        was served."""
         seeds = seed if isinstance(seed, (list, tuple)) else [f"{seed} {b}" for b in range(len(prompts))]
-        options = {"temperature": 0.0 if greedy else temperature, "logprobs": True, "top_logprobs": ALTERNATIVES,
+        options = {"temperature": 0.0 if greedy else temperature, "logprobs": True,
+                   "top_logprobs": ALTERNATIVES,
                    **({"top_k": top_k} if top_k else {})}
 
         def ask(i, count, sample=""):
@@ -246,7 +263,8 @@ class ServerVLM:
                     raise ValueError(f"{len(reply['choices'])} answers where {count} were asked for")
                 return self._read(reply["choices"])
             try:
-                return self.server.chat(images[i], prompts[i], read, f"sample{sample}" if sample else 0, max_new_tokens,
+                return self.server.chat(images[i], prompts[i], read, f"sample{sample}" if sample else 0,
+                                        max_new_tokens,
                                         n=count, seed=random.Random(seed).getrandbits(31), **options).value
             except ServerError as error:
                 return error
@@ -263,14 +281,17 @@ class ServerVLM:
 
         groups = at_once(together, range(len(prompts)), self.server.workers)
         single = [(i, j) for i, group in enumerate(groups) if group is None for j in range(n)]
-        replies = dict(zip(single, at_once(lambda pair: ask(pair[0], 1, f" {pair[1]}"), single, self.server.workers)))
+        replies = dict(zip(single,
+                           at_once(lambda pair: ask(pair[0], 1, f" {pair[1]}"), single, self.server.workers)))
         for i in {i for i, _ in single}:
             samples = [replies[i, j] for j in range(n)]
             failed = [s for s in samples if isinstance(s, ServerError) and s.kind != "refused"]
-            groups[i] = failed[0] if failed else [self._unanswered(s) if isinstance(s, ServerError) else s[0] for s in samples]
+            groups[i] = failed[0] if failed else [self._unanswered(s) if isinstance(s, ServerError) else s[0]
+                                                  for s in samples]
         failures = [group for group in groups if isinstance(group, ServerError) and group.kind != "refused"]
         if failures and len(failures) == len(prompts):
-            raise ServerError(f"{failures[0]}{self.few}; what was done is kept, the same command goes on", failures[0].kind)
+            raise ServerError(f"{failures[0]}{self.few}; what was done is kept, the same command goes on",
+                              failures[0].kind)
         return [self.unanswered(n, group) if isinstance(group, ServerError) else group for group in groups]
 
     def unanswered(self, n, failure):
@@ -278,11 +299,12 @@ class ServerVLM:
         return [self._unanswered(failure) for _ in range(n)]
 
     def _unanswered(self, failure=None):
-        return self.rollout("", torch.tensor([-1]), torch.tensor([-100.0]), torch.zeros(1), False, failure=failure)
+        return self.rollout("", torch.tensor([-1]), torch.tensor([-100.0]), torch.zeros(1), False,
+                            failure=failure)
 
     def _read(self, choices):
-        """A reply's choices -> list of Rollout. Raises ServerError, KeyError, TypeError or ValueError where logprobs are
-        missing."""
+        """A reply's choices -> list of Rollout. Raises ServerError, KeyError, TypeError or ValueError where
+        logprobs are missing."""
         completions = [self._completion(choice) for choice in choices]
         tops = [token for completion in completions if completion.usable for token in completion.tops]
         # k alternatives of every token: a mean over more of them would be on another scale
@@ -292,7 +314,8 @@ class ServerVLM:
             k = numbers[len(numbers) // 2]
         if tops and 0 < k < ALTERNATIVES and k not in self.warned:
             self.warned.add(k)
-            self.server.say(f"gives {k} top_logprobs where {ALTERNATIVES} were asked for: C is read from those, on another "
+            self.server.say(f"gives {k} top_logprobs where {ALTERNATIVES} were asked for: C is read from "
+                            f"those, on another "
                             "scale")
         return [self._rollout(completion, k) for completion in completions]
 
@@ -304,7 +327,8 @@ class ServerVLM:
         except Cut:
             if not self.server.dialect.thinks and self.server.thinking_tokens:
                 raise                   # `chat` makes room for its thoughts
-            text, failure = "", ServerError(self.server.sentence("was cut before it answered", "raise --max_new_tokens or "
+            text, failure = "", ServerError(self.server.sentence("was cut before it answered",
+                                                                 "raise --max_new_tokens or "
                                                                  "--thinking_tokens"), "refused")
         except TypeError:
             text, failure = "", None
@@ -316,7 +340,8 @@ class ServerVLM:
         content = logprobs.get("content") if isinstance(logprobs, dict) else None
         if content is None:
             raise ServerError(self.server.sentence(
-                "gives no logprobs", "a base model's server must return logprobs and top_logprobs; choose another with --model"
+                "gives no logprobs", "a base model's server must return logprobs and top_logprobs; choose "
+                                     "another with --model"
                 ), "temporary" if self.gave_logprobs else "run")
         self.gave_logprobs = self.gave_logprobs or bool(content)
         if any(not token["top_logprobs"] for token in content):
@@ -337,13 +362,15 @@ class ServerVLM:
         present = [c for c in confidences if c is not None]
         if not completion.usable or not present:
             return self._unanswered(completion.failure)
-        return self.rollout(completion.text, torch.full((len(confidences),), -1), _filled(completion.logprobs),
+        return self.rollout(completion.text, torch.full((len(confidences),), -1),
+                            _filled(completion.logprobs),
                             _filled(confidences), completion.finished)
 
 
 @dataclass
 class Completion:
-    """A choice of a base model's server: logprobs a token and of its alternatives, None where the server knows none."""
+    """A choice of a base model's server: logprobs a token and of its alternatives, None where the server
+    knows none."""
     text: str = ""
     logprobs: list = field(default_factory=list)
     tops: list = field(default_factory=list)
@@ -353,7 +380,8 @@ class Completion:
 
 
 def _logprob(value):
-    """A log-prob as a server gives it -> float, or None where it stands for "unknown". OverflowError where it is neither."""
+    """A log-prob as a server gives it -> float, or None where it stands for "unknown". OverflowError where it
+    is neither."""
     try:
         number = -math.inf if value is None else float(value)
     except (TypeError, ValueError) as error:
@@ -370,7 +398,7 @@ def _filled(values):
     return torch.tensor([mean if value is None else value for value in values])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The Expert's roles
 
 def _json(text):
@@ -394,7 +422,8 @@ def _only_list(value):
 
 
 def parse_list(text):
-    """A reply that is one JSON list, perhaps in a code fence -> list. ValueError otherwise; NaN is no JSON."""
+    """A reply that is one JSON list, perhaps in a code fence -> list. ValueError otherwise; NaN is no
+    JSON."""
     text = text.strip()
     fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text[:10_000], re.DOTALL)
     try:
@@ -404,8 +433,8 @@ def parse_list(text):
 
 
 def _in_prose(text, read):
-    """What `read` makes of the one JSON list or object in a longer text that it accepts. ValueError where there is none, or
-    several that differ."""
+    """What `read` makes of the one JSON list or object in a longer text that it accepts. ValueError where
+    there is none, or several that differ."""
     text, values = text[:10_000], []
     for span in re.findall(r"\[[^\[\]]*\]|\{[^{}]*\}", text):
         try:
@@ -429,8 +458,8 @@ def _number(value):
 
 
 def _probabilities(value, n, candidates):
-    """A JSON value -> n numbers >= 0: a list of numbers, {"1": 0.9, ...}, or a list of {"candidate": ..., "probability":
-    ...}. ValueError."""
+    """A JSON value -> n numbers >= 0: a list of numbers, {"1": 0.9, ...}, or a list of {"candidate": ...,
+    "probability": ...}. ValueError."""
     if isinstance(value, dict) and not any(isinstance(item, list) for item in value.values()):
         for names in ([str(i) for i in range(1, n + 1)], candidates or []):
             if len(names) == n and value.keys() == set(names):
@@ -451,8 +480,10 @@ def _probabilities(value, n, candidates):
 
 def _entry(item, i, candidates):
     """The probability of {"candidate": ..., "probability": ...} in its place i, from 1. ValueError."""
-    numbers = [value for name, value in item.items() if re.match("prob|score|confidence|likelihood|p$", name, re.IGNORECASE)]
-    rest = [value for name, value in item.items() if not re.match("prob|score|confidence|likelihood|p$", name, re.IGNORECASE)]
+    numbers = [value for name, value in item.items()
+               if re.match("prob|score|confidence|likelihood|p$", name, re.IGNORECASE)]
+    rest = [value for name, value in item.items()
+            if not re.match("prob|score|confidence|likelihood|p$", name, re.IGNORECASE)]
     named = {str(i)} | ({str(candidates[i - 1])} if candidates and i <= len(candidates) else set())
     if len(numbers) != 1 or (rest and not any(str(value) in named for value in rest)):
         raise ValueError("an entry that names no candidate in its place")
@@ -462,8 +493,8 @@ def _entry(item, i, candidates):
 def parse_probabilities(text, n, candidates=None):
     """The Voter's reply -> n probabilities that sum to 1. ValueError says what is wrong with it.
 
-    It may think aloud first: then the list is its last line, or the only list in the text. In a text only numbers that sum
-    to about 1 (or 100) count: other lists may be anything.
+    It may think aloud first: then the list is its last line, or the only list in the text. In a text only
+    numbers that sum to about 1 (or 100) count: other lists may be anything.
     """
     def read_strictly(value):
         values = _probabilities(value, n, candidates)
@@ -489,7 +520,8 @@ def parse_probabilities(text, n, candidates=None):
     try:
         return _in_prose(text, read_strictly)
     except ValueError as error:
-        raise ValueError(next((reason for reason in reasons if reason != "not a JSON list"), str(error))) from error
+        raise ValueError(next((reason for reason in reasons if reason != "not a JSON list"),
+                              str(error))) from error
 
 
 def parse_order(text, modules):
@@ -516,8 +548,8 @@ def parse_critique(text):
 
 @dataclass
 class RoleReply:
-    """What came of one role for one question. value: parsed, None where it abstains; text: the reply; reason: why it
-    abstains; failed: because of the server; costs: one dict for each request, for the ledger."""
+    """What came of one role for one question. value: parsed, None where it abstains; text: the reply; reason:
+    why it abstains; failed: because of the server; costs: one dict for each request, for the ledger."""
     value: object = None
     text: str = ""
     reason: str = ""
@@ -526,9 +558,11 @@ class RoleReply:
 
 
 def ask_role(expert, turns, make_prompt, parse):
-    """Ask the Expert about every turn -> list of RoleReply. Changes no turn, so that several roles can be asked at once.
+    """Ask the Expert about every turn -> list of RoleReply. Changes no turn, so that several roles can be
+    asked at once.
 
-    parse(turn, text): raises ValueError for a reply that cannot be read; that one is asked for again, ATTEMPTS times in all.
+    parse(turn, text): raises ValueError for a reply that cannot be read; that one is asked for again,
+    ATTEMPTS times in all.
     """
     outcomes, pending = [RoleReply() for _ in turns], list(range(len(turns)))
     prompts = [make_prompt(turn) for turn in turns]
@@ -538,7 +572,8 @@ def ask_role(expert, turns, make_prompt, parse):
         for i, reply in zip(pending, replies):
             outcome = outcomes[i]
             outcome.costs.append(reply.costs())
-            text, _, unfinished = without_thoughts(reply.text.encode(errors="replace").decode())    # half a character is JSON
+            # JSON may hold half a character.
+            text, _, unfinished = without_thoughts(reply.text.encode(errors="replace").decode())
             try:
                 if reply.error:
                     raise ValueError(reply.error)
@@ -583,7 +618,8 @@ def start_role(expert, turns, make_prompt, parse):
 
 
 def consult(expert, role, turns, make_prompt, parse):
-    """Ask the Expert in a role about every turn -> what `parse(turn, text)` made of each reply, None where it abstains.
+    """Ask the Expert in a role about every turn -> what `parse(turn, text)` made of each reply, None where it
+    abstains.
 
     Every request goes into the ledger. A server's failure goes into `open` of the turn's result.
     """

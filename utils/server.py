@@ -3,16 +3,17 @@
     server = Server("https://host/v1", "gpt-x", key)
     answer = server.chat(pictures, prompt, read, reply_tokens=256, temperature=0.0)
 
-Servers differ in the fields that they take, the headers that they want and the errors that they give. A refusal that names
-a field is learned once. Each failure has a kind, which decides about retries and about what is stored:
+Servers differ in the fields that they take, the headers that they want and the errors that they give. A
+refusal that names a field is learned once. Each failure has a kind, which decides about retries and about
+what is stored:
 
-    run        nothing will work until the user changes something: key, quota, model, TLS, URL. Never asked again.
+    run        nothing will work until the user changes something: key, quota, model, TLS, URL
     request    this one request cannot be served, such as a prompt that is too long. The next may.
     temporary  busy, broken or silent. Asked again, at the pace that the server names.
     refused    the model or a filter declines this question: an answer of its kind, not a failure.
 
-The clock runs over the whole reply, the body is capped, redirects are not followed, and secrets are cut out of all that
-comes back. What a server says is data: it is parsed, never run.
+The clock runs over the whole reply, the body is capped, redirects are not followed, and secrets are cut out
+of all that comes back. What a server says is data: it is parsed, never run.
 """
 import base64
 import hashlib
@@ -52,8 +53,8 @@ AGENT = "cdrl-catts/1.0"
 class ServerError(InputError):
     """A server could not be used: one sentence with its words and the remedy, without the key.
 
-    kind: see above. wait: seconds that the server asked for, or None. weight: 8 = nobody answers there; less: only several
-    in a row mean that. requests: how many were sent.
+    kind: see above. wait: seconds that the server asked for, or None. weight: 8 = nobody answers there; less:
+    only several in a row mean that. requests: how many were sent.
     """
 
     def __init__(self, sentence, kind="temporary", wait=None, weight=1):
@@ -71,7 +72,8 @@ class Cut(Exception):
 
 @dataclass
 class Answer:
-    """value: what `read` made of the reply; requests: how many it took; path: its file in the cache, or None."""
+    """value: what `read` made of the reply; requests: how many it took; path: its file in the cache, or
+    None."""
     value: object
     cached: bool = False
     requests: int = 1
@@ -83,18 +85,20 @@ class Answer:
             self.path.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # URLs
 
 ENDPOINT = re.compile(r"/(chat/completions|completions|responses|models|chat)/*$")
 
 
 def is_url(text):
-    """Whether a user's word for a model means a server: http(s)://..., or host[:port][/path] that is no path or hub id."""
+    """Whether a user's word for a model means a server: http(s)://..., or host[:port][/path] that is no path
+    or hub id."""
     if re.match("https?:", text, re.IGNORECASE):
         return True
     host = text.partition("/")[0]
-    named = r"localhost(:\d+)?|[\w-]+(\.[\w-]+)*:\d+|\[[0-9a-f:]+\](:\d+)?" + (r"|([\w-]+\.)+[a-z]{2,}" if "/" in text else "")
+    named = r"localhost(:\d+)?|[\w-]+(\.[\w-]+)*:\d+|\[[0-9a-f:]+\](:\d+)?"
+    named += r"|([\w-]+\.)+[a-z]{2,}" if "/" in text else ""
     return bool(re.fullmatch(named, host.rpartition("@")[2], re.IGNORECASE)) and not Path(text).exists()
 
 
@@ -116,10 +120,11 @@ def split_url(url):
 def _endpoints(parts):
     """Where the chat may be, the likeliest first; the others are tried after a 404."""
     path, root = parts.path, "/openai/v1" if (parts.hostname or "").endswith(".openai.azure.com") else "/v1"
-    paths = [root, "", "/api/v1"] if not path else [path] if re.search(r"/v\d\w*(/|$)|/deployments/", path) else [
-        path, path + "/v1"]
+    paths = [path, path + "/v1"] if path else [root, "", "/api/v1"]
+    paths = paths[:1] if re.search(r"/v\d\w*(/|$)|/deployments/", path) else paths
     netloc = parts.netloc.rpartition("@")[2]
-    return [urllib.parse.urlunsplit(parts._replace(netloc=netloc, path=p + "/chat/completions")) for p in paths]
+    return [urllib.parse.urlunsplit(parts._replace(netloc=netloc, path=p + "/chat/completions"))
+            for p in paths]
 
 
 def _is_local(host):
@@ -137,11 +142,12 @@ def _is_loopback(host):
         return False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # What a server says
 
 def _message(value, depth=0):
-    """The words of an error in JSON, whatever its shape: OpenAI's, FastAPI's, Gemini's list, OpenRouter's nest (str)."""
+    """The words of an error in JSON, whatever its shape: OpenAI's, FastAPI's, Gemini's list, OpenRouter's
+    nest (str)."""
     if isinstance(value, str):
         return value
     if depth > 6:
@@ -150,18 +156,21 @@ def _message(value, depth=0):
         return "; ".join(filter(None, (_message(item, depth + 1) for item in value[:3])))
     if not isinstance(value, dict):
         return ""
-    words = [_message(value[key], depth + 1) for key in ("error", "errors", "message", "msg", "detail", "error_msg", "raw",
+    words = [_message(value[key], depth + 1)
+             for key in ("error", "errors", "message", "msg", "detail", "error_msg", "raw",
                                                          "metadata", "title", "reason") if value.get(key)]
     if isinstance(value.get("loc"), list):
         words.insert(0, ".".join(map(str, value["loc"])) + ":")
     text = " ".join(filter(None, words))
     codes = [str(value[key]) for key in ("code", "type", "status", "param")
-             if isinstance(value.get(key), str) and not re.search(rf"(?<!\w){re.escape(value[key])}(?!\w)", text)]
+             if isinstance(value.get(key), str)
+             and not re.search(rf"(?<!\w){re.escape(value[key])}(?!\w)", text)]
     return f"{text} ({', '.join(codes)})" if codes and text else text or " ".join(codes)
 
 
 def words_of(body):
-    """What a body of bytes says, as text of any length: the message of its JSON, or its text without markup."""
+    """What a body of bytes says, as text of any length: the message of its JSON, or its text without
+    markup."""
     text = body.decode("utf-8", "replace")
     try:
         return _message(json.loads(text)) or text[:MAX_WORDS]
@@ -171,13 +180,15 @@ def words_of(body):
         return html.unescape(text)
 
 
-UNIT = {"ms": 1e-3, "milliseconds": 1e-3, "millisecond": 1e-3, "s": 1, "sec": 1, "secs": 1, "second": 1, "seconds": 1,
+UNIT = {"ms": 1e-3, "milliseconds": 1e-3, "millisecond": 1e-3, "s": 1, "sec": 1, "secs": 1, "second": 1,
+        "seconds": 1,
         "m": 60, "min": 60, "mins": 60, "minute": 60, "minutes": 60, "h": 3600, "hour": 3600, "hours": 3600}
 DURATION = r"\d+(?:\.\d+)?\s*(?:" + "|".join(sorted(UNIT, key=len, reverse=True)) + r")(?![a-z])"
 
 
 def told_wait(headers, text, now=None):
-    """Seconds that a server asks to wait, or None: Retry-After in seconds or as a date, retry-after-ms, or its words."""
+    """Seconds that a server asks to wait, or None: Retry-After in seconds or as a date, retry-after-ms, or
+    its words."""
     now = now or datetime.now(UTC)
     try:
         if headers.get("retry-after-ms"):
@@ -185,64 +196,76 @@ def told_wait(headers, text, now=None):
         if after := headers.get("retry-after", "").strip():
             if re.fullmatch(r"\d+(\.\d+)?", after):
                 return float(after)
-            served = headers.get("date")
-            return max(0.0, (parsedate_to_datetime(after) - (parsedate_to_datetime(served) if served else now)).total_seconds())
+            now = parsedate_to_datetime(headers["date"]) if headers.get("date") else now
+            return max(0.0, (parsedate_to_datetime(after) - now).total_seconds())
     except (ValueError, TypeError, OverflowError):
         pass                            # a header that says nothing: perhaps the body does
     text = text[:20_000].lower()
-    if match := re.search(r"(?:try again|retry|wait|resets?|available)\W*(?:\w+\W+){0,3}?((?:" + DURATION + r"\s*)+)", text):
+    named = r"(?:try again|retry|wait|resets?|available)\W*(?:\w+\W+){0,3}?((?:" + DURATION + r"\s*)+)"
+    if match := re.search(named, text):
         return sum(float(re.match(r"[\d.]+", part)[0]) * UNIT[re.sub(r"[\d.\s]", "", part)]
                    for part in re.findall(DURATION, match[1]))
     match = re.search(r"retry[_ -]?after\w*\W{0,5}(\d+(?:\.\d+)?)", text)
     return float(match[1]) if match else None
 
 
-SECRET = re.compile(r"api.?key.{0,30}(not valid|invalid|incorrect|expired|missing)|(invalid|incorrect|missing) api.?key|"
-                    r"unauthori[sz]ed|authentication", re.IGNORECASE)
-QUOTA = re.compile(r"insufficient[_ ](quota|balance|credit|fund)|quota exhausted|exceeded your (current )?quota|billing|"
-                   r"credit balance|out of credit|more credits|payment|arrear|free (tier|quota).{0,40}exhaust|spending limit",
-                   re.IGNORECASE)
-FILTER = re.compile(r"content[_ -]?(filter|management|policy)|responsible.?ai|moderation|flagged|data.?inspection|"
-                    r"inappropriate content|safety|prohibited.?content|sensitive (content|words|info)", re.IGNORECASE)
-BLIND = re.compile(r"(not|n't|endpoints found that) support.{0,40}(image|vision|multi.?modal)|unknown variant.{0,4}image|"
-                   r"(image|vision|multi.?modal)( input| content|_url|s)* (is|are) not (supported|allowed)|mmproj|"
-                   r"not a (multi.?modal|vision)|at most 0 image|only (supports? )?text|type.{0,20}image_url.{0,20}not supp|"
-                   r"content.{0,20}(must|should) be (a )?string", re.IGNORECASE)
-MODEL = re.compile(r"model.{0,80}(not found|n[o']t exist|not available|not a valid|not loaded|decommission|deprecated|"
-                   r"no such|unknown|invalid)|(invalid|unknown|no such) model|no models? loaded|deployment.{0,60}not exist|"
-                   r"model_not_found", re.IGNORECASE)
-LONG = re.compile(r"context.?(length|window|size)|too many.{0,10}tokens|prompt is too long|exceed.{0,40}tokens|"
-                  r"maximum.{0,20}(tokens|input)|longer than the (maximum|max)", re.IGNORECASE)
-LARGE = re.compile(r"too (large|big)|entity|payload|size (limit|exceed)|exceed.{0,30}(size|bytes|mb)\b", re.IGNORECASE)
+def _any(*patterns):
+    return re.compile("|".join(patterns), re.IGNORECASE)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# Words by which servers tell one refusal from another; statuses differ too much.
+SECRET = _any(r"api.?key.{0,30}(not valid|invalid|incorrect|expired|missing)",
+              r"(invalid|incorrect|missing) api.?key", "unauthori[sz]ed", "authentication")
+QUOTA = _any(r"insufficient[_ ](quota|balance|credit|fund)", "quota exhausted", "billing", "payment", "arrear",
+             r"exceeded your (current )?quota", "credit balance", "out of credit", "more credits",
+             r"free (tier|quota).{0,40}exhaust", "spending limit")
+FILTER = _any("content[_ -]?(filter|management|policy)", "responsible.?ai", "moderation", "flagged", "safety",
+              "data.?inspection", "inappropriate content", "prohibited.?content",
+              "sensitive (content|words|info)")
+BLIND = _any(r"(not|n't|endpoints found that) support.{0,40}(image|vision|multi.?modal)",
+             r"(image|vision|multi.?modal)( input| content|_url|s)* (is|are) not (supported|allowed)",
+             r"unknown variant.{0,4}image", "mmproj", "not a (multi.?modal|vision)", "at most 0 image",
+             r"only (supports? )?text", r"type.{0,20}image_url.{0,20}not supp",
+             r"content.{0,20}(must|should) be (a )?string")
+MODEL = _any(r"model.{0,80}(not found|n[o']t exist|not available|not a valid|not loaded|no such|unknown|invalid)",
+             r"model.{0,80}(decommission|deprecated)", "(invalid|unknown|no such) model", "no models? loaded",
+             r"deployment.{0,60}not exist", "model_not_found")
+LONG = _any(r"context.?(length|window|size)", r"too many.{0,10}tokens", "prompt is too long",
+            r"exceed.{0,40}tokens", r"maximum.{0,20}(tokens|input)", "longer than the (maximum|max)")
+LARGE = _any("too (large|big)", "entity", "payload", r"size (limit|exceed)", r"exceed.{0,30}(size|bytes|mb)\b")
+
+
+# ----------------------------------------------------------------------------------------------------------
 # The dialect and the pace of one server
 
 class Dialect:
-    """What a server was seen to want: fields under another name, without some, with other values; room for thoughts.
+    """What a server was seen to want: fields under another name, without some, with other values; room for
+    thoughts.
 
     OPTIONAL: fields that may be left out, and what that means for the results.
     """
-    OPTIONAL = {"temperature": "it samples at its own temperature", "seed": "its samples cannot be drawn again",
+    OPTIONAL = {"temperature": "it samples at its own temperature",
+                "seed": "its samples cannot be drawn again",
                 "top_k": "it samples from all tokens", "n": "each sample is a request of its own"}
-    LIMIT = re.compile(r"too (large|long|big|high|many)|context length|less than or equal|at most|exceed|<=|between|range|"
-                       r"maximum|greater than|allowed", re.IGNORECASE)
+    LIMIT = _any("too (large|long|big|high|many)", "context length", "less than or equal", "at most", "exceed",
+                 "<=", "between", "range", "maximum", "greater than", "allowed")
 
     def __init__(self, say):
         self.names, self.dropped, self.limits, self.thinks, self.say = {}, set(), {}, False, say
 
     def spell(self, body, thinking_tokens):
         """The request in this dialect (a new dict)."""
-        spelt = {self.names.get(key, key): min(value, self.limits.get(key, value)) if key in self.limits else value
+        spelt = {key: min(value, self.limits.get(key, value)) if key in self.limits else value
                  for key, value in body.items() if key not in self.dropped}
+        spelt = {self.names.get(key, key): value for key, value in spelt.items()}
         name = self.names.get("max_tokens", "max_tokens")
         if self.thinks and name in spelt:
             spelt[name] += thinking_tokens
         return spelt
 
     def learn(self, words, body):
-        """Whether a refusal names a field of `body`, as it was sent, that can be changed: then it is from now on."""
+        """Whether a refusal names a field of `body`, as it was sent, that can be changed: then it is from now
+        on."""
         if self.LIMIT.search(words) and not re.search("max_completion_tokens.{0,20}instead", words):
             return self._learn_limit(words, body)
         if "max_tokens" in body and _names(words, "max_tokens"):
@@ -271,19 +294,21 @@ class Dialect:
 
 
 def _names(words, key):
-    """Whether an error is about a field: as a word, and one letter only in quotes or beside 'parameter' or a limit."""
+    """Whether an error is about a field: as a word, and one letter only in quotes or beside 'parameter' or a
+    limit."""
     if len(key) > 2:
         return bool(re.search(rf"(?<![\w]){key}(?![\w])", words))
     return bool(re.search(rf"""["'`]{key}["'`]|(parameter|param|argument|field|property|name|body|of)\W{{1,3}}{key}\b|"""
-                          rf"(^|[\s.]){key}(:|\s+(must|should|is|greater|>|<|=|!=))|[:(,]\s?{key}(?!\w)", words))
+                          rf"(^|[\s.]){key}(:|\s+(must|should|is|greater|>|<|=|!=))|[:(,]\s?{key}(?!\w)",
+                          words))
 
 
 @dataclass
 class Pace:
     """How many requests may travel at once, and when; shared by all threads that ask one server.
 
-    A 429 halves the number, successes raise it again. A server that is dead, after a whole request with its retries and no
-    success elsewhere, is left alone for COOLDOWN seconds; then one request tries it.
+    A 429 halves the number, successes raise it again. A server that is dead, after a whole request with its
+    retries and no success elsewhere, is left alone for COOLDOWN seconds; then one request tries it.
     """
     workers: int
     limit: int = 0
@@ -301,7 +326,8 @@ class Pace:
         self.limit = self.workers
 
     def enter(self, trial=False):
-        """Wait for a place -> whether this request tries a dead server out. Raises ServerError while that is left alone."""
+        """Wait for a place -> whether this request tries a dead server out. Raises ServerError while that is
+        left alone."""
         with self.room:
             while self.active >= self.limit or time.monotonic() < self.not_before:
                 self.room.wait(max(self.not_before - time.monotonic(), 0.0) or None)
@@ -343,35 +369,43 @@ class Pace:
                 self.down, self.down_until = error, time.monotonic() + self.cooldown
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 class Server:
     """An OpenAI-compatible chat endpoint; pictures travel as data URLs.
 
-    url: up to /v1, the whole endpoint, or the host alone; its query is kept. key: sent as a bearer token (`api-key` at
-    Azure), and cut out of everything the server says (a key of fewer than 8 characters is no secret, and cutting it would
-    cut words). timeout: seconds for a whole reply. retries: of temporary failures, with back-off; waits that the server
-    names come on top, up to `patience` seconds. cache: folder of earlier replies, keyed by model, prompt, pictures and
-    options; None = no cache. body: fields added to every request, None takes one out. headers: {name: value}; {key} in a
-    value stands for the key. max_side: pixels of a picture's longer side, 0 = any. thinking_tokens: added to the reply's
-    once the model is seen to think. flag: "expert" or "model", the flags that errors name.
+    url: up to /v1, the whole endpoint, or the host alone; its query is kept. key: sent as a bearer token
+    (`api-key` at Azure), and cut out of everything the server says (a key of fewer than 8 characters is no
+    secret, and cutting it would cut words). timeout: seconds for a whole reply. retries: of temporary
+    failures, with back-off; waits that the server names come on top, up to `patience` seconds. cache: folder
+    of earlier replies, keyed by model, prompt, pictures and options; None = no cache. body: fields added to
+    every request, None takes one out. headers: {name: value}; {key} in a value stands for the key. max_side:
+    pixels of a picture's longer side, 0 = any. thinking_tokens: added to the reply's once the model is seen
+    to think. flag: "expert" or "model", the flags that errors name.
     """
 
-    def __init__(self, url, model, key=None, timeout=60.0, retries=4, cache=None, backoff=0.5, workers=8, *, body=None,
+    def __init__(self, url, model, key=None, timeout=60.0, retries=4, cache=None, backoff=0.5, workers=8, *,
+                 body=None,
                  headers=None, max_side=2048, thinking_tokens=4096, patience=120.0, flag="expert"):
         parts = split_url(url)
-        self.flag, self.model, self.name_flag = flag, model, "--expert_model" if flag == "expert" else "--model_name"
+        self.flag, self.model = flag, model
+        self.name_flag = "--expert_model" if flag == "expert" else "--model_name"
         self.url = public_url(_endpoints(parts)[0])
         if not model:
-            raise InputError(f"server {public_url(url)!r} needs the name of a model: --expert_model or --model_name")
+            raise InputError(f"server {public_url(url)!r} needs the name of a model: --expert_model or "
+                             f"--model_name")
         if key is not None and not re.fullmatch(r"[!-~]+", key):
-            raise InputError("the API key holds blanks or other characters that no header can carry; set it again")
-        self.key, self.timeout, self.retries, self.backoff, self.workers = key, timeout, retries, backoff, workers
-        self.body, self.max_side, self.thinking_tokens, self.patience = body or {}, max_side, thinking_tokens, patience
+            raise InputError("the API key holds blanks or other characters that no header can carry; set it "
+                             "again")
+        self.key, self.timeout, self.retries, self.backoff = key, timeout, retries, backoff
+        self.workers, self.patience = workers, patience
+        self.body, self.max_side, self.thinking_tokens = body or {}, max_side, thinking_tokens
         self.cache = Path(cache) if cache else None
         self.headers, self.secrets = self._headers(parts, headers or {}), [key or ""]
-        self.secrets += [parts.password or "", urllib.parse.unquote(parts.password or ""), *(headers or {}).values()]
-        self.secrets += [value for name, value in urllib.parse.parse_qsl(parts.query) if name.lower() not in PUBLIC]
+        self.secrets += [parts.password or "", urllib.parse.unquote(parts.password or ""),
+                         *(headers or {}).values()]
+        self.secrets += [value for name, value in urllib.parse.parse_qsl(parts.query)
+                         if name.lower() not in PUBLIC]
         self.secrets += [self.headers.get("Authorization", "").partition(" ")[2]]
         self.secrets = [urllib.parse.quote(s, safe="") for s in self.secrets] + self.secrets
         self.secrets = sorted({secret for secret in self.secrets if len(secret) >= 8}, key=len, reverse=True)
@@ -381,7 +415,8 @@ class Server:
 
     def _headers(self, parts, more):
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": AGENT}
-        azure = (parts.hostname or "").endswith((".azure.com", ".azure-api.net")) or "api-version" in parts.query
+        azure = (parts.hostname or "").endswith((".azure.com", ".azure-api.net"))
+        azure = azure or "api-version" in parts.query
         if parts.username is not None:
             pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
             headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
@@ -390,12 +425,14 @@ class Server:
         for name, value in more.items():
             value = value.replace("{key}", self.key or "")
             if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not re.fullmatch(r"[ -~]*", value):
-                raise InputError(f"--{self.flag}_header {name!r}: a header's name and plain characters are expected")
+                raise InputError(f"--{self.flag}_header {name!r}: a header's name and plain characters are "
+                                 f"expected")
             headers[name] = value
         return headers
 
     def _client(self, parts):
-        """httpx2's client: proxies of the environment but for this machine, certificates also from REQUESTS_CA_BUNDLE."""
+        """httpx2's client: proxies of the environment but for this machine, certificates also from
+        REQUESTS_CA_BUNDLE."""
         loopback = _is_loopback(parts.hostname)
         if not loopback and not urllib.request.proxy_bypass(parts.hostname):
             proxies = urllib.request.getproxies()
@@ -403,10 +440,13 @@ class Server:
         bundle = os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE")
         try:
             verify = ssl.create_default_context(cafile=bundle) if bundle and parts.scheme == "https" else True
-            return httpx2.Client(verify=verify, trust_env=not loopback, timeout=httpx2.Timeout(self.timeout, pool=None),
-                                 limits=httpx2.Limits(max_connections=None, max_keepalive_connections=self.workers))
+            return httpx2.Client(verify=verify, trust_env=not loopback,
+                                 timeout=httpx2.Timeout(self.timeout, pool=None),
+                                 limits=httpx2.Limits(max_connections=None,
+                                                      max_keepalive_connections=self.workers))
         except OSError as error:
-            raise InputError(f"the certificates of {bundle!r} (SSL_CERT_FILE or REQUESTS_CA_BUNDLE) cannot be read: {error}; "
+            raise InputError(f"the certificates of {bundle!r} (SSL_CERT_FILE or REQUESTS_CA_BUNDLE) cannot "
+                             f"be read: {error}; "
                              "name a PEM file that is there") from error
         except (ImportError, ValueError, httpx2.InvalidURL) as error:
             raise InputError(f"the proxy {public_url(self.proxy or '')!r} of the environment cannot be used: "
@@ -423,13 +463,15 @@ class Server:
     def chat(self, pictures, prompt, read, attempt=0, reply_tokens=256, **options):
         """One question -> Answer with read(the reply's JSON object). Raises ServerError.
 
-        read: raises KeyError, IndexError, TypeError, ValueError, AttributeError or OverflowError for a reply that cannot be
-        used (it is asked for again and never cached), ServerError for one that need not be asked for again, Cut for one
-        that holds thoughts alone, Lesson for one in another form.
+        read: raises KeyError, IndexError, TypeError, ValueError, AttributeError or OverflowError for a reply
+        that cannot be used (it is asked for again and never cached), ServerError for one that need not be
+        asked for again, Cut for one that holds thoughts alone, Lesson for one in another form.
         """
         urls = [data_url(picture, self.max_side) for picture in pictures]
-        content = [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": prompt}]
-        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": reply_tokens, **options}
+        content = [*({"type": "image_url", "image_url": {"url": url}} for url in urls),
+                   {"type": "text", "text": prompt}]
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}],
+                "max_tokens": reply_tokens, **options}
         body = {key: value for key, value in (body | self.body).items() if value is not None}
         name = hashlib.sha256(f"{self.url} {attempt} {json.dumps(body)}".encode()).hexdigest()
         path = self.cache / name[:2] / f"{name}.json" if self.cache else None
@@ -447,7 +489,8 @@ class Server:
         return Answer(value, False, requests, path)
 
     def _ask(self, body, read):
-        """Send until there is a reply that `read` takes -> (reply, value, requests sent). Raises ServerError."""
+        """Send until there is a reply that `read` takes -> (reply, value, requests sent). Raises
+        ServerError."""
         requests = retries = timeouts = lessons = named_waits = 0
         waited, trial, started = 0.0, False, time.monotonic()
         while True:
@@ -481,7 +524,8 @@ class Server:
             if error.wait is not None:
                 self.pace.slow_down(error.wait if error.wait <= self.patience else 0.0)
             if error.wait and waited + error.wait <= self.patience and named_waits < 8:
-                named_waits, waited = named_waits + 1, waited + error.wait      # told to wait: no retry is used up
+                # Told to wait: no retry is used up.
+                named_waits, waited = named_waits + 1, waited + error.wait
                 time.sleep(error.wait * (1 + random.random() / 10))
             elif retries >= self.retries or timeouts >= 2 or trial or (error.wait or 0) > self.patience:
                 self.pace.gave_up(error, started)
@@ -493,19 +537,22 @@ class Server:
     def _attempt(self, body, read):
         """One request -> (reply, value). Raises ServerError of any kind, or Lesson."""
         spelt, url, sent = self.dialect.spell(body, self.thinking_tokens), self.urls[0], self.headers
-        cap = MAX_BODY + (BYTES_PER_TOKEN * body.get("n", 1) * body.get("max_tokens", 0) if body.get("logprobs") else 0)
+        cap = MAX_BODY + (BYTES_PER_TOKEN * body.get("n", 1) * body.get("max_tokens", 0)
+                          if body.get("logprobs") else 0)
         try:
             status, headers, data = self._exchange(url, json.dumps(spelt).encode(), sent, cap)
         except (TimeoutError, httpx2.TimeoutException) as error:
-            raise self._unreachable(f"no whole reply in {self.timeout:g} s", "raise --timeout, or lower --workers") from (
-                TimeoutError(str(error)))
+            remedy = "raise --timeout, or lower --workers"
+            raise self._unreachable(f"no whole reply in {self.timeout:g} s", remedy) from TimeoutError(str(error))
         except (httpx2.DecodingError, ValueError) as error:
             raise ServerError(self.sentence(f"sent a reply that cannot be read ({error})")) from error
         except httpx2.HTTPError as error:
             text = self.hide(printable(str(error)))[:MAX_WORDS]
             if "CERTIFICATE" in text.upper() or "SSL" in text:
-                raise ServerError(self.sentence(f"cannot be trusted: {text}", "set SSL_CERT_FILE to the CA bundle of your "
-                                                 "network, or correct http:// and https://"), "run") from error
+                raise ServerError(self.sentence(f"cannot be trusted: {text}",
+                                                "set SSL_CERT_FILE to the CA bundle of your "
+                                                 "network, or correct http:// and https://"),
+                                                 "run") from error
             raise self._unreachable(f"{type(error).__name__}: {text or 'the connection broke'}",
                                     "start it, or correct the URL") from error
         if not 200 <= status < 300:
@@ -516,20 +563,23 @@ class Server:
             if not isinstance(reply, dict):
                 raise ValueError("not a JSON object")
         except (ValueError, RecursionError) as error:
-            streamed = data.lstrip().startswith(b"data:")
+            remedy = "check that the URL ends at the API, often /v1"
+            if data.lstrip().startswith(b"data:"):
+                remedy = f"add --{self.flag}_body '{{\"stream\": false}}'"
             why = f"sent a reply that is no JSON object: {self._words(data)[:80]!r}"
-            raise ServerError(self.sentence(why, f"add --{self.flag}_body '{{\"stream\": false}}'" if streamed else
-                                             "check that the URL ends at the API, often /v1")) from error
+            raise ServerError(self.sentence(why, remedy)) from error
         self._look_for_errors(reply, headers, spelt, url, sent)
         try:
             return reply, read(reply)
         except Cut as error:
             if not self.dialect.thinks and self.thinking_tokens:
                 self.dialect.thinks = True
-                self.say(f"thinks before it speaks: up to {self.thinking_tokens} tokens more (--thinking_tokens)")
+                self.say(f"thinks before it speaks: up to {self.thinking_tokens} tokens more "
+                         f"(--thinking_tokens)")
                 raise Lesson("room for thoughts") from error
             raise ServerError(self.sentence(f"was cut after {spelt.get('max_completion_tokens', spelt.get('max_tokens'))} "
-                                             "tokens, all of them thoughts", "raise --thinking_tokens"), "request") from error
+                                             "tokens, all of them thoughts", "raise --thinking_tokens"),
+                                             "request") from error
         except UNUSABLE as error:
             if isinstance(error, ServerError):
                 raise
@@ -537,8 +587,8 @@ class Server:
                                              f"{self.hide(printable(str(error)))[:80]})")) from error
 
     def _exchange(self, url, payload, sent, cap):
-        """One exchange -> (status, headers, body). On a thread of its own: a socket's time-out starts anew with every byte,
-        also of the headers, so that only the clock outside bounds a server that drips."""
+        """One exchange -> (status, headers, body). On a thread of its own: a socket's time-out starts anew
+        with every byte, also of the headers, so that only the clock outside bounds a server that drips."""
         outcome, deadline = [], time.monotonic() + self.timeout
 
         def exchange():
@@ -580,13 +630,14 @@ class Server:
     def _look_for_errors(self, reply, headers, spelt, url, sent):
         """Raises for an error inside a reply of status 200, as routers and gateways send them."""
         choices = reply.get("choices")
-        nested = [choice["error"] for choice in choices if isinstance(choice, dict) and choice.get("error")] if isinstance(
-            choices, list) else []
+        choices = choices if isinstance(choices, list) else []
+        nested = [choice["error"] for choice in choices if isinstance(choice, dict) and choice.get("error")]
         error = reply.get("error") or (nested[0] if nested else None)
-        if error or not isinstance(choices, list) or not choices:
+        if error or not choices:
             code = error.get("code") if isinstance(error, dict) else None
             status = int(code) if str(code).isdecimal() and 400 <= int(code) < 600 else 200
-            said = error or {key: value for key, value in reply.items() if key not in ("id", "object", "created", "model")}
+            said = error or {key: value for key, value in reply.items()
+                             if key not in ("id", "object", "created", "model")}
             data = json.dumps(said).encode()
             self._learn(status, data, spelt, url, sent)
             raise self._refusal(status, headers, data, not error)
@@ -601,17 +652,19 @@ class Server:
                 self.urls = self.urls[1:]
                 self.url = public_url(self.urls[0])
             raise Lesson(f"nothing at {public_url(url)}")
-        wants_header = re.search(r"api.?key.{0,20}header|header.{0,20}api.?key|subscription key", words, re.IGNORECASE)
+        wants_header = re.search(r"api.?key.{0,20}header|header.{0,20}api.?key|subscription key", words,
+                                 re.IGNORECASE)
         if status == 401 and self.key and sent.get("Authorization") == f"Bearer {self.key}" and wants_header:
-            self.headers = {name: value for name, value in self.headers.items() if name != "Authorization"} | {
-                "api-key": self.key}
+            others = {name: value for name, value in self.headers.items() if name != "Authorization"}
+            self.headers = others | {"api-key": self.key}
             raise Lesson("the key in api-key")
 
     def _refusal(self, status, headers, data, silent=False):
         """The ServerError for a reply that is an error; silent: one without choices and without words."""
         words = self._words(data)
         wait = told_wait(headers, words_of(data) + " " + data[:20_000].decode("utf-8", "replace"))
-        what = f"HTTP status {status}" if status != 200 else "no choices" if silent else "an error in its reply"
+        what = "no choices" if silent else "an error in its reply"
+        what = what if status == 200 else f"HTTP status {status}"
         what = f"answers with {what}" + (f": {words!r}" if words else "")
 
         def error(kind, remedy="", **how):
@@ -628,7 +681,8 @@ class Server:
         if status in (400, 404, 415, 422, 500, 501, 200) and BLIND.search(words):
             return error("run", f"choose a model that sees pictures with {self.name_flag}")
         if status in (401, 403, 407) or (status in (400, 200) and SECRET.search(words)):
-            return error("run", f"check the key in {self.flag.upper()}_API_KEY, what it may use, and --{self.flag}_header")
+            return error("run", f"check the key in {self.flag.upper()}_API_KEY, what it may use, and "
+                                f"--{self.flag}_header")
         if status in (400, 413, 422, 200) and LONG.search(words):
             return error("request", f"lower --max_side ({self.max_side}) or the tokens of a reply")
         if status in (400, 404, 422, 200) and MODEL.search(words):
@@ -646,7 +700,9 @@ class Server:
             return error("temporary", "the same command asks again", wait=wait, weight=weight)
         self.refusals += self.refusals >= 0
         remedy = f"--{self.flag}_body adds, changes or (null) removes a field of the request"
-        return error("run" if self.refusals >= 3 else "request", remedy)     # three of three: it is not the question
+        # Three of three refused: it is not the question.
+        return error("run" if self.refusals >= 3 else "request",
+                     remedy)
 
     def hide(self, value):
         """The secrets cut out of every string of a JSON value, after decoding: an escaped key is a key."""
@@ -664,11 +720,13 @@ class Server:
 
 
 def data_url(picture, max_side=0):
-    """A PIL picture -> data URL: PNG, or a JPEG of quality 95 where that is large; the longer side at most max_side."""
+    """A PIL picture -> data URL: PNG, or a JPEG of quality 95 where that is large; the longer side at most
+    max_side."""
     picture = picture.convert("RGB")
     if max_side and max(picture.size) > max_side:
         scale = max_side / max(picture.size)
-        picture = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
+        picture = picture.resize([max(1, round(side * scale)) for side in picture.size],
+                                 Image.Resampling.LANCZOS)
     buffer, kind = io.BytesIO(), "png"
     picture.save(buffer, "PNG")
     if buffer.tell() > JPEG_ABOVE:
