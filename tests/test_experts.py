@@ -1,15 +1,19 @@
 """Experts and bases behind servers: replies that are read or refused, and servers as they really are."""
+import base64
+import io
 import json
 import re
 import threading
 import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import servers
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import catts
 import data
@@ -18,7 +22,8 @@ from catts import Controller, Settings, tally
 from data import MODULES
 from utils import cli, results_file, tables
 from utils.cli import InputError
-from utils.experts import LocalExpert, Server, ServerExpert, ServerVLM, parse_order, parse_probabilities
+from utils.experts import LocalExpert, Server, ServerExpert, ServerVLM, ask_role, parse_order, parse_probabilities
+from utils.server import data_url, is_url, told_wait
 from vlm import VLM, Rollout
 
 TAUS = {"samples": 1.0, "voter": 0.5, "self_reflection": 0.5, "self_check": 0.5}
@@ -549,3 +554,93 @@ def test_a_table_says_on_how_many_questions_the_expert_failed(tmp_path, capsys, 
         server.shutdown()
     fine, mended = (json.loads((tmp_path / name / "tables.json").read_text()) for name in ("fine", "ill"))
     assert fine == mended
+
+
+# ---- What else a server is sent, and when
+
+def test_a_dead_server_is_left_alone():
+    server = servers.start(lambda request: servers.refuse(503, "down for maintenance"))
+    try:
+        expert = ServerExpert(Server(f"http://{server.host}/v1", "big", retries=2, backoff=0.01, workers=4))
+        replies = expert.ask([([], str(i)) for i in range(40)])
+        assert all(reply.failed and "down for maintenance" in reply.error for reply in replies)
+        assert len(server.requests) <= 4 * 3                # one request with its retries for each worker
+        server.act = act_as_expert
+        assert expert.ask([([], "again")])[0].failed        # not before the pause is over
+        expert.server.pace.down_until = 0.0
+        assert not expert.ask([([], "again")])[0].failed and not expert.ask([([], "once more")])[0].failed
+    finally:
+        server.shutdown()
+
+
+def test_a_429_leaves_fewer_requests_at_once_and_successes_more():
+    server = servers.start(lambda request: time.sleep(0.02) or (
+        servers.refuse(429, "slow down", {"Retry-After": "0"}) if request.count == 1 else act_as_expert(request)))
+    try:
+        expert = ServerExpert(Server(f"http://{server.host}/v1", "big", backoff=0.01, workers=8))
+        assert not any(reply.failed for reply in expert.ask([([], str(i)) for i in range(8)]))
+        assert expert.server.pace.limit == 4
+        assert not any(reply.failed for reply in expert.ask([([], str(i)) for i in range(60)]))
+        assert 4 < expert.server.pace.limit <= 8
+    finally:
+        server.shutdown()
+
+
+def test_only_replies_that_a_role_could_read_stay_in_the_cache(tmp_path):
+    server = servers.start(lambda request: request.good("I see a cat." if request.count <= 2 else "[0.9, 0.1]"))
+    try:
+        expert = ServerExpert(Server(f"http://{server.host}/v1", "big", cache=tmp_path))
+        for requests in (3, 5, 5):      # two useless replies, then a good one; the first attempt again, and the cache
+            (reply,) = ask_role(expert, [SimpleNamespace(pictures=[])], lambda _: "?",
+                                lambda _, text: parse_probabilities(text, 2))
+            assert reply.value == pytest.approx([0.9, 0.1]) and len(list(tmp_path.rglob("*.json"))) >= 1
+            assert len(server.requests) <= requests
+        assert not any("cat" in path.read_text() for path in tmp_path.rglob("*.json"))
+    finally:
+        server.shutdown()
+
+
+def test_large_pictures_travel_as_jpegs_of_a_bounded_side():
+    def sent(picture, max_side):
+        kind, _, code = data_url(picture, max_side).partition(",")
+        return kind, Image.open(io.BytesIO(base64.b64decode(code)))
+    noise = Image.fromarray(torch.randint(0, 256, (700, 3000, 3), dtype=torch.uint8).numpy())
+    kind, picture = sent(noise, 2048)
+    assert kind == "data:image/jpeg;base64" and picture.size == (2048, 478)
+    kind, picture = sent(noise, 0)
+    assert kind == "data:image/jpeg;base64" and picture.size == (3000, 700)
+    kind, picture = sent(noise.crop((0, 0, 64, 64)), 2048)
+    assert kind == "data:image/png;base64" and picture.tobytes() == noise.crop((0, 0, 64, 64)).tobytes()
+
+
+@pytest.mark.parametrize("words, seconds", [
+    ("Please try again in 20s.", 20), ("Please try again in 7m12.5s", 432.5), ("retry in 32.5 seconds", 32.5),
+    ('"retryDelay": "32s"', 32), ("Try again in 350ms", 0.35), ('{"retry_after": 12}', 12), ("wait 1 hour", 3600),
+    ("You sent 20s of audio", None), ("overloaded", None)])
+def test_waits_are_read_from_words(words, seconds):
+    assert told_wait({}, words) == (seconds if seconds is None else pytest.approx(seconds))
+
+
+def test_words_that_mean_a_server_and_those_that_mean_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.model").mkdir()
+    for url in ("http://x/v1", "HTTPS://x", "localhost:8000/v1", "api.openai.com/v1", "10.0.0.7:8000", "[::1]:8000/v1"):
+        assert is_url(url), url
+    for name in ("tiny/base", "Qwen/Qwen2.5-VL-7B", "./a.b/c", "/a.b/c", "my.model", "runs/cdrl", "self"):
+        assert not is_url(name), name
+
+
+def test_proxies_are_passed_by_on_this_machine_and_named_elsewhere(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://me:secret-0123@127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    server = servers.start(act_as_expert)
+    try:
+        assert not ServerExpert(Server(f"http://{server.host}/v1", "big")).ask([([], "?")])[0].failed
+    finally:
+        server.shutdown()
+    (reply,) = ServerExpert(Server("http://host.invalid/v1", "big", retries=0)).ask([([], "?")])
+    assert "proxy http://127.0.0.1:9" in reply.error and "NO_PROXY=host.invalid" in reply.error
+    assert "secret-0123" not in reply.error
+    monkeypatch.setenv("SSL_CERT_FILE", "/absent.pem")
+    with pytest.raises(InputError, match="absent.pem"):
+        Server("https://host.invalid/v1", "big")

@@ -411,7 +411,8 @@ class Server:
         self.secrets = sorted({secret for secret in self.secrets if len(secret) >= 8}, key=len, reverse=True)
         self.urls, self.sayings = _endpoints(parts), set()
         self.dialect, self.pace, self.broken, self.refusals = Dialect(self.say), Pace(workers), None, 0
-        self.proxy, self.client = None, self._client(parts)
+        self.proxy = None
+        self.client = self._client(parts)
 
     def _headers(self, parts, more):
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": AGENT}
