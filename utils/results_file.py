@@ -305,8 +305,10 @@ def ask_consent(args, samples, calls, *outputs):
     calls: {who: (calls a question, longest reply in tokens)}; outputs: files, whose answered questions are
     not counted.
     """
-    done = set.intersection(*({key for key, row in read_results(Path(path)).items() if not is_open(row)}
-                              for path in outputs))
+    if not any(count for count, _ in calls.values()):
+        return
+    rows = [read_results(Path(path)) if Path(path).is_file() else {} for path in outputs]
+    done = set.intersection(*({key for key, row in stored.items() if not is_open(row)} for stored in rows))
     left = sum(sample.id not in done for sample in samples)
     total = left * sum(count for count, _ in calls.values())
     if not total:

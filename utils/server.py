@@ -478,7 +478,7 @@ class Server:
         path = self.cache / name[:2] / f"{name}.json" if self.cache else None
         if path and path.is_file():
             try:
-                return Answer(read(json.loads(path.read_text())), True, 0, path)
+                return Answer(read(json.loads(path.read_text())), True, 1, path)
             except (*UNUSABLE, ServerError, Cut, Lesson):
                 pass                # torn by a full disk or a kill, or of no use: asked again, written again
         reply, value, requests = self._ask(body, read)
