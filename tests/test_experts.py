@@ -535,7 +535,7 @@ def test_a_table_says_on_how_many_questions_the_expert_failed(tmp_path, capsys, 
                           "6", "--samples", "2", "--sizes", "2", "--t", "999", "--regions", "key",
                           "--probe_samples", "1",
                           "--retries", "0", "--max_new_tokens", "24", "--output", str(tmp_path / output),
-                          "--cache", str(tmp_path / "cache")])
+                          "--cache", str(tmp_path / f"cache of {output}")])
         except SystemExit as end:
             return end.code, capsys.readouterr()
         return 0, capsys.readouterr()
