@@ -63,7 +63,7 @@ class Args:
     seed: int = option(0, "decides questions, noise and samples")
     # Scale
     steps: int = option(500, "optimizer steps", least=1)
-    batch_size: int = option(24, "questions a step, over all ranks", least=1)
+    batch_size: int = option(32, "questions a step, over all ranks", least=1)
     group_size: int = option(4, "rollouts a question on each view, G (the paper: 4 pairs)")
     max_new_tokens: int = option(64, "longest completion", least=1)
     # Optimization (GRPO; DAPO's clipping)
