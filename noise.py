@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
+from utils import cli
 from utils.cli import TINY, InputError, reason
 from utils.clip_files import MapCache, open_clip
 from utils.loading import ATTENTION
@@ -413,4 +414,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    cli.command("noise.py", main)

@@ -39,7 +39,7 @@ from reward import (
     rollout_confidence,
     sequence_confidence,
 )
-from utils import checkpoint, cli, distributed, explain, loading, logs, lora, memory, preflight, report
+from utils import checkpoint, cli, distributed, explain, loading, locks, logs, lora, memory, preflight, report
 from utils.batches import QuestionOrder, micro_batches
 from utils.cli import TINY, InputError, RunOptions, option
 from utils.clip_files import count_parameters
@@ -402,6 +402,7 @@ def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map,
     return rows
 
 
+@locks.released_after
 def train(args):
     """The whole run -> the table's rows (rank 0) or None."""
     rank, world = distributed.place()
@@ -504,7 +505,7 @@ def train(args):
             if rank == 0:
                 print(f"stopped after step {step + 1}, saved; the same command goes on from here",
                       file=sys.stderr)
-            raise SystemExit(130)
+            raise SystemExit(stop.exit_code)
     return finish(vlm, policy, compute, clip, held_out, before, output, confidence_map, args, order)
 
 
