@@ -57,10 +57,10 @@ def prepare(args):
     output = Path(os.path.realpath(args.output)) if os.path.islink(args.output) else Path(args.output)
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {args.output!r} is a file; give a directory")
-    sources = {"model": args.model, "clip": args.clip, "data": None if args.data == "synthetic" else args.data}
+    sources = {"model": args.model, "clip": args.clip, "data": "" if args.data == "synthetic" else args.data}
     inputs.refuse_as_output(args.output, **sources)
     old = _stored_settings(output)
-    settings = settings_of(args) | inputs.fingerprints(old or {}, **{k: v or "" for k, v in sources.items()})
+    settings = settings_of(args) | inputs.fingerprints(old or {}, **sources)
     settings["data_checksum"] = settings["data_checksum"] or 0
     if old is not None:
         # A key that one side lacks means its default: neither a new setting nor a removed one orphans a run.
@@ -79,9 +79,9 @@ def prepare(args):
                    else "an earlier run")
             _move_aside(output, f"other settings ({', '.join(other)})" if other else why, args)
         elif not done and _final_model(output):
-            raise InputError(f"--output {args.output!r} is a finished run whose checkpoints are gone; its model "
-                             f"and logs stay as they are. To train again, add --resume no, which moves it "
-                             f"aside, or choose another folder")
+            raise InputError(f"--output {args.output!r} is a finished run whose checkpoints are gone; its "
+                             "model and logs stay as they are. To train again, add --resume no, which moves "
+                             "it aside, or choose another folder")
         elif isinstance(old.get("history"), list):
             settings["history"] = old["history"]
     elif args.run.resume == "from":
@@ -149,7 +149,7 @@ def _keep_shorter_run(output, old):
         return
     folder = output / f"finished-{(old or {}).get('steps', 0)}"
     folder.mkdir(exist_ok=True)
-    for pattern in ("*.json", "*.jinja", "*.txt", "*.model"):          # what opens it; the run goes on with it
+    for pattern in ("*.json", "*.jinja", "*.txt", "*.model"):          # what opens it
         for path in output.glob(pattern):
             if path.name not in ("args.json", "before.json", "after.json"):
                 shutil.copy2(path, folder)
@@ -260,8 +260,8 @@ def load_checkpoint(checkpoint, policy, optimizer):
     then = (f"remove it, and the same command goes on from {earlier[-1]}" if earlier else
             "there is none before it, so start again with --resume no")
     if (checkpoint / "training.pt").exists():
-        raise InputError(f"{cli.shown(checkpoint)} was written by an earlier version, in pickles, which are not "
-                         f"read; {then}")
+        raise InputError(f"{cli.shown(checkpoint)} was written by an earlier version, in pickles, which are "
+                         f"not read; {then}")
     rank = dist.get_rank() if dist.is_initialized() else 0
     try:
         stored = _read_training(checkpoint)

@@ -322,8 +322,9 @@ def write_atomically(path, text):
 def checksum(path):
     """CRC-32 of a file's content, or of a model directory's weights and settings (int)."""
     kinds = ("*.safetensors", "*.bin", "*config.json", "*token*", "chat_template*")
-    return checksum_of([path] if path.is_file() else sorted({file for kind in kinds for file in path.glob(kind)
-                                                             if file.is_file()}))
+    files = [path] if path.is_file() else sorted({file for kind in kinds for file in path.glob(kind)
+                                                  if file.is_file()})
+    return checksum_of(files)
 
 
 def checksum_of(files):
