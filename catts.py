@@ -203,7 +203,9 @@ def record(result, sample, window=32):
 def confidence_of(rollout, reading, window):
     """One reading of a Rollout's confidence (float), Eq. 3."""
     tokens = rollout.confidences[None], torch.ones(1, len(rollout.confidences))
-    return (sequence_confidence(*tokens) if reading == "mean" else window_confidence(*tokens, reading, window)).item()
+    if reading == "mean":
+        return sequence_confidence(*tokens).item()
+    return window_confidence(*tokens, reading, window).item()
 
 
 class Controller:

@@ -29,7 +29,7 @@ LOG_FLOOR = 0.01                # the log score clips probabilities to [.01, .99
 
 
 def top_k_for(vocab, k=20):
-    """The k of Eq. 3 for a vocabulary of `vocab` tokens: k, but at most an eighth of a tiny one, at least 1."""
+    """The k of Eq. 3 for a vocabulary of `vocab` tokens: k, at most an eighth of a tiny one, at least 1."""
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
     return min(k, max(1, vocab // 8))
@@ -132,7 +132,7 @@ def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
 # Outcome and format (paper 3.2.2), advantages
 
 def format_reward(text, finished):
-    r"""R_format in {0., 1.}: one well-formed, non-empty `\boxed{}`, words before it, and `finished` by EOS."""
+    r"""R_format in {0., 1.}: one well-formed, non-empty `\boxed{}`, words before it, `finished` by EOS."""
     boxed = boxes(text)
     if not finished or len(boxed) != 1 or text.count("\\boxed") != 1:
         return 0.0

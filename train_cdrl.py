@@ -267,7 +267,7 @@ def policy_loss(logprobs, old_logprobs, advantages, clip_low, clip_high):
 
 
 def kl_k3(logprobs, ref_logprobs):
-    """KL(policy || reference) by the k3 estimator, per token: e^d - d - 1 >= 0 with d = reference - policy."""
+    """KL(policy || reference) by k3, per token: exp(d) - d - 1 >= 0 with d = reference - policy."""
     difference = ref_logprobs - logprobs
     return difference.exp() - difference - 1
 

@@ -40,13 +40,7 @@ import noise
 import train_cdrl
 from catts import SOURCES, Controller, Settings, Vote, tally
 from tiny import questions
-from utils import (
-    baselines,
-    cli,
-    logs,
-    metrics,
-    tables,
-)
+from utils import baselines, cli, distributed, logs, metrics, tables
 from utils.checkpoint import FREE, settings_of
 from utils.cli import InputError
 from utils.experts import LocalExpert
