@@ -295,12 +295,12 @@ def picture_files():
             converted = image.convert("I").convert(mode) if mode == "I;16" else image.convert(mode)
             converted.save(buffer := io.BytesIO(), kind)
             stored.append(buffer.getvalue())
-    for kind, options in (("PNG", {}), ("GIF", {}), ("WEBP", {"lossless": True}), ("TIFF", {"compression": "tiff_deflate"}),
-                          ("JPEG", {"progressive": True}), ("JPEG2000", {})):
+    for kind, side, options in (("PNG", 7000, {}), ("GIF", 7000, {}), ("WEBP", 7000, {"lossless": True}), ("JPEG2000", 7000, {}),
+                                ("TIFF", 1500, {"compression": "tiff_deflate"}), ("JPEG", 1500, {"progressive": True})):
         with contextlib.suppress(Exception):            # few bytes that claim many pixels
-            Image.new("L", (7000, 7000)).save(buffer := io.BytesIO(), kind, **options)
+            Image.new("L", (side, side)).save(buffer := io.BytesIO(), kind, **options)
             stored.append(buffer.getvalue())
-    frames = [Image.new("P", (2000, 2000), i) for i in range(30)]
+    frames = [Image.new("P", (1000, 1000), i) for i in range(30)]
     frames[0].save(buffer := io.BytesIO(), "GIF", save_all=True, append_images=frames[1:])
     return [*stored, buffer.getvalue()]
 
