@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,9 +21,10 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import data
+import eval
 import noise
 import train_cdrl
-from utils import checkpoint, cli, distributed, finite, inputs, loading, locks, logs, state_files
+from utils import checkpoint, cli, distributed, finite, inputs, loading, locks, logs, report, schema, state_files
 from utils.cli import InputError
 from vlm import VLM
 
@@ -327,6 +328,24 @@ def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, capsys):
         s = data.synthetic("test", 0, i)
         kept.map(s.pictures()[0], s.question)
     assert capsys.readouterr().err.count("maps are not kept") == 1
+
+
+def test_stored_json_of_another_shape_is_named_with_its_place(tmp_path):
+    answer = asdict(eval.Answer("q", "count", "1", "7", True, 1.0, 0.5, 0.5, 3, True))
+    path = tmp_path / "before.json"
+    path.write_text(json.dumps({"0": [answer], "999": [answer]}))
+    assert report.read_probe(path, eval.Answer, [0, 999])[999] == [eval.Answer(**answer)]
+    for stored, words in (({"0": [answer]}, "999 is missing"), ({"0": [answer], "999": []}, "without answers"), ([], "an object is"),
+                          ({"0": [answer], "999": [answer | {"confidence": "x"}]}, r"999\[0\].confidence is 'x' where a number"),
+                          ({"0": [answer], "999": [answer | {"correct": 1}]}, "true or false is expected"),
+                          ({"0": [answer], "999": [answer | {"confidence": float("nan")}]}, "where a number"),
+                          ({"0": [answer], "999": [answer | {"length": 10**400}]}, "a whole number is expected"),
+                          ({"0": [answer], "999": [{}]}, r"999\[0\].id is missing"), ({"0": [answer], "999": "text"}, "a list is")):
+        path.write_text(json.dumps(stored))
+        with pytest.raises(InputError, match=f"before.json is damaged .*{words}"):
+            report.read_probe(path, eval.Answer, [0, 999])
+    assert schema.fault({"a": None, "b": {"c": [1]}}, {"a": (str, None), "b": schema.Each([int])}) is None
+    assert "a is 5 where text or null" in schema.fault({"a": 5}, {"a": (str, None)}).replace("'", "")
 
 
 @pytest.mark.parametrize("error, words", [
