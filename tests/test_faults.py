@@ -24,7 +24,19 @@ import data
 import eval
 import noise
 import train_cdrl
-from utils import checkpoint, cli, distributed, finite, inputs, loading, locks, logs, report, schema, state_files
+from utils import (
+    checkpoint,
+    cli,
+    distributed,
+    finite,
+    inputs,
+    loading,
+    locks,
+    logs,
+    report,
+    schema,
+    state_files,
+)
 from utils.cli import InputError
 from vlm import VLM
 
