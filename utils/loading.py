@@ -1,5 +1,4 @@
-"""Opens models: processors without torchvision, the checks of a class, ids, positions, saving, activation
-checkpointing.
+"""Opens models and saves them: processors without torchvision, checks of a class, ids, positions.
 
 `check` compares a model with its own `generate` when it is loaded. A class that works differently from what
 `vlm.py` assumes is refused by name, in a sentence, before anything is computed with it.
@@ -7,9 +6,9 @@ checkpointing.
 import copy
 import errno
 import re
+import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -19,6 +18,7 @@ from transformers import (
     PROCESSOR_MAPPING,
     AutoConfig,
     AutoImageProcessor,
+    AutoModelForImageTextToText,
     AutoProcessor,
     ImageProcessingMixin,
     ProcessorMixin,
@@ -37,14 +37,6 @@ ATTENTION = 2**28           # CLIP's attention weights in memory at once, 1 GiB:
 LARGE_HEAD, FEW_ROWS = 2**24, range(4, 33)
 
 
-def read_map(file):
-    """A cached attention map, or None where there is none or the file is damaged."""
-    try:
-        return np.load(file)
-    except (OSError, ValueError, EOFError):
-        return None
-
-
 def largest(values, k, width=128):
     """The k largest of (..., V), in falling order -> (..., k), equal to `topk`.
 
@@ -54,9 +46,7 @@ def largest(values, k, width=128):
     chunks = values.shape[-1] // width
     if chunks < 8 * k:
         return values.topk(k).values
-    chunked = values[..., :chunks * width].unflatten(-1,
-                                                     (chunks,
-                                                      width))                     # (..., chunks, width)
+    chunked = values[..., :chunks * width].unflatten(-1, (chunks, width))           # (..., chunks, width)
     best = chunked.detach().amax(-1).topk(k).indices[..., None]                                 # (..., k, 1)
     candidates = chunked.gather(-2,
                                 best.expand(*best.shape[:-1],
@@ -134,6 +124,41 @@ def load_processor(path):
 
 # ------------------------------------------------------------------------------------------------------------
 # Does a class work here?
+
+def open_model(path, device, dtype):
+    """A directory or hub id -> (model on the device, processor). Raises InputError."""
+    if not Path(path).is_dir() and (str(path).startswith((".", "/")) or str(path).count("/") != 1):
+        raise InputError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"model {str(path)!r} cannot be loaded: {reason(error)}") from error
+    for p in model.to(device).parameters():
+        if p.device.type == "cpu":
+            # A weight mapped from a file may lie at an odd address, where kernels sum in another order.
+            p.data = p.data.clone()
+    return model, load_processor(path)
+
+
+def open_meta(path):
+    """`open_model` without weights, on the meta device."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+    except (ImportError, OSError, ValueError) as error:
+        raise InputError(f"model {str(path)!r} has no settings that can be read: {reason(error)}") from error
+    return model, load_processor(path)
+
+
+def check_meta(vlm):
+    """What can be checked without weights: a forward pass, and writing the processor."""
+    try:
+        trial(vlm)
+    except Exception as error:
+        raise refusal(vlm.model, error) from error
+    with tempfile.TemporaryDirectory() as folder:
+        save_processor(vlm, folder)
+
 
 def trial(vlm):
     """Two pictures and two prompts, encoded -> (images, prompts, inputs).
