@@ -25,7 +25,6 @@ Left out of GRPO on purpose: a reference model unless --kl_beta is set (on-polic
 and stored old log-probs unless --mu is above 1. How a run is run (memory, ranks, checkpoints) is in `utils/`.
 """
 import argparse
-import math
 import random
 import sys
 import time
@@ -48,10 +47,11 @@ from reward import (
     rollout_confidence,
     sequence_confidence,
 )
-from utils import checkpoint, cli, distributed, explain, loading, logs, lora, memory, preflight, report
+from utils import checkpoint, cli, distributed, explain, loading, locks, logs, lora, memory, preflight, report
 from utils.cli import TINY, InputError, RunOptions, option
 from utils.clip_files import count_parameters
 from utils.distributed import QuestionOrder, micro_batches
+from utils.finite import FiniteSteps
 from utils.preflight import agreed
 from vlm import VLM, load_model
 
@@ -399,6 +399,7 @@ def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map,
     return rows
 
 
+@locks.released_after
 def train(args):
     """The whole run -> the table's rows (rank 0) or None."""
     rank, world = distributed.place()
@@ -445,7 +446,7 @@ def train(args):
         print(f"{args.recipe}: {cli.shown(args.model)}, {sum(p.numel() for p in parameters):,} parameters "
               f"on {device}, {choices}, steps {start} to {args.steps}")
 
-    hopeless = preflight.HopelessTraining(args.run.patience)
+    hopeless, is_finite = preflight.HopelessTraining(args.run.patience), FiniteSteps(args)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="step", disable=rank > 0)
     with distributed.stop_on_signals() as stop:
         for step in progress:
@@ -468,26 +469,23 @@ def train(args):
             views = [original, noised] if args.noised_learns else [original]
             tokens = sum(len(r.tokens) for view in views for group in view.rollouts for r in group)
             num_loss_tokens = max(1.0, distributed.summed([tokens])[0])
-            updates = []
+            updates, batches = [], [original, noised] if noised else [original]
             for _ in range(args.mu):
                 updates.append(accumulate_gradients(policy, reference, passes, confidence_map,
                                                     num_loss_tokens, args))
                 updates[-1]["grad_norm"] = distributed.clip_gradients(parameters, args.max_grad_norm)
-                if not math.isfinite(updates[-1]["grad_norm"]):
-                    raise InputError(f"the gradient of step {step} is not finite; lower --lr ({args.lr:g}) "
-                                     f"or "
-                                     "the reward's weights: the same command with a lower --lr and "
-                                     f"--resume from goes on from the newest checkpoint in {output}")
-                optimizer.step()
+                if is_finite(step, samples, batches, passes, updates[-1]):
+                    optimizer.step()
                 optimizer.zero_grad()               # frees their memory for the next rollouts
             # ---- VII. log and save
             seconds = {"seconds/sample": sampled - clock, "seconds/learn": time.perf_counter() - sampled}
-            row = logs.log_row(step, [original, noised] if noised else [original], updates, lr) | seconds
+            row = logs.log_row(step, batches, updates, lr) | seconds | {"skipped": is_finite.skipped}
             if rank == 0:
-                logs.write_step(output, row, samples, [original, noised] if noised else [original])
+                logs.write_step(output, row, samples, batches)
                 progress.set_postfix(logs.postfix(row))
             stopped = stop.on_any_rank()
-            if (step + 1) % args.run.save_every == 0 or step + 1 == args.steps or stopped:
+            due = (step + 1) % args.run.save_every == 0 or step + 1 == args.steps
+            if due and not is_finite.in_a_row or stopped:
                 checkpoint.save_checkpoint(output, vlm, policy, optimizer, step + 1, confidence_map,
                                            args.run.keep, compute)
             if stopped:
@@ -500,7 +498,7 @@ def train(args):
             if rank == 0:
                 print(f"stopped after step {step + 1}, saved; the same command goes on from here",
                       file=sys.stderr)
-            raise SystemExit(130)
+            raise SystemExit(stop.exit_code)
     return finish(vlm, policy, compute, clip, held_out, before, output, confidence_map, args, order)
 
 

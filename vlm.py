@@ -129,7 +129,8 @@ class VLM:
         base = lora.base_of(path)                   # an adapter's folder names the model that it belongs to
         if base is not None:
             vlm = cls.load(base, device, dtype)
-            lora.merge_into(vlm.model, path)
+            with loading.opening("adapter", path):
+                lora.merge_into(vlm.model, path)
             return vlm
         vlm = cls(*loading.open_model(path, device, dtype))
         loading.check(vlm)
