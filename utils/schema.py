@@ -55,6 +55,7 @@ def _fits(value, kind):
 
 
 def _not(value, name, kinds):
-    words = " or ".join(WORDS[list if isinstance(kind, list) else dict if isinstance(kind, dict | Each) else kind]
-                        for kind in kinds)
+    plain = [type(kind) if isinstance(kind, list | dict) else dict if isinstance(kind, Each) else kind
+             for kind in kinds]
+    words = " or ".join(WORDS[kind] for kind in plain)
     return f"{name[:80]} is {str(value)[:40]!r} where {words} is expected"
