@@ -34,7 +34,7 @@ import noise
 import policy as policies
 from catts import Vote, rollout_record, sample_votes, share_of, tally, winner
 from noise import MODES, ClipAttention, make_pair, make_pairs, parse_t
-from utils import answering, baselines, cli, corruptions, metrics, report, results_file
+from utils import answering, baselines, cli, corruptions, inputs, locks, metrics, report, results_file, stored
 from utils.cli import InputError
 from utils.experts import Memo, batches_in_flight, sample_from
 from utils.judge import accepts, extract_answer, is_correct
@@ -338,6 +338,7 @@ def fit_policy(rows, settings, sources, path):
     return f"{policy.tables()}\n\nits frontier, cross-fitted\n{cli.table(frontier)}"
 
 
+@locks.released_after
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Methods, calibration, scaling and the probe, for one "
                                                  "model or two.")
@@ -387,6 +388,8 @@ def main(argv=None):
                 8)        # what CA-TTS costs, in samples
     args.t = ts = sorted({0, *(parse_t(t)[0] for t in args.t)})
     args.regions = [region for region in MODES if region in args.regions]
+    inputs.open_folder(args.output, ("tables.json", "threshold.json", "policy.json", "report.html"),
+                       data=args.data, abstain=args.abstain, policy=args.policy)
     output, samples = Path(args.output), data.load(args.data or "synthetic", "test", args.limit,
                                                    args.data_seed, args.strict,
                                                    answered=True, allow_outside=args.allow_outside)
@@ -405,14 +408,14 @@ def main(argv=None):
         votes[name] = results_file.run_resumable(
             collector(controller, args.sizes, drawn), samples, folder / "votes.jsonl", frame, args.batch_size,
             f"{name}: votes", args.strict, defaults,
-            batches_in_flight(args.batch_size, controller.vlm, controller.expert))
+            batches_in_flight(args.batch_size, controller.vlm, controller.expert), stored.COLLECTED)
         if isinstance(controller.vlm, VLM):
             probes[name] = results_file.run_resumable(
                 prober(controller.vlm, controller.clip, args.regions, ts, settings.mass, args.probe_samples,
                              settings.seed, max_new_tokens=settings.max_new_tokens),
                 samples, folder / "probe.jsonl", frame | {"states": list(STATES)}, args.batch_size,
-                f"{name}: probe",
-                args.strict, defaults)
+                f"{name}: probe", args.strict, defaults,
+                shape=stored.probe_row(Answer, args.probe_samples, args.regions, ts, STATES))
             if args.corruptions is not None:
                 kinds = args.corruptions or corruptions.NAMES
                 corrupted[name] = results_file.run_resumable(
@@ -421,7 +424,8 @@ def main(argv=None):
                               max_new_tokens=settings.max_new_tokens),
                     samples, folder / "corruptions.jsonl", frame | {"corruptions": list(kinds)},
                     args.batch_size,
-                    f"{name}: corruptions", args.strict, defaults)
+                    f"{name}: corruptions", args.strict, defaults,
+                    shape=stored.corruption_row(Answer, args.probe_samples))
     if votes[names[0]] is None:             # not the first rank
         return
     ids = [s.id for s in samples]
@@ -458,9 +462,9 @@ def main(argv=None):
     policy_text = fit_policy(closed, settings, results_file.source_fingerprint(args),
                              output / "policy.json")
     clip = controller.clip or ClipAttention.from_pretrained(args.clip, kind=args.clip_map)
-    (output / "report.html").write_text(report.build(
+    cli.write_atomically(output / "report.html", report.build(
         tables, cases(votes[names[-1]], settings, samples, clip, threshold["method"]),
-        {name: training_log(path) for name, path in zip(names, paths)}, about), encoding="utf-8")
+        {name: training_log(path) for name, path in zip(names, paths)}, about))
     if probes:
         draw_probe(output / "probe.png", {f"{name}, {region}": {t: probed(rows, region, t) for t in ts}
                                           for name, rows in probes.items() for region in args.regions})

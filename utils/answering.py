@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import cli, distributed, results_file
+from utils import cli, distributed, inputs, results_file, stored
 from utils.cli import InputError
 from utils.experts import LocalExpert, ServerExpert, ServerVLM, batches_in_flight
 from utils.results_file import STILL_OPEN, is_open
@@ -66,6 +66,7 @@ def show_answer(result, record, args, candidates, taus):
 def answer_questions(answer_batch, samples, args, defaults, argv, controller):
     """The questions of --data into --output, and their means as a table or as JSON. Exits with STILL_OPEN
     where a server failed. args, defaults: Namespaces of flags; argv: the command's words."""
+    inputs.refuse_as_output(args.output, data=args.data, policy=args.policy, abstain=args.abstain)
     # The threshold itself: the content of its file may change between a run and its continuation.
     fingerprint, default_fingerprint = (
         results_file.run_fingerprint(flags, ("image", "question", "choices"), abstain=str(value))
@@ -73,7 +74,7 @@ def answer_questions(answer_batch, samples, args, defaults, argv, controller):
     ask_consent(args, samples, controller, args.output)
     results = results_file.run_resumable(
         answer_batch, samples, args.output, fingerprint, args.batch_size, strict=args.strict,
-        defaults=default_fingerprint,
+        defaults=default_fingerprint, shape=stored.RESULT,
         in_flight=batches_in_flight(args.batch_size, controller.vlm, controller.expert))
     if results is None:                     # not the first rank
         return
@@ -111,8 +112,8 @@ def ask_consent(args, samples, controller, output, sizes=()):
     calls = calls_a_question(controller)
     if sizes:
         calls = {who: (count * len(sizes) + 1, reply) for who, (count, reply) in calls.items()}
-    stored = results_file.read_results(Path(output)) if Path(output).is_file() else {}
-    done = {key for key, row in stored.items() if not is_open(row)}
+    answered = results_file.read_results(Path(output)) if Path(output).is_file() else {}
+    done = {key for key, row in answered.items() if not is_open(row)}
     left = sum(sample.id not in done for sample in samples)
     total = left * sum(count for count, _ in calls.values())
     if not total:

@@ -345,7 +345,7 @@ def read_probe(path, answer_class, ts=()):
     damaged."""
     try:
         stored = json.loads(path.read_text())
-        if words := schema.fault(stored, {str(t): [schema.of(answer_class)] for t in ts}):
+        if words := schema.fault(stored, {str(t): [schema.of(answer_class), ...] for t in ts}):
             raise ValueError(words)
         if not all(stored.values()):
             raise ValueError("a noise step without answers")

@@ -2,8 +2,8 @@
 
     fault({"id": "q", "c": "x"}, {"id": str, "c": float})           # "c is 'x' where a number is expected"
 
-A schema is a type, a set of alternatives as a tuple (None for null), a list of one schema for lists of any
-length, a dict of the keys that must be there, or `Each(schema)` for a dict with any keys.
+A schema is a type, a tuple of alternatives (None for null), [schema, ...] for a list of any length, a list of
+schemas for one of that length, a dict of the keys that must be there, or `Each(schema)` for any keys.
 """
 import math
 from dataclasses import dataclass, fields
@@ -31,7 +31,10 @@ def fault(value, schema, name="it"):
     if isinstance(schema, list):
         if not isinstance(value, list):
             return _not(value, name, (list,))
-        faults = (fault(item, schema[0], f"{name}[{i}]") for i, item in enumerate(value))
+        schemas = [schema[0]] * len(value) if schema[-1] is ... else schema
+        if len(value) != len(schemas):
+            return f"{name[:80]} has {len(value)} entries where {len(schemas)} are expected"
+        faults = (fault(item, one, f"{name}[{i}]") for i, (item, one) in enumerate(zip(value, schemas)))
         return next(filter(None, faults), None)
     if isinstance(schema, dict | Each):
         if not isinstance(value, dict):
