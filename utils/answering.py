@@ -59,7 +59,7 @@ def show_answer(result, record, args, candidates, taus):
         print(results_file.describe(result, candidates, args.choices, taus))
         print("next: python catts.py --data questions.jsonl --output results.jsonl        # many questions")
     if result.open:
-        print(f"open: {'; '.join(result.open.values())}", file=sys.stderr)
+        cli.warn(f"open: {'; '.join(result.open.values())}")
         raise SystemExit(STILL_OPEN)
 
 
@@ -81,7 +81,7 @@ def answer_questions(answer_batch, samples, args, defaults, argv, controller):
     rows = [results[name] for name in sorted({s.id for s in samples} & set(results))]
     results_file.print_means(rows, samples, args)
     if sentence := results_file.failures(rows):
-        print(sentence, file=sys.stderr)
+        cli.warn(sentence)
         raise SystemExit(STILL_OPEN)
     if args.early_exit == "off" and args.policy == "paper" and not args.json:
         exact = Path(args.output).with_name("exact.jsonl")
@@ -128,7 +128,7 @@ def ask_consent(args, samples, controller, output, sizes=()):
                  args.expert_price[1] * replies["Expert"]) / 1e6
         words += f"; at most {money:.2f} at --expert_price"
     if os.environ.get("RANK", "0") == "0":
-        print(f"{left} questions by servers. {words}", file=sys.stderr)
+        cli.warn(f"{left} questions by servers. {words}")
     if total <= args.ask_above or args.yes:
         return
     if sys.stdin is not None and sys.stdin.isatty():

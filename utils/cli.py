@@ -173,7 +173,9 @@ def command(name, function):
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    streams = sys.stdout, sys.stderr
+    # Replies, pictures and questions are nobody else's: files are 600, folders 700, unless the user shares
+    # them.
+    umask, streams = os.umask(0o077), (sys.stdout, sys.stderr)
     for stream in streams:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")            # a terminal that cannot show a character shows ?
@@ -201,6 +203,7 @@ def command(name, function):
         raise _ended(f"{name}: stopped; the same command starts again", 130) from None
     finally:
         sys.stdout, sys.stderr = streams
+        os.umask(umask)
 
 
 def _ended(sentence, code):
