@@ -1,6 +1,7 @@
 """Nothing lost, nothing let in: second processes, touched files, hostile files, signals, numbers that are not finite."""
 import errno
 import fcntl
+import io
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ from conftest import ENVIRONMENT, ROOT
 from PIL import Image
 from safetensors import SafetensorError
 
+import catts
 import data
 import eval
 import noise
@@ -33,9 +35,12 @@ from utils import (
     loading,
     locks,
     logs,
+    replies,
     report,
+    results_file,
     schema,
     state_files,
+    stored,
 )
 from utils.cli import InputError
 from vlm import VLM
@@ -284,7 +289,7 @@ MAP = {name: "evil.Evil" for name in ("AutoConfig", "AutoModelForImageTextToText
     ("base", "config.json", {"auto_map": MAP, "model_type": "evil"}, "needs code of its own, which is not run"),
     ("base", "config.json", {"_attn_implementation": "evil/kernel"}, "asks for the code of 'evil/kernel'"),
     ("base", "processor_config.json", {"auto_map": MAP, "processor_class": "Evil"}, "cannot be opened"),
-    ("base", "generation_config.json", {"eos_token_id": "a"}, "cannot be loaded"),
+    ("base", "generation_config.json", {"eos_token_id": "a"}, "its eos_token_id 'a' is no"),
     ("base", "config.json", [1], "is no JSON object"),
     ("clip", "config.json", {"auto_map": MAP, "model_type": "evil"}, "needs code of its own, which is not run"),
     ("clip", "preprocessor_config.json", {"auto_map": MAP, "image_processor_type": "Evil"}, "needs code of its own"),
@@ -347,13 +352,13 @@ def test_stored_json_of_another_shape_is_named_with_its_place(tmp_path):
     path = tmp_path / "before.json"
     path.write_text(json.dumps({"0": [answer], "999": [answer]}))
     assert report.read_probe(path, eval.Answer, [0, 999])[999] == [eval.Answer(**answer)]
-    for stored, words in (({"0": [answer]}, "999 is missing"), ({"0": [answer], "999": []}, "without answers"), ([], "an object is"),
+    for content, words in (({"0": [answer]}, "999 is missing"), ({"0": [answer], "999": []}, "without answers"), ([], "an object is"),
                           ({"0": [answer], "999": [answer | {"confidence": "x"}]}, r"999\[0\].confidence is 'x' where a number"),
                           ({"0": [answer], "999": [answer | {"correct": 1}]}, "true or false is expected"),
                           ({"0": [answer], "999": [answer | {"confidence": float("nan")}]}, "where a number"),
                           ({"0": [answer], "999": [answer | {"length": 10**400}]}, "a whole number is expected"),
                           ({"0": [answer], "999": [{}]}, r"999\[0\].id is missing"), ({"0": [answer], "999": "text"}, "a list is")):
-        path.write_text(json.dumps(stored))
+        path.write_text(json.dumps(content))
         with pytest.raises(InputError, match=f"before.json is damaged .*{words}"):
             report.read_probe(path, eval.Answer, [0, 999])
     assert schema.fault({"a": None, "b": {"c": [1]}}, {"a": (str, None), "b": schema.Each([int, ...])}) is None
@@ -379,6 +384,120 @@ def test_a_full_disk_while_a_tokenizer_or_weights_are_written_is_an_os_error(fre
         with pytest.raises(OSError) as caught:
             loading.save_processor(fresh, tmp_path)
         assert caught.value.errno == errno.ENOSPC
+
+
+# ---- Results files
+
+QUESTIONS = [SimpleNamespace(id=f"q{i}", pictures=list) for i in range(6)]
+SHAPE = {"id": str, "confidence": float}
+
+
+def answered(batch):
+    return [{"id": s.id, "confidence": 0.5} for s in batch]
+
+
+def resumed(output, answer_batch=answered, shape=SHAPE):
+    return results_file.run_resumable(answer_batch, QUESTIONS, output, {"seed": 0}, 2, shape=shape)
+
+
+def test_a_scheduler_ends_a_results_file_after_its_batch_and_the_same_command_goes_on(tmp_path, capsys):
+    asked = []
+
+    def stopped(batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return answered(batch)
+
+    def counted(batch):
+        asked.extend(s.id for s in batch)
+        return answered(batch)
+    with pytest.raises(SystemExit) as stop:
+        resumed(tmp_path / "r.jsonl", stopped)
+    assert stop.value.code == 0 and "stopped, saved: 2 of 6 questions" in capsys.readouterr().err
+    assert list(resumed(tmp_path / "r.jsonl", counted)) == [s.id for s in QUESTIONS] and asked == ["q2", "q3", "q4", "q5"]
+    assert {path.name for path in tmp_path.iterdir()} == {"r.jsonl", "r.jsonl.args.json"}
+
+
+def test_a_touched_row_is_named_with_file_line_and_cure_and_the_rest_stays(tmp_path):
+    resumed(path := tmp_path / "r.jsonl")
+    lines = path.read_text().splitlines()
+    for bad, words in (('{"id": "q1"}', "line 2: confidence is missing; remove that line"),
+                       ('{"id": "q1", "confidence": "high"}', "line 2: confidence is 'high' where a number"),
+                       ('{"id": "q1", "confidence": NaN}', "line 2: confidence is 'nan'"), ("[1]", "line 2 is no result"),
+                       ("nope", "line 2 is no result"), ("[" * 9999, "line 2 is no result"), ('{"id": ["q1"]}', "line 2 is no")):
+        path.write_text("\n".join([lines[0], bad, *lines[2:]]) + "\n")
+        with pytest.raises(InputError, match=f"r.jsonl, {words}"):
+            resumed(path)
+        assert path.read_text().splitlines()[1] == bad
+    path.write_text("\n".join([lines[0], *lines[2:]]) + '\n{"id": "q1", "conf')         # torn by a kill
+    assert len(resumed(path)) == 6
+
+
+def test_a_file_of_another_kind_is_not_written_over_and_a_link_is_followed(tmp_path):
+    for i, text in enumerate(("hello", '{"question": "?"}', '{"id": "1", "image": "a.png"}')):
+        (tmp_path / f"{i}.jsonl").write_text(text)
+        with pytest.raises(InputError, match="line 1"):
+            resumed(tmp_path / f"{i}.jsonl")
+        assert (tmp_path / f"{i}.jsonl").read_text() == text and not (tmp_path / f"{i}.jsonl.args.json").exists()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "disk" / "r.jsonl")
+    assert len(resumed(tmp_path / "link.jsonl")) == 6 and (tmp_path / "link.jsonl").is_symlink()
+    assert (tmp_path / "disk" / "r.jsonl").read_text().count("\n") == 6
+
+
+def test_a_second_program_on_a_results_file_is_refused(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "r.jsonl")], cwd=ROOT, env=ENVIRONMENT,
+                              stdout=subprocess.PIPE)
+    try:
+        holder.stdout.readline()
+        with pytest.raises(InputError, match=f"written by process {holder.pid}"):
+            resumed(tmp_path / "r.jsonl")
+        assert {path.name for path in tmp_path.iterdir()} == {".r.jsonl.lock"}
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_number_that_is_not_finite_is_stored_as_no_result(tmp_path):
+    def spoilt(batch):
+        return [{"id": s.id, "confidence": float("nan") if s.id == "q3" else 0.5} for s in batch]
+    with pytest.raises(InputError, match="question 'q3': confidence is 'nan' .* its batch is not stored"):
+        resumed(tmp_path / "r.jsonl", spoilt)
+    assert len(resumed(tmp_path / "r.jsonl")) == 6 and "NaN" not in (tmp_path / "r.jsonl").read_text()
+
+
+def test_what_the_programs_store_has_the_shapes_that_are_checked(base, clip):
+    settings = catts.Settings(samples=2, max_new_tokens=8, modules="self_check")
+    controller = catts.Controller(base, None, clip, settings)
+    samples = [data.synthetic("test", 0, i) for i in range(2)]
+    for r, s in zip(controller.answer_all(samples), samples):
+        assert schema.fault(json.loads(json.dumps(catts.record(r, s))), stored.RESULT) is None
+    sampling = {"max_new_tokens": 8}
+    for row in eval.prober(base, clip, ["key"], (0, 500), 0.5, 2, 0, **sampling)(samples):
+        shape = stored.probe_row(eval.Answer, 2, ["key"], (0, 500), eval.STATES)
+        row = json.loads(json.dumps(row))
+        assert schema.fault(row, shape) is None
+        del row["found"]["key"]["500"][1]
+        assert "found.key.500 has 1 entries where 2 are expected" in schema.fault(row, shape)
+
+
+# ---- Replies and pictures
+
+def test_a_long_fence_is_read_in_linear_time():
+    text = "```" + " " * 9_000 + "[0.5, 0.5]" + "\n" * 9_000 + "x" + " " * 9_000 + "``"
+    began = time.process_time()
+    for parse in (lambda: replies.parse_list(text), lambda: replies.parse_order(text, data.MODULES)):
+        with pytest.raises(ValueError):
+            parse()
+    assert time.process_time() - began < 1 and replies.parse_list("```json\n[1, 2]\n```") == [1, 2]
+    assert replies.parse_list("``` [1] ```") == [1]
+
+
+def test_a_few_bytes_that_claim_many_pixels_are_not_decoded():
+    Image.new("1", (8000, 8000)).save(buffer := io.BytesIO(), "PNG")
+    with pytest.raises(InputError, match="8000 x 8000 pixels from .* bytes: it is blank, or made to fill the memory"):
+        data.Sample("q", [buffer.getvalue()], "?").pictures()
+    Image.new("L", (1000, 1000)).save(buffer := io.BytesIO(), "PNG")           # a small blank one is fine
+    assert data.Sample("q", [buffer.getvalue()], "?").pictures()[0].size == (1000, 1000)
 
 
 # ---- Terminals and signals
@@ -503,7 +622,7 @@ def test_the_smallest_runs_are_defined(flags, tmp_path, monkeypatch):
 
 def test_an_empty_completion_is_refused_by_the_score_and_never_sampled(base):
     s = data.synthetic("val", 0, 0)
-    with pytest.raises(ValueError, match="some perhaps empty"):
+    with pytest.raises(ValueError, match="perhaps empty"):
         base.score([s.pictures()], [data.prompt(s)], [[]])
     (group,) = base.sample([s.pictures()], [data.prompt(s)], n=2, max_new_tokens=1)
     assert all(len(r.tokens) == 1 and r.confidences.isfinite().all() for r in group)
