@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from reward import token_confidence, top_k_for
 from utils import loading, lora, shared_prefix
 from utils.caches import has_states, new_cache
-from utils.cli import InputError, reason
+from utils.cli import InputError
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
 from utils.prompts import Inputs, place_images
 from utils.sight import Sight
@@ -132,29 +131,27 @@ class VLM:
         base = lora.base_of(path)                   # an adapter's folder names the model that it belongs to
         if base is not None:
             vlm = cls.load(base, device, dtype)
-            lora.merge_into(vlm.model, path)
+            with loading.opening("adapter", path):
+                lora.merge_into(vlm.model, path)
             return vlm
-        try:
-            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-        except (ImportError, OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"model {str(path)!r} cannot be loaded: {reason(error)}") from error
+        with loading.opening("model", path):
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True,
+                                                                **loading.SAFE)
         for p in model.to(device).parameters():
             if p.device.type == "cpu":
                 # A weight mapped from a file may lie at an odd address, where kernels sum in another order.
                 p.data = p.data.clone()
-        vlm = cls(model, loading.load_processor(path))
+        with loading.opening("model", path):
+            vlm = cls(model, loading.load_processor(path))
         loading.check(vlm)
         return vlm
 
     @classmethod
     def _load_meta(cls, path):
         path = lora.base_of(path) or path
-        try:
-            with torch.device("meta"):
-                model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
-        except (ImportError, OSError, ValueError) as error:
-            raise InputError(f"model {str(path)!r} has no settings that can be read: "
-                             f"{reason(error)}") from error
+        with loading.opening("model", path), torch.device("meta"):
+            config = AutoConfig.from_pretrained(path, **loading.SAFE)
+            model = AutoModelForImageTextToText.from_config(config)
         vlm = cls(model, loading.load_processor(path))
         try:
             loading.trial(vlm)

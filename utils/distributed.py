@@ -1,4 +1,4 @@
-"""Many processes, one model: ranks, FSDP2, and a state that any number of ranks can go on with.
+"""Many processes, one model: what each rank asks and computes, FSDP2, and a state for any number of ranks.
 
 `shard` puts every repeated block of a model (decoder layers, vision blocks) and what is left over into FSDP2
 units. One engine serves all cases, because a mesh may have two axes: (replicate, shard).
@@ -15,15 +15,15 @@ Left out on purpose: tensor and pipeline parallelism; a model that fits one GPU,
 needs beside it, does not need them.
 """
 import os
+import random
 import signal
-import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -41,7 +41,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from utils import cli, loading, lora
+from utils import cli, loading, lora, state_files
 from utils.cli import InputError
 
 GIB = 2**30
@@ -94,25 +94,21 @@ def summed(values):
 
 @contextmanager
 def stop_on_signals():
-    """Inside, SIGINT and SIGTERM ask for a stop instead of raising -> a StopRequest, which the loop looks
-    at."""
+    """Inside, SIGINT, SIGTERM and SIGHUP ask for a stop instead of raising -> a StopRequest, which the loop
+    looks at. SIGHUP stays ignored where it was (nohup), and a thread beside the main one hears no signal."""
     request = StopRequest()
-    previous = {number: signal.signal(number, request.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with cli.on_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), request.handle):
         yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class StopRequest:
-    """Whether a signal has come."""
+    """Whether a signal has come. exit_code: 130 after Ctrl-C, 0 after those of a scheduler or a terminal."""
 
     def __init__(self):
-        self.came = False
+        self.came, self.exit_code = False, 0
 
-    def handle(self, *_):
-        self.came = True
+    def handle(self, number, _):
+        self.came, self.exit_code = True, 130 if number == signal.SIGINT else self.exit_code
 
     def on_any_rank(self):
         """Whether one has come on any rank (bool). All ranks call it."""
@@ -126,6 +122,69 @@ def gathered(items):
     items_by_rank = [None] * dist.get_world_size()
     dist.all_gather_object(items_by_rank, items)
     return [item for rank_items in items_by_rank for item in rank_items]
+
+
+class QuestionOrder:
+    """The questions of each step: a fresh seeded permutation every epoch, dealt to the ranks in turn.
+
+    It is a pure function of the step. A resumed run therefore neither replays nor skips a question.
+    """
+
+    def __init__(self, questions, batch_size, seed, rank=0, world=1):
+        self.questions, self.batch_size, self.seed = questions, batch_size, seed
+        self.rank, self.world = rank, world
+        self.epoch, self.permutation = None, None
+
+    def indices(self, step):
+        """The step's indices into the questions, of all ranks (list of batch_size ints)."""
+        indices = []
+        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+            epoch, place = divmod(position, len(self.questions))
+            if epoch != self.epoch:
+                self.epoch, self.permutation = epoch, list(range(len(self.questions)))
+                random.Random(f"order {self.seed} {epoch}").shuffle(self.permutation)
+            indices.append(self.permutation[place])
+        return indices
+
+    def samples(self, step):
+        """This rank's questions of a step (list of Sample).
+
+        A question that occurs twice in the step (a file smaller than the batch) gets a second id. Its noise
+        and its rollouts then differ from those of its first occurrence.
+        """
+        indices, samples = self.indices(step), []
+        for place in range(self.rank, len(indices), self.world):
+            sample, earlier = self.questions[indices[place]], indices[:place].count(indices[place])
+            samples.append(replace(sample, id=f"{sample.id} again {earlier}") if earlier else sample)
+        return samples
+
+
+def micro_batches(vlm, original, noised, run):
+    """Split a step's rollouts for the forward and backward passes -> list of (original, noised, weight).
+
+    The noised RolloutBatch is None where its words are not scored. A pass holds at most --micro_batch
+    questions, and as many as --micro_tokens allows. Completions of similar length share a pass, which is as
+    wide as its longest row. All ranks get as many passes, because a sharded model needs all in each; the
+    surplus ones have weight 0.
+    """
+    views = [view for view in (original, noised) if view is not None]
+    questions = range(len(original.prompts))
+    longest = [max(len(r.tokens) for view in views for r in view.rollouts[q]) for q in questions]
+    prompt_lengths = [max(vlm.prompt_length(view.images[q], view.prompts[q]) for view in views)
+                      if run.micro_tokens else 0 for q in questions]
+    group_size, passes = len(original.rollouts[0]), [[]]
+    for q in sorted(questions, key=longest.__getitem__):
+        candidate = [*passes[-1], q]
+        rows = len(views) * len(candidate)
+        tokens = rows * (max(prompt_lengths[i] for i in candidate) + group_size * longest[q])
+        if passes[-1] and (len(candidate) > run.micro_batch or 0 < run.micro_tokens < tokens):
+            passes.append([q])
+        else:
+            passes[-1] = candidate
+    missing = max(gathered([len(passes)])) - len(passes)
+    weighted = [(sorted(indices), 1.0) for indices in passes] + [(sorted(passes[-1]), 0.0)] * missing
+    return [(original.select(indices), noised and noised.select(indices), weight)
+            for indices, weight in weighted]
 
 
 def blocks(model):
@@ -159,6 +218,14 @@ class Policy(nn.Module):
         `rows` (indices)."""
         inputs = inputs and inputs.rows(rows)               # here: FSDP makes a plain dict of it on the way
         return self(images, prompts, completions, temperature=temperature, inputs=inputs)
+
+    def encode(self, images, prompts):
+        return self._vlm[0].encode(images, prompts)
+
+    def sample(self, images, prompts, **settings):
+        """`VLM.sample`, by all the weights."""
+        with self.unsharded():
+            return self._vlm[0].sample(images, prompts, **settings)
 
     @contextmanager
     def unsharded(self):
@@ -259,16 +326,45 @@ def full_state_dict(policy, dtype, frozen=False):
 
 
 def _state(policy, optimizer):
+    """-> the state of both (dict of dicts), and of its tensors those that are stored, by name. A weight that
+    two modules share is stored once, by its first name."""
     options = StateDictOptions(ignore_frozen_params=lora.is_adapted(policy.model))
-    return {"model": get_model_state_dict(policy, options=options),
-            "optimizer": get_optimizer_state_dict(policy, optimizer)}
+    state = {"model": get_model_state_dict(policy, options=options),
+             "optimizer": get_optimizer_state_dict(policy, optimizer)}
+    names, first = ({name for name, _ in policy.named_parameters(remove_duplicate=once)}
+                    for once in (False, True))
+    tensors = {f"model.{name}": value for name, value in state["model"].items() if name not in names - first}
+    for name, moments in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{name}.{moment}": value for moment, value in moments.items()}
+    return state, tensors
+
+
+def together(function):
+    """function() on every rank -> its result. Where it fails on one, all raise that one's error: no rank is
+    left waiting."""
+    result, fault = None, None
+    try:
+        result = function()
+    except torch.OutOfMemoryError:
+        raise
+    except state_files.ERRORS as error:
+        fault = error
+    faults = [text for text in gathered([fault and cli.reason(fault)]) if text]
+    if fault is not None:
+        raise fault
+    if faults:
+        raise OSError(faults[0])
+    return result
 
 
 def save_state(policy, optimizer, path):
     """Write the fp32 weights and the optimizer's state, each rank its share, by the names of parameters. All
-    ranks call it."""
-    with warnings.catch_warnings(action="ignore"):         # that one process is one process
-        checkpoint.save(_state(policy, optimizer), checkpoint_id=path)
+    ranks call it; where one cannot write, all raise."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    _, tensors = _state(policy, optimizer)
+    places = state_files.starts(tensors, gathered, rank)
+    pieces = gathered(together(lambda: state_files.write(tensors, path, places, rank, world)))
+    together(lambda: rank or state_files.write_index(tensors, pieces, path))
 
 
 def checksums(path):
@@ -279,16 +375,19 @@ def checksums(path):
 
 
 def load_state(policy, optimizer, path):
-    """The reverse, on any number of ranks, sharded or not: each reads its share. All ranks call it."""
-    state = _state(policy, optimizer)
+    """The reverse, on any number of ranks, sharded or not: each reads its share. All ranks call it; where one
+    cannot read, all raise."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    state, tensors = _state(policy, optimizer)
     # Adam has no state of a weight that never had a gradient (a layer whose output is not used): neither then
     # nor now.
-    stored = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = together(lambda: state_files.read_index(path))
     moments = state["optimizer"]["state"]
-    for name in [name for name in moments if f"optimizer.state.{name}.step" not in stored]:
-        del moments[name]
-    with warnings.catch_warnings(action="ignore"):
-        checkpoint.load(state, checkpoint_id=path)
+    for name in [name for name in moments if f"optimizer.{name}.step" not in stored]:
+        for moment in moments.pop(name):
+            del tensors[f"optimizer.{name}.{moment}"]
+    places = state_files.starts(tensors, gathered, rank)
+    together(lambda: state_files.read(tensors, path, places))
     set_model_state_dict(policy, state["model"],
                          options=StateDictOptions(strict=not lora.is_adapted(policy.model)))
     set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=StateDictOptions(strict=False))
