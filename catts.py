@@ -36,6 +36,7 @@ from utils import cli, distributed, experts, results_file
 from utils.cli import InputError, names_in, option
 from utils.experts import LocalExpert, Server, ServerExpert, ServerVLM, consult
 from utils.judge import accepts, equivalent, extract_answer
+from utils.model_defaults import fill_in
 from utils.results_file import SOURCE, SOURCES, Candidate, QuestionState, Result, Vote, read_threshold, timed
 from vlm import VLM, Rollout
 
@@ -444,7 +445,7 @@ def build(args, settings, model=None):
         return Server(url, name, os.environ.get(key) or None, args.timeout, args.retries, args.cache)
 
     distributed.start_ranks()                      # before a model is loaded: each rank to a GPU of its own
-    clip = noise.ClipAttention.from_pretrained(args.clip, kind=args.clip_map)
+    clip = noise.ClipAttention.from_pretrained(args.clip, kind=args.clip_map) if args.clip else None
     expert, is_server = None, re.match("https?:", model)
     vlm = None if is_server else VLM.load(model)
     if is_server:
@@ -452,7 +453,7 @@ def build(args, settings, model=None):
     if re.match("https?:", args.expert):
         endpoint = server(args.expert, args.expert_model, "EXPERT_API_KEY")
         expert = ServerExpert(endpoint, settings.expert_tokens)
-    elif args.expert not in ("self", model):
+    elif args.expert not in ("self", "none", model):
         expert = LocalExpert(VLM.load(args.expert), settings.expert_tokens)
     return Controller(vlm, expert, clip, settings, VLM.load(args.check_model) if args.check_model else None)
 
@@ -497,8 +498,10 @@ def run(argv=None):
     parser.add_argument("--json", action="store_true", help="print the result, or the means, as JSON")
     cli.add_sources(parser)
     cli.add_options(parser, Settings)
+    parser.set_defaults(max_new_tokens=None)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    fill_in(args)
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     if (args.data is None) == (args.image is None) or (args.image is None) != (args.question is None):
         raise InputError("give either IMAGE and \"QUESTION\", or --data FILE")

@@ -403,6 +403,8 @@ def labels_of(row):
     if (subject := meta.get("subject", meta.get("category"))) in DISCIPLINE_OF:
         meta |= {"subject": subject, "discipline": DISCIPLINE_OF[subject]}
         meta.pop("category", None), meta.pop("l2-category", None)
+    elif "level" in meta and "category" in meta:                # MathVision
+        meta["subject"] = meta.pop("category")
     labels = {name: str(meta[name]) for name in SUBSETS if name in meta}
     return labels | {"type": "multiple choice" if row["choices"] else "open"}
 
