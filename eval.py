@@ -13,8 +13,10 @@ Left out on purpose: an LLM as the judge; the rules of judge.py decide.
 """
 import math
 import re
+import sys
 import zlib
 from collections import defaultdict
+from copy import copy
 from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
@@ -28,17 +30,31 @@ import noise
 import policy as policies
 from catts import Vote, rollout_record, sample_votes, share_of, tally, winner
 from noise import MODES, make_pair, make_pairs, parse_t
-from utils import baselines, cli, corruptions, cost, distributed, evaluation, judge, report, results_file
+from utils import (
+    answering,
+    baselines,
+    cli,
+    corruptions,
+    cost,
+    distributed,
+    evaluation,
+    report,
+    results_file,
+)
 from utils.cli import InputError
+from utils.experts import Memo, batches_in_flight, sample_from
 from utils.judge import accepts, extract_answer, is_correct
 from utils.logs import training_log
 from utils.metrics import calibrated
+from utils.overlap import in_background, waited
+from utils.replies import without_thoughts
 from utils.tables import (
     CALIBRATED,
     STATES,
     Answer,
     Outcome,
     check_rows,
+    mark_incomplete,
     method_of,
     modules_of,
     probe_tables,
@@ -53,20 +69,6 @@ PROBE_STEPS = (0, 300, 500, 700, 850, 999)
 
 # ---- The methods, from stored votes
 
-class Memo:
-    """Caches the Expert's replies. A cached one is charged in full: each method's cost is what it would be if
-    it ran alone."""
-
-    def __init__(self, expert):
-        self.expert, self.replies = expert, {}
-
-    def ask(self, turns, attempt=0):
-        keys = [(attempt, prompt, *(zlib.crc32(p.tobytes()) for p in pictures)) for pictures, prompt in turns]
-        new = {key: turn for key, turn in zip(keys, turns) if key not in self.replies}
-        self.replies |= dict(zip(new, self.expert.ask(list(new.values()), attempt))) if new else {}
-        return [self.replies[key] for key in keys]
-
-
 def collector(controller, sizes, drawn, methods=evaluation.METHODS):
     """-> a function: batch of samples -> rows for `run_resumable`, with all that the methods need.
 
@@ -78,39 +80,43 @@ def collector(controller, sizes, drawn, methods=evaluation.METHODS):
 
     def collect(batch):
         pictures, prompts = [s.pictures() for s in batch], [data.prompt(s) for s in batch]
-        groups = vlm.sample(pictures, prompts, drawn, temperature=settings.temperature, top_k=settings.top_k,
-                            seed=[f"{settings.seed} {s.id}" for s in batch], **length)
-        greedy, cut, alone = [[None] * len(batch) for _ in range(3)]
+        expert, with_memo = Memo(controller.expert), copy(controller)
+        with_memo.expert, requests = expert, list(zip(pictures, prompts))
+        asked = in_background(expert.ask, requests) if "expert" in methods and expert.remote else None
+        groups = yield from sample_from(
+            vlm, pictures, prompts, drawn, temperature=settings.temperature, top_k=settings.top_k,
+            seed=[f"{settings.seed} {s.id}" for s in batch], **length)
+        greedy, cut, replies = [[None] * len(batch) for _ in range(3)]
         if "greedy" in methods:
-            greedy = [group[0] for group in vlm.sample(pictures, prompts, greedy=True, **length)]
+            greedy = yield from sample_from(vlm, pictures, prompts, greedy=True, **length)
+            greedy = [group[0] for group in greedy]
         if "cut" in methods and checker:
             cut = checker.contrast(pictures, pictures, prompts, alpha=0, beta=settings.check_beta, **length)
-        expert = controller.expert
         if "expert" in methods:
-            alone = expert.ask(list(zip(pictures, prompts)))
-        controller.expert = Memo(expert)
-        results = {n: controller.answer_all(batch, [group[:n] for group in groups]) for n in sizes}
-        controller.expert = expert
+            replies = (yield from waited(asked)) if asked else expert.ask(requests)
+        results_by_n = {}
+        for n in sizes:
+            results_by_n[n] = yield from with_memo.steps(batch, [group[:n] for group in groups])
         rows = []
         for i, sample in enumerate(batch):
-            row = results[max(sizes)][i].record(sample)
+            results, reply = {n: results[i] for n, results in results_by_n.items()}, replies[i]
+            row = results[max(sizes)].record(sample)
             columns = ("id", "images", "gold", "choices", "question", "source", "meta")
             row = {key: row[key] for key in columns}
             row |= {"samples": [rollout_record(r, sample, settings.window) for r in groups[i]],
                     "expert": None}
             row |= {name: rollout and rollout_record(rollout, sample)
                     for name, rollout in (("greedy", greedy[i]), ("cut_only", cut[i]))}
-            if alone[i] is not None:
-                answer = extract_answer(alone[i].text, sample.choices)
-                row["expert"] = {"answer": answer, "correct": accepts(answer, sample),
-                                 "tokens": alone[i].tokens}
-            row["by_n"] = {}
-            for n, by_question in results.items():
-                result = by_question[i]
-                votes = result.by_source()
-                row["by_n"][str(n)] = {"ran": list(votes), "votes": votes, "parts": result.ledger.parts,
-                                       "notes": result.ledger.notes, "said": result.texts,
-                                       "order": result.order}
+            if greedy[i] and greedy[i].failure:
+                results[max(sizes)].note_failure("base", greedy[i].failure)
+            row["open"] = {who: why for r in results.values() for who, why in r.open.items()}
+            if reply:
+                answer = extract_answer(without_thoughts(reply.text)[0], sample.choices)
+                row["expert"] = {"answer": answer, "correct": accepts(answer, sample), "tokens": reply.tokens}
+                row["open"] |= {"expert alone": reply.error} if reply.failed else {}
+            row["by_n"] = {str(n): {"ran": list(votes), "votes": votes, "parts": r.ledger.parts,
+                                    "notes": r.ledger.notes, "said": r.texts, "order": r.order}
+                           for n, r in results.items() for votes in [r.by_source()]}
             rows.append(row)
         return rows
     return collect
@@ -141,6 +147,9 @@ def outcomes(row, n, settings):
     def unrated(correct, tokens, calls=0):
         return [Outcome(row["id"], math.nan, correct, tokens, calls)]
 
+    def counted(tokens):
+        return math.nan if tokens is None else tokens           # a server that counts nothing
+
     def samples(**change):
         return sample_votes([s["answer"] for s in drawn], [s["confidence"][settings.reading] for s in drawn],
                             [math.exp(s["logprob"]) for s in drawn], replace(settings, **change))
@@ -151,15 +160,16 @@ def outcomes(row, n, settings):
                f"weighted@{n}": voted(samples(), tokens),
                f"filtered@{n}": voted(samples(top_share=0.5), tokens)}
     if row["expert"]:
-        methods["expert alone"] = unrated(row["expert"]["correct"], row["expert"]["tokens"], 1)
+        methods["expert alone"] = unrated(row["expert"]["correct"], counted(row["expert"]["tokens"]), 1)
     methods = {name: results for name, results in methods.items() if results}
     if str(n) not in row["by_n"]:
         return methods
     run = row["by_n"][str(n)]
     parts = defaultdict(lambda: defaultdict(int),
                         {name: defaultdict(int, costs) for name, costs in run["parts"].items()})
-    price = {"voter": (parts["voter"]["expert_tokens"], parts["voter"]["expert_calls"]),
-             "self_reflection": (parts["critic"]["expert_tokens"] + parts["self_reflection"]["tokens"],
+    critic = counted(parts["critic"]["expert_tokens"])
+    price = {"voter": (counted(parts["voter"]["expert_tokens"]), parts["voter"]["expert_calls"]),
+             "self_reflection": (critic + parts["self_reflection"]["tokens"],
                                  parts["critic"]["expert_calls"]),
              "self_check": (2 * parts["self_check"]["tokens"], 0)}
     modules = modules_of(row, n)
@@ -171,9 +181,10 @@ def outcomes(row, n, settings):
                                      f"gone; collect again")
             votes = samples() + [Vote(source, *vote) for source in subset for vote in run["votes"][source]]
             # one module needs no Planner; of several it orders the calls, and is paid for it
-            planned = [(parts["planner"]["expert_tokens"], parts["planner"]["expert_calls"])] * (size > 1)
+            planned = [(counted(parts["planner"]["expert_tokens"]),
+                        parts["planner"]["expert_calls"])] * (size > 1)
             more, calls = map(sum, zip(*(price[source] for source in subset), *planned))
-            methods[f"{method_of(subset)}@{n}"] = voted(votes, tokens + more, calls)
+            methods[f"{method_of(subset, row.get('incomplete'))}@{n}"] = voted(votes, tokens + more, calls)
             if subset == ("self_check",):
                 check = run["votes"]["self_check"]
                 methods["greedy VCD"] = unrated(bool(check) and accepts(check[0][0], sample),
@@ -362,28 +373,17 @@ def measure(name, controller, samples, args, settings):
         if part == "votes" or isinstance(vlm, VLM):             # a server answers, and shows no logits
             collect, stored = collectors[part]
             frame, defaults = evaluation.stored_settings(args, part, evaluation.model_names(args)[name])
-            rows[part] = results_file.run_resumable(
-                collect(), samples, folder / f"{part}.jsonl", frame | stored, args.batch_size,
-                f"{name}: {part}", args.strict, defaults)
+            path, in_flight = folder / f"{part}.jsonl", 1
+            if part == "votes":
+                answering.ask_consent(args, samples, controller, path, sizes=args.sizes)
+                in_flight = batches_in_flight(args.batch_size, vlm, controller.expert)
+            rows[part] = results_file.run_resumable(collect(), samples, path, frame | stored, args.batch_size,
+                                                    f"{name}: {part}", args.strict, defaults, in_flight)
     return rows
-
-
-def dry_run(name, controller, samples, args, settings):
-    """Print what measuring one model would cost; the speed is that of the first batch's samples."""
-    batch = samples[:args.batch_size]
-    length, rate, cut = cost.measure(lambda count: controller.vlm.sample(
-        [s.pictures() for s in batch[:count]], [data.prompt(s) for s in batch[:count]], args.drawn,
-        temperature=settings.temperature, top_k=settings.top_k, max_new_tokens=settings.max_new_tokens))
-    parts = cost.eval_parts(args, controller.modules, controller.checker is not None)
-    rows = cost.table(parts, len(samples), length, rate, settings.max_new_tokens, settings.expert_tokens,
-                      distributed.place()[1])
-    if distributed.place()[0] == 0:
-        cost.show(f"{name}, {len(samples)} questions", rows, length, rate, cut, len(batch))
 
 
 def main(argv=None):
     args, settings = evaluation.parse(argv, catts.Settings, MODES, PROBE_STEPS, parse_t)
-    args.math_verify = judge.use_math_verify(bool(args.math_verify))
     samples = evaluation.of_split(data.load(args.data or "synthetic", "test", args.limit, args.data_seed,
                                             args.strict, answered=True, allow_outside=args.allow_outside,
                                             wording=args.prompt), args.split)
@@ -391,7 +391,8 @@ def main(argv=None):
     for name, path in models.items():
         controller = catts.build(args, settings, path)
         if args.dry_run:
-            dry_run(name, controller, samples, args, settings)
+            parts = cost.eval_parts(args, controller.modules, controller.checker is not None)
+            answering.show_cost(samples, data.prompt, args, controller, name, args.drawn, parts)
         else:
             measured[name] = measure(name, controller, samples, args, settings)
     if args.dry_run or distributed.place()[0]:
@@ -415,6 +416,7 @@ def write_report(measured, controller, samples, args, settings):
         sources = [catts.SOURCE[m] for m in controller.modules if m != "self_check" or controller.checker]
         for rows in votes.values():
             check_rows(rows, args.sizes, args.drawn, sources)
+            mark_incomplete(rows, args.max_failed)
         methods = methods_of(votes, settings, scales)
         sizes = sorted({2**i for i in range(args.drawn.bit_length())} | {*args.sizes, args.drawn})
         by_n = {name: {n: by_method(rows, n, settings) for n in sizes} for name, rows in votes.items()}
@@ -428,7 +430,8 @@ def write_report(measured, controller, samples, args, settings):
         threshold = tables["abstention"][last] | {"settings": results_file.threshold_settings(settings),
                                                   "sources": results_file.source_fingerprint(args)}
         cli.write_atomically(output / "threshold.json", cli.strict_json(threshold, indent=1))
-        policy_text = fit_policy(votes[last], settings, results_file.source_fingerprint(args),
+        closed = [row for row in votes[last] if not results_file.is_open(row)]
+        policy_text = fit_policy(closed, settings, results_file.source_fingerprint(args),
                                  output / "policy.json")
         shown_cases = cases(votes[last], settings, samples, controller.clip, method)
     if probes:
@@ -439,16 +442,22 @@ def write_report(measured, controller, samples, args, settings):
     if corrupted:
         tables["severity"] = {f"{name}, {row}": figures for name, rows in corrupted.items()
                               for row, figures in severity_table(rows, scales[name]).items()}
+    failures = list(filter(None, map(results_file.failures, votes.values())))
     about = evaluation.describe_run(args, settings, samples, counts[-1], scales)
-    tables["notes"] = evaluation.sentences_of(tables, args)
+    tables["notes"] = failures + evaluation.sentences_of(tables, args)
     cli.write_atomically(output / "tables.json", cli.strict_json({"about": about, **tables}, indent=1))
     logs = {name: training_log(path) for name, path in models.items()}
     page = report.build(tables, shown_cases, logs, about)
     cli.write_atomically(output / "report.html", page)
     if args.json:
         print(cli.strict_json(tables))
+    else:
+        evaluation.show(tables, about, args, policy_text)
+    if failures:
+        print("; ".join(failures), file=sys.stderr)
+        raise SystemExit(results_file.STILL_OPEN)
+    if args.json:
         return
-    evaluation.show(tables, about, args, policy_text)
     print(f"\nwrote {output}/: report.html, tables.json and what was measured; the page and tables.json hold "
           f"every interval")
     print(f"next: {evaluation.next_command(args, settings, catts.Settings())}")

@@ -54,8 +54,8 @@ def eval_parts(args, modules, has_checker=True):
 
 
 def measure(draw):
-    """Time a batch, after one question that warms the device up -> (mean tokens of an answer, tokens a second,
-    share that was cut off). draw: function of a number of questions -> lists of Rollouts."""
+    """Time a batch, after one question that warms the device up -> (mean tokens of an answer, tokens a
+    second, share that was cut off). draw: function of a number of questions -> lists of Rollouts."""
     draw(1)
     start = time.perf_counter()
     rollouts = [rollout for group in draw(None) for rollout in group]

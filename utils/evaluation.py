@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from utils import baselines, cli, corruptions, findings, results_file
+from utils import answering, baselines, cli, corruptions, findings, results_file
 from utils.cli import InputError, names_in
 from utils.cost import bounded_batch
 from utils.metrics import MIN_QUESTIONS
 from utils.model_defaults import fill_in, is_built_in
-from utils.prompts import PROMPTS
+from utils.server import is_url
 from utils.tables import COSTS, HEADLINE, labels_of
 
 PARTS = ("votes", "probe", "corruptions")
@@ -26,13 +26,6 @@ NOT_STORED = ("baseline", "target_risk", "corruptions", "only", "probe", "dry_ru
 PROBE_FLAGS = ("regions", "t", "probe_samples")
 PROBE_STORED = ("model", "model_name", "data", "data_seed", "split", "prompt", "clip", "clip_map", "mass",
                 "seed", "max_new_tokens", "math_verify", *PROBE_FLAGS)
-# Settings by name. deepconf: DeepConf's lowest-group filter (arXiv 2508.15260, window scaled to VLM answers).
-# authors: the released inference code of the paper: 8 samples at T = 1, top-k 40, every module.
-PRESETS = {
-    "paper": {"samples": 8, "temperature": 1.0, "top_k": 40, "reading": "mean", "weight": "confidence",
-              "top_share": 1.0, "check_alpha": 0.5, "check_beta": 0.1, "tau1": 0.5, "tau2": 0.5, "tau3": 0.5},
-    "deepconf": {"samples": 8, "temperature": 0.6, "top_k": 0, "reading": "bottom", "weight": "confidence",
-                 "top_share": 0.9, "modules": ""}}
 
 
 def make_parser(settings_class, modes, steps):
@@ -40,6 +33,7 @@ def make_parser(settings_class, modes, steps):
     parser = argparse.ArgumentParser(description="Methods, calibration, scaling and the probe, for one model "
                                                  "or two.")
     cli.add_sources(parser)
+    answering.add_choices(parser)
     parser.add_argument("--baseline", help="a second model to hold it against")
     parser.add_argument("--only", choices=PARTS, help="measure this part alone; probe: is the model "
                                                       "overconfident, and does it know that it cannot see?")
@@ -64,16 +58,10 @@ def make_parser(settings_class, modes, steps):
                              "time")
     parser.add_argument("--split", help="of a file that names one in each row; MMMU: validation, never with "
                                         "dev")
-    parser.add_argument("--prompt", default="project", choices=PROMPTS,
-                        help="project: think, then one box; bare: the question alone; official: the "
-                             "benchmark's own hint")
-    parser.add_argument("--preset", choices=PRESETS, help="settings of a paper; flags beside it count")
-    parser.add_argument("--math_verify", action="store_true", default=None,
-                        help="let the package math-verify accept answers that the rules refuse")
+    parser.add_argument("--max_failed", type=float, default=0.05,
+                        help="share of questions on which a server may fail before no row is called CA-TTS")
     parser.add_argument("--target_risk", type=float, default=0.1,
                         help="share of wrong answers that abstention aims at")
-    parser.add_argument("--dry_run", action="store_true",
-                        help="print generations, tokens, Expert calls and hours by part, and stop")
     parser.add_argument("--output", default="runs/eval", help="folder for what is measured")
     parser.add_argument("--json", action="store_true", help="print tables.json")
     cli.add_options(parser, settings_class)
@@ -88,7 +76,7 @@ def parse(argv, settings_class, modes, steps, parse_t):
     settings = settings_class(**{name: getattr(args, name) for name in settings_class.__dataclass_fields__})
     if args.baseline and os.path.realpath(args.baseline) == os.path.realpath(args.model):
         raise InputError(f"--baseline {args.baseline!r} is --model; name another model, or none")
-    if args.only in ("probe", "corruptions") and args.model.startswith(("http:", "https:")):
+    if args.only in ("probe", "corruptions") and is_url(args.model):
         raise InputError(f"--only {args.only}: it needs a model's own probabilities on noised pictures, and "
                          f"--model is a server; name a directory or a hub id")
     return args, settings
@@ -96,10 +84,7 @@ def parse(argv, settings_class, modes, steps, parse_t):
 
 def _implied(argv, settings_class, modes, steps, parse_t):
     """The flags with what they imply (Namespace)."""
-    parser = make_parser(settings_class, modes, steps)
-    preset = parser.parse_args(argv).preset
-    parser.set_defaults(**PRESETS.get(preset, {}))
-    args = parser.parse_args(argv)
+    args = answering.parse_with_preset(make_parser(settings_class, modes, steps), argv)
     built_in = (args.data or "synthetic") == "synthetic"
     args.parts = [args.only] if args.only else ["votes", *(["probe"] if args.probe else [])]
     args.parts += ["corruptions"] if args.corruptions is not None and not args.only else []
@@ -122,11 +107,12 @@ def _implied(argv, settings_class, modes, steps, parse_t):
         args.modules = ""
         args.expert = args.expert or ("none" if "expert" not in args.methods or "votes" not in args.parts
                                       else None)
-    fill_in(args, needs_clip="probe" in args.parts and args.regions != ["all"] or "corruptions" in args.parts)
+    is_probed = "probe" in args.parts and args.regions != ["all"] or "corruptions" in args.parts
+    fill_in(args, needs_clip=is_probed and not is_url(args.model))
     args.methods = [method for method in args.methods if method != "expert" or args.expert != "none"]
-    if args.probe_samples < 1 or not 0 < args.target_risk < 1:
+    if args.probe_samples < 1 or not 0 < args.target_risk < 1 or not 0 <= args.max_failed <= 1:
         raise InputError(f"--probe_samples {args.probe_samples} must be at least 1, --target_risk "
-                         f"{args.target_risk} between 0 and 1")
+                         f"{args.target_risk} between 0 and 1, --max_failed {args.max_failed} from 0 to 1")
     args.limit = 200 if built_in and args.limit is None else args.limit
     args.sizes = sorted({*(args.sizes or ([1, 2, 4, 8, 16, 32] if built_in else [])), args.samples})
     if args.sizes[0] < 1:
@@ -140,8 +126,9 @@ def _implied(argv, settings_class, modes, steps, parse_t):
 def model_names(args):
     """{name in the tables: path} of the baseline, where there is one, and the model."""
     paths = list(filter(None, (args.baseline, args.model)))
-    names = [Path(path).name for path in paths]
-    return dict(zip(names if len({*names}) == len(paths) else paths, paths))
+    public = [cli.public_url(path) for path in paths]
+    names = [Path(path).name for path in public]
+    return dict(zip(names if len({*names}) == len(paths) else public, paths))
 
 
 def stored_settings(args, part, path):
@@ -206,8 +193,9 @@ def describe_run(args, settings, samples, num_rows, scales):
     missing = f" ({left_out} left out)" if left_out else ""
     models = " and ".join(map(cli.shown, model_names(args).values()))
     about = (f"{num_rows} questions of {args.data or 'the built-in test split'}{split}{missing}, "
-             f"N = {settings.samples}, noise at t = {max(args.t)}, seed {settings.seed}, prompt {args.prompt}, "
-             f"at most {settings.max_new_tokens} tokens; {models}; Expert {cli.shown(args.expert)}; "
+             f"N = {settings.samples}, noise at t = {max(args.t)}, seed {settings.seed}, "
+             f"prompt {args.prompt}, at most {settings.max_new_tokens} tokens; {models}; "
+             f"Expert {cli.shown(args.expert)}; "
              f"{f'math-verify {args.math_verify}; ' if args.math_verify else ''}torch {torch.__version__}.")
     return about + "".join(
         f" {name}: c = sigmoid({scale['slope']:.3g} C {scale['intercept']:+.3g}), fixed before the training "
@@ -276,7 +264,8 @@ def next_command(args, settings, defaults):
 def source_flags(args, tokens=True):
     """The flags that a model that is not built in cannot do without (str)."""
     keys = ("clip", "expert", "expert_model", "check_model", "model_name")
-    flags = {key: getattr(args, key) for key in keys if getattr(args, key) not in (None, "", "none")}
+    flags = {key: cli.public_url(getattr(args, key)) for key in keys
+             if getattr(args, key) not in (None, "", "none")}
     if is_built_in(args.model):
         flags = {key: value for key, value in flags.items() if not Path(value).is_relative_to(cli.TINY)}
     elif tokens:

@@ -1,5 +1,4 @@
-"""Opens models: processors without torchvision, the checks of a class, ids, positions, saving, activation
-checkpointing.
+"""Opens models and saves them: processors without torchvision, checks of a class, ids, positions.
 
 `check` compares a model with its own `generate` when it is loaded. A class that works differently from what
 `vlm.py` assumes is refused by name, in a sentence, before anything is computed with it.
@@ -9,6 +8,7 @@ import errno
 import json
 import os
 import re
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from transformers import (
     PROCESSOR_MAPPING,
     AutoConfig,
     AutoImageProcessor,
+    AutoModelForImageTextToText,
     AutoProcessor,
     ImageProcessingMixin,
     ProcessorMixin,
@@ -48,9 +49,7 @@ def largest(values, k, width=128):
     chunks = values.shape[-1] // width
     if chunks < 8 * k:
         return values.topk(k).values
-    chunked = values[..., :chunks * width].unflatten(-1,
-                                                     (chunks,
-                                                      width))                     # (..., chunks, width)
+    chunked = values[..., :chunks * width].unflatten(-1, (chunks, width))           # (..., chunks, width)
     best = chunked.detach().amax(-1).topk(k).indices[..., None]                                 # (..., k, 1)
     candidates = chunked.gather(-2,
                                 best.expand(*best.shape[:-1],
@@ -197,6 +196,37 @@ def load_processor(path):
 
 # ------------------------------------------------------------------------------------------------------------
 # Does a class work here?
+
+def open_model(path, device, dtype):
+    """A directory or hub id -> (model on the device, processor). Raises InputError."""
+    if not Path(path).is_dir() and (str(path).startswith((".", "/")) or str(path).count("/") != 1):
+        raise InputError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name")
+    with opening("model", path):
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, **SAFE)
+    for p in model.to(device).parameters():
+        if p.device.type == "cpu":
+            # A weight mapped from a file may lie at an odd address, where kernels sum in another order.
+            p.data = p.data.clone()
+    with opening("model", path):
+        return model, load_processor(path)
+
+
+def open_meta(path):
+    """`open_model` without weights, on the meta device."""
+    with opening("model", path), torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path, **SAFE))
+    return model, load_processor(path)
+
+
+def check_meta(vlm):
+    """What can be checked without weights: a forward pass, and writing the processor."""
+    try:
+        trial(vlm)
+    except Exception as error:
+        raise refusal(vlm.model, error) from error
+    with tempfile.TemporaryDirectory() as folder:
+        save_processor(vlm, folder)
+
 
 def trial(vlm):
     """Two pictures and two prompts, encoded -> (images, prompts, inputs).

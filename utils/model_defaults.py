@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 from utils.cli import TINY, InputError, names_in
+from utils.server import is_url
 
 CLIP = "openai/clip-vit-large-patch14-336"      # the usual one of real models
 MAX_NEW_TOKENS = 1024                           # room for "think step by step"
@@ -37,7 +38,8 @@ def fill_in(args, needs_clip=False):
         args.expert = str(TINY / "expert")
     elif args.expert is None:
         missing.append("--expert self (or a directory, hub id or URL; none leaves it out)")
-    needs_clip = needs_clip or "self_check" in modules and args.region != "all"
+    checks = not is_url(args.model) or args.check_model
+    needs_clip = needs_clip or "self_check" in modules and checks and args.region != "all"
     if args.clip is None and needs_clip:
         args.clip = str(TINY / "clip") if built_in else None
         if not built_in:

@@ -21,6 +21,7 @@ from utils.metrics import (
     interval,
     mean_interval,
 )
+from utils.results_file import is_open
 
 
 @dataclass
@@ -57,10 +58,20 @@ WORKERS = {"voter": ("voter",), "self_reflection": ("critic", "self_reflection")
            "self_check": ("self_check",)}
 
 
-def method_of(modules):
-    """The name of a subset of LETTER's modules, added to the samples' weighted vote."""
-    return {0: "weighted", len(LETTER): "CA-TTS"}.get(len(modules), "+" +
-                                                      "".join(LETTER[source] for source in modules))
+def method_of(modules, is_incomplete=False):
+    """The name of a subset of LETTER's modules, added to the samples' weighted vote. is_incomplete: too many
+    of the Expert's votes are missing for all of them to be called CA-TTS."""
+    letters = "+" + "".join(LETTER[source] for source in modules)
+    if is_incomplete and len(modules) == len(LETTER):
+        return f"{letters}, Expert failed"
+    return {0: "weighted", len(LETTER): "CA-TTS"}.get(len(modules), letters)
+
+
+def mark_incomplete(rows, max_failed):
+    """Where a server failed on more than a share of the questions, no row of theirs is called CA-TTS."""
+    if sum(map(is_open, rows)) > max_failed * len(rows):
+        for row in rows:
+            row["incomplete"] = True
 
 
 def modules_of(row, n):
@@ -491,7 +502,8 @@ def vote_tables(votes, methods, by_n, n, risk, calibrated_models):
     map from C to c, which have the row CALIBRATED.
     """
     names = list(votes)
-    best = f"{method_of(modules_of(votes[names[-1]][0], n))}@{n}"
+    first_row = votes[names[-1]][0]
+    best = f"{method_of(modules_of(first_row, n), first_row.get('incomplete'))}@{n}"
     calibrated_row = [CALIBRATED] if names[-1] in calibrated_models else []
     listed = list(dict.fromkeys(["pass@1", *calibrated_row, f"majority@{n}", best]))
     boots = {name: {method: resampled(outcomes) for method, outcomes in rows.items()}
