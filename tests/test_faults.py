@@ -473,7 +473,8 @@ def test_what_the_programs_store_has_the_shapes_that_are_checked(base, clip):
         assert schema.fault(json.loads(json.dumps(catts.record(r, s))), stored.RESULT) is None
     sampling = {"max_new_tokens": 8}
     for row in eval.prober(base, clip, ["key"], (0, 500), 0.5, 2, 0, **sampling)(samples):
-        shape = stored.probe_row(eval.Answer, 2, ["key"], (0, 500), eval.STATES)
+        args = SimpleNamespace(probe_samples=2, regions=["key"], t=(0, 500))
+        shape = stored.probe_row(eval.Answer, args, eval.STATES)
         row = json.loads(json.dumps(row))
         assert schema.fault(row, shape) is None
         del row["found"]["key"]["500"][1]

@@ -14,18 +14,18 @@ RESULT = QUESTION | {"answer": (str, None), "confidence": float, "abstained": bo
                      "order": [str, ...], "votes": VOTES, "ledger": LEDGER, "samples": [SAMPLE, ...]}
 # votes.jsonl of eval.py
 COLLECTED = QUESTION | {
-    "samples": [SAMPLE, ...], "greedy": SAMPLE, "cut_only": (SAMPLE, None),
-    "expert": {"answer": (str, None), "correct": (bool, None), "tokens": COST},
+    "samples": [SAMPLE, ...], "greedy": (SAMPLE, None), "cut_only": (SAMPLE, None),
+    "expert": ({"answer": (str, None), "correct": (bool, None), "tokens": COST}, None),
     "by_n": Each({"votes": VOTES, "parts": Each(Each(COST)), "notes": list, "said": dict})}
 
 
-def probe_row(answer, number, regions, ts, states):
-    """probe.jsonl of eval.py. answer: a dataclass; number: of answers in each place."""
-    answers = [of(answer)] * number
-    places = {region: {str(t): answers for t in ts if t} for region in regions}
+def probe_row(answer, args, states):
+    """probe.jsonl of eval.py. answer: a dataclass; args: its flags."""
+    answers = [of(answer)] * args.probe_samples
+    places = {region: {str(t): answers for t in args.t if t} for region in args.regions}
     return {"id": str, "found": {"clean": {"0": answers}} | places, "states": dict.fromkeys(states, str)}
 
 
-def corruption_row(answer, number):
+def corruption_row(answer, args):
     """corruptions.jsonl of eval.py: as many answers for each corruption."""
-    return {"id": str, "found": Each([of(answer)] * number)}
+    return {"id": str, "found": Each([of(answer)] * args.probe_samples)}
