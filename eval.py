@@ -106,7 +106,8 @@ def collector(controller, sizes, drawn):
                     "greedy": rollout_record(greedy[i], sample), "cut_only": rollout_record(cut[i], sample)
                     if cut else None}
             answer = extract_answer(own[i].text, sample.choices)
-            row["expert"] = {"answer": answer, "correct": accepts(answer, sample), "tokens": own[i].tokens}
+            row["expert"] = {"answer": answer, "correct": accepts(answer, sample), "tokens": own[i].tokens,
+                             "probability": own[i].probability}
             row["by_n"] = {str(n): {"ran": list(votes), "votes": votes, "parts": r.ledger.parts,
                                     "notes": r.ledger.notes,
                                     "said": r.texts, "order": r.order}

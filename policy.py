@@ -99,6 +99,7 @@ FEATURES = {
     "voter": "log of the Voter's probability over an even split",
     "self_reflection": "Self-Reflection arrives at it",
     "expert": "the Expert answers it",
+    "expert, p": "log-odds of the least probable token of the Expert's reply",
     "share, Expert heard": "share, once the Expert has spoken in any role",
     "voter, Expert's answer": "voter, once the Expert's own answer is known: one model, asked twice",
     "none": "none of these",
@@ -130,8 +131,9 @@ def features(evidence, scale):
         # 0.02 bounds the weight of a Voter that is certain.
         voter = math.log((shares["voter"] + 0.02) / (1 / num_voted + 0.02)) if "voter" in shares else 0.0
         row[5:8] = voter, "self_reflection" in shares, "expert" in shares
-        row[8:10] = share * heard, voter * ("expert" in evidence.votes)
-    rows[-1, 10:] = (1.0, sum(c) / max(1, n), sum(p) / max(1, n), math.log(max(1, n)),
+        surest = min(max(shares.get("expert", 0.5), 0.01), 0.999)           # 0.5: log-odds 0
+        row[8:11] = math.log(surest / (1 - surest)), share * heard, voter * ("expert" in evidence.votes)
+    rows[-1, 11:] = (1.0, sum(c) / max(1, n), sum(p) / max(1, n), math.log(max(1, n)),
                     math.log(max(1, len(candidates))), heard)
     return [answer for answer, _, _ in candidates], rows
 
@@ -175,8 +177,9 @@ class StoredQuestion:
 
     def evidence(self, n, sources=()):
         """The first n samples and the votes of some sources (Evidence)."""
-        votes, expert = self.row["by_n"][str(n)]["votes"], self.row["expert"]["answer"]
-        votes = votes | {"expert": [] if expert is None else [[expert, 1.0]]}
+        votes, own = self.row["by_n"][str(n)]["votes"], self.row["expert"]
+        expert = own["answer"]
+        votes = votes | {"expert": [] if expert is None else [[expert, own.get("probability", 1.0)]]}
         return Evidence(self.samples[:n], {source: votes[source] for source in sources}, self.choices)
 
     def features(self, n, sources, scale):

@@ -38,12 +38,16 @@ ALTERNATIVES = 20               # top_logprobs asked for: the k of Eq. 3
 
 @dataclass
 class Reply:
-    """What an Expert said; or error, one sentence, and whether asking again is useless (`final`)."""
+    """What an Expert said; or error, one sentence, and whether asking again is useless (`final`).
+
+    probability: of the least probable token of the reply, in (0, 1]; 1 where the Expert does not tell.
+    """
     text: str = ""
     tokens: int = 0
     cached: bool = False
     error: str = ""
     final: bool = False
+    probability: float = 1.0
 
 
 class LocalExpert:
@@ -60,7 +64,7 @@ class LocalExpert:
                                  greedy=attempt == 0,
                                  seed=[f"expert {attempt} {prompt}" for _, prompt in turns],
                                  max_new_tokens=self.max_new_tokens)
-        return [Reply(r.text, len(r.tokens)) for (r,) in groups]
+        return [Reply(r.text, len(r.tokens), probability=r.logprobs.min().exp().item()) for (r,) in groups]
 
 
 class ServerError(Exception):
@@ -405,6 +409,7 @@ def consult(expert, role, turns, make_prompt, parse):
                     raise ValueError(reply.error)
                 found[i] = parse(turns[i], text)
                 turns[i].result.texts[role] = text[:MAX_CRITIQUE]
+                turns[i].result.probabilities[role] = reply.probability
             except ValueError as error:
                 reasons[i] = str(error)
                 if not reply.final:
