@@ -18,11 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import catts
 import data
-import eval
 import policy as policies
 from noise import ClipAttention
 from utils import cli, frontier
-from utils.experts import LocalExpert
+from utils.experts import LocalExpert, Memo
 from utils.judge import accepts, extract_answer
 from utils.metrics import auroc, calibration_error
 from utils.results_file import run_resumable
@@ -44,7 +43,7 @@ def collector(controller):
         groups = vlm.sample(pictures, prompts, SIZES[-1], temperature=settings.temperature, top_k=settings.top_k,
                             seed=[f"{settings.seed} {s.id}" for s in batch], max_new_tokens=settings.max_new_tokens)
         expert, replies, results = controller.expert, controller.expert.ask(list(zip(pictures, prompts))), {}
-        controller.expert = eval.Memo(expert)
+        controller.expert = Memo(expert)
         for n in SIZES:
             controller.modules = modules if n == SIZES[-1] else [m for m in modules if m != "self_check"]
             results[n] = controller.answer_all(batch, [group[:n] for group in groups])
