@@ -436,7 +436,8 @@ def fit_on_votes(rows, settings, accepts, sources, prices=None, rates=None):
     bool."""
     sizes = sorted(size for size in map(int, rows[0]["by_n"]) if size <= settings.samples)
     sizes = [size for size in sizes if size > 1] or sizes           # one sample has no share
-    modules = [m for m in PURCHASES[1:] if m == "expert" or m in rows[0]["by_n"][str(sizes[-1])]["ran"]]
+    available = {*rows[0]["by_n"][str(sizes[-1])]["ran"], *(["expert"] if rows[0]["expert"] else [])}
+    modules = [m for m in PURCHASES[1:] if m in available]
     questions = [StoredQuestion(row, accepts, settings.reading) for row in rows]
     policy = fit_policy(questions, sizes, modules, prices, rates=rates)
     policy.about |= {"settings": policy_file.settings_of(settings), "sources": sources}

@@ -53,6 +53,7 @@ from utils.clip_files import count_parameters
 from utils.distributed import QuestionOrder, micro_batches
 from utils.finite import FiniteSteps
 from utils.preflight import agreed
+from utils.resample import replace_tied
 from vlm import VLM, load_model
 
 PROBE_SAMPLES = 4               # answers to each held-out question, before and after
@@ -80,6 +81,8 @@ class Args:
     max_grad_norm: float = option(1.0, "the gradient's norm is clipped here", above=0)
     temperature: float = option(1.0, "of sampling; the log-probs of the loss are divided alike", above=0)
     mu: int = option(1, "updates on the same rollouts", least=1)
+    resample: int = option(0, "times that other questions are drawn for groups with equal rewards (DAPO)",
+                           least=0)
     clip_low: float = option(0.2, "the probability ratio is clipped below 1 - clip_low", least=0, most=1)
     clip_high: float = option(0.28, "and above 1 + clip_high", least=0)
     adv_norm: str = option("std", "reward minus the group's mean, divided by its std (std, GRPO) or not "
@@ -185,7 +188,8 @@ class RolloutBatch:
         lists = {name: [getattr(self, name)[q] for q in questions]
                  for name in ("images", "prompts", "rollouts", "rows")}
         tensors = {name: getattr(self, name)[questions]
-                   for name in ("confidence", "correct", "is_control", "advantages")}
+                   for name in ("confidence", "correct", "is_control", "advantages")
+                   if getattr(self, name) is not None}
         return replace(self, **lists, **tensors,
                        rewards={name: term[questions] for name, term in self.rewards.items()})
 
@@ -236,8 +240,7 @@ def roll_out(policy, samples, images, noised_images, is_control, step, args):
 # IV. Rewards (Eq. 4 and 3.2.2). V. Advantages
 
 def add_rewards(original, noised, confidence_map, args):
-    """Fill in each view's reward terms and advantages. The perception term of a pair is in the rewards of
-    both views."""
+    """Fill in each view's reward terms. The perception term of a pair is in the rewards of both views."""
     c_noised = None if noised is None else noised.confidence
     perception, calibration = confidence_reward(original.confidence, c_noised, original.correct,
                                                 original.is_control, confidence_map, args)
@@ -250,7 +253,14 @@ def add_rewards(original, noised, confidence_map, args):
                                 for group in batch.rollouts])                                         # (Q, G)
         batch.rewards = {"perception": perception, "calibration": calibration, "outcome": batch.correct,
                          "format": formats}
-        batch.advantages, divisor = group_advantages(sum(batch.rewards.values()), args.adv_norm)
+
+
+def add_advantages(original, noised, adv_norm):
+    """Fill in each view's advantages, and what divided them on average over all ranks."""
+    for batch in (original, noised):
+        if batch is None:
+            continue
+        batch.advantages, divisor = group_advantages(sum(batch.rewards.values()), adv_norm)
         total, groups = distributed.summed([divisor.sum(), len(divisor)])
         batch.advantage_divisor = max(MIN_DIVISOR, total / groups)
 
@@ -419,7 +429,7 @@ def train(args):
     compute = distributed.dtype_of(args.run, device)
     vlm = agreed(lambda: load_model(args.model, device, compute))
     if args.run.explain:
-        stages = (fit_map_on_base, make_image_pairs, roll_out, add_rewards, cdrl_loss)
+        stages = (fit_map_on_base, make_image_pairs, roll_out, add_rewards, add_advantages, cdrl_loss)
         policy = distributed.shard(vlm, device, compute, sharded=False)
         return explain.print_step(args, vlm, policy, clip, order, held_out, stages)
     agreed(lambda: preflight.check_run(vlm, train_set, held_out, order, args, data.prompt))
@@ -446,6 +456,13 @@ def train(args):
         print(f"{args.recipe}: {cli.shown(args.model)}, {sum(p.numel() for p in parameters):,} parameters "
               f"on {device}, {choices}, steps {start} to {args.steps}")
 
+    def roll_out_others(others, name):                  # I to IV, for --resample
+        pictures = [s.pictures() for s in others]
+        pairs = make_image_pairs(pictures, others, clip, name, args)
+        views = roll_out(policy, others, pictures, *pairs, name, args)
+        add_rewards(*views, confidence_map, args)
+        return views
+
     hopeless, is_finite = preflight.HopelessTraining(args.run.patience), FiniteSteps(args)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="step", disable=rank > 0)
     with distributed.stop_on_signals() as stop:
@@ -460,8 +477,13 @@ def train(args):
             noised_images, is_control = make_image_pairs(images, samples, clip, step, args)
             # ---- II. rollouts y on i and y' on i'; III. their confidences C and C' (Eq. 3)
             original, noised = roll_out(policy, samples, images, noised_images, is_control, step, args)
-            # ---- IV. rewards (Eq. 4, 3.2.2); V. advantages within the group
+            # ---- IV. rewards (Eq. 4, 3.2.2)
             add_rewards(original, noised, confidence_map, args)
+            if args.resample:
+                samples, original, noised, resampled = replace_tied(samples, original, noised, order, step,
+                                                                    roll_out_others, args.resample)
+            # ---- V. advantages within the group
+            add_advantages(original, noised, args.adv_norm)
             sampled = time.perf_counter()
             # ---- VI. loss and update. The noised words are scored only where a gradient reaches them.
             scores_noised = args.noised_learns or args.pathwise > 0 and args.alpha > 0
@@ -480,6 +502,8 @@ def train(args):
             # ---- VII. log and save
             seconds = {"seconds/sample": sampled - clock, "seconds/learn": time.perf_counter() - sampled}
             row = logs.log_row(step, batches, updates, lr) | seconds | {"skipped": is_finite.skipped}
+            if args.resample:
+                row["resampled"] = distributed.summed([resampled])[0]
             if rank == 0:
                 logs.write_step(output, row, samples, batches)
                 progress.set_postfix(logs.postfix(row))

@@ -18,11 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import catts
 import data
+import eval
 import policy as policies
 from noise import ClipAttention
 from utils import cli, frontier
-from utils.experts import LocalExpert, Memo
-from utils.judge import accepts, extract_answer
+from utils.experts import LocalExpert
+from utils.judge import accepts
 from utils.metrics import auroc, calibration_error
 from utils.results_file import run_resumable
 from vlm import VLM
@@ -31,44 +32,13 @@ FOLDER, SIZES, BUDGETS = ROOT / "results" / "policy", [2, 4, 8], (0.2, 0.4, 0.5,
 RATES = np.geomspace(0.03, 0.6, 16)
 
 
-def collector(controller):
-    """-> a function: batch of samples -> rows with all evidence that can be bought, as `eval.collector` stores it.
-
-    Without the answers that no policy buys. Visual Self-Check sees no sample, so that it runs once for all of SIZES.
-    """
-    vlm, settings, modules = controller.vlm, controller.settings, controller.modules
-
-    def collect(batch):
-        pictures, prompts = [s.pictures() for s in batch], [data.prompt(s) for s in batch]
-        groups = vlm.sample(pictures, prompts, SIZES[-1], temperature=settings.temperature, top_k=settings.top_k,
-                            seed=[f"{settings.seed} {s.id}" for s in batch], max_new_tokens=settings.max_new_tokens)
-        expert, replies, results = controller.expert, controller.expert.ask(list(zip(pictures, prompts))), {}
-        controller.expert = Memo(expert)
-        for n in SIZES:
-            controller.modules = modules if n == SIZES[-1] else [m for m in modules if m != "self_check"]
-            results[n] = controller.answer_all(batch, [group[:n] for group in groups])
-        controller.expert, rows = expert, []
-        for i, sample in enumerate(batch):
-            checked = results[SIZES[-1]][i]
-            row = {key: checked.record(sample)[key] for key in ("id", "gold", "choices", "meta")}
-            row["samples"] = [catts.rollout_record(r, sample, settings.window) for r in groups[i]]
-            row["expert"] = {"answer": extract_answer(replies[i].text, sample.choices), "tokens": replies[i].tokens,
-                             "probability": replies[i].probability}
-            row["by_n"] = {str(n): {
-                "ran": list(checked.by_source()), "votes": checked.by_source() | result[i].by_source(),
-                "parts": checked.ledger.parts | result[i].ledger.parts} for n, result in results.items()}
-            rows.append(row)
-        return rows
-    return collect
-
-
 def collect(name, path, split, seed, number):
     """Votes of a model on built-in questions, kept in results/policy/NAME-SPLIT-SEED.jsonl.gz."""
     settings = catts.Settings(seed=seed)
     expert = LocalExpert(VLM.load(ROOT / "tiny" / "expert"), settings.expert_tokens)
     controller = catts.Controller(VLM.load(path), expert, ClipAttention.from_pretrained(), settings)
     samples = list(data.load("synthetic", split, number, seed))
-    rows = run_resumable(collector(controller), samples, f"runs/policy/{name}-{split}-{seed}.jsonl",
+    rows = run_resumable(eval.collector(controller, SIZES, SIZES[-1], ["expert"]), samples, f"runs/policy/{name}-{split}-{seed}.jsonl",
                          {"model": name, "seed": seed, "sizes": SIZES}, 100, f"{name}, {split} {seed}")
     store(list(rows.values()), name, split, seed)
 

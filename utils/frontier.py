@@ -25,7 +25,7 @@ class StoredVotes:
 
     def votes(self, n):
         """{source: [[answer, share], ...]} of the modules at n samples, and of the Expert's own answer."""
-        own = self.row["expert"]
+        own = self.row["expert"] or {"answer": None}
         return self.row["by_n"][str(n)]["votes"] | {
             "expert": [] if own["answer"] is None else [[own["answer"], own.get("probability", 1.0)]]}
 
