@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from utils import cli
+from utils import cli, inputs
 from utils.cli import TINY, InputError
 from utils.clip_files import MapCache, contributions, open_clip
 from utils.loading import ATTENTION
@@ -315,6 +315,7 @@ def main(argv=None):
         raise InputError(f"--mass is {args.mass}; a number above 0 and at most 1 is expected")
     for t in args.t:
         parse_t(t)
+    inputs.refuse_as_output(args.output, image=args.image)
     image = open_picture(args.image)
     attention = ClipAttention.from_pretrained(args.clip, kind=args.clip_map).map(image, args.question)
     contact_sheet(image, args.question, attention, args.mass, args.t, args.output, args.seed, region, diffuse)

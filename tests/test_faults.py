@@ -41,6 +41,7 @@ from utils import (
     schema,
     state_files,
     stored,
+    tables,
 )
 from utils.cli import InputError
 from vlm import VLM
@@ -363,6 +364,27 @@ def test_stored_json_of_another_shape_is_named_with_its_place(tmp_path):
             report.read_probe(path, eval.Answer, [0, 999])
     assert schema.fault({"a": None, "b": {"c": [1]}}, {"a": (str, None), "b": schema.Each([int, ...])}) is None
     assert "a is 5 where text or null" in schema.fault({"a": 5}, {"a": (str, None)}).replace("'", "")
+
+
+def test_damaged_lines_of_a_log_are_left_out_and_a_damaged_map_of_c_is_named(tmp_path, capsys):
+    rows = [{"step": i, "loss": 0.5, "original/reward": 1.0} for i in range(4)]
+    lines = [json.dumps(row) for row in rows]
+    for i, bad in ((0, '{"step": 0}'), (1, '{"step": "x"}'), (2, "[" * 9999)):
+        lines[i] = bad
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))
+    assert logs.training_log(tmp_path) == rows[3:] and "4 lines are damaged" in capsys.readouterr().err
+    logs.trim_logs(tmp_path, 4)
+    assert len(logs.training_log(tmp_path)) == 1
+    for text in ("[1]", "nope", '{"slope": "x", "intercept": 1}', '{"slope": 1}', "[" * 9999):
+        (tmp_path / "confidence.json").write_text(text)
+        with pytest.raises(InputError, match="confidence.json is damaged"):
+            tables.stored_scales([tmp_path])
+
+
+def test_a_sheet_is_not_drawn_over_its_picture(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="is or holds --image"):
+        noise.main([str(tmp_path / "a.png"), "What?", "--output", str(tmp_path / "a.png")])
 
 
 @pytest.mark.parametrize("error, words", [

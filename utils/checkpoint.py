@@ -147,7 +147,8 @@ def _keep_shorter_run(output, old):
     it."""
     if not _final_model(output) and not (output / "after.json").exists():
         return
-    folder = output / f"finished-{(old or {}).get('steps', 0)}"
+    steps = (old or {}).get("steps")
+    folder = output / f"finished-{steps if isinstance(steps, int) else 0}"
     folder.mkdir(exist_ok=True)
     for pattern in ("*.json", "*.jinja", "*.txt", "*.model"):          # what opens it
         for path in output.glob(pattern):

@@ -10,7 +10,7 @@ import numpy as np
 from utils import cli, schema
 from utils.baselines import by_figure
 from utils.cli import InputError
-from utils.logs import smoothed
+from utils.logs import smoothed, training_log
 from utils.metrics import (
     MIN_QUESTIONS,
     auroc,
@@ -357,7 +357,7 @@ def draw_report(output, before, after, confidence_map, args, t):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    log = training_log(output)
     models = {"before": before, "after": after}
     c = {when: calibrated([a.confidence for a in answers[0]], confidence_map) for when, answers in models.items()}
     correct = {when: np.array([a.correct for a in answers[0]], float) for when, answers in models.items()}
