@@ -38,8 +38,8 @@ SLOW = 0.1                      # seconds that one input may take
 PORT = 29_400
 TRAIN = ["train_cdrl.py", "--steps", "6", "--batch_size", "4", "--group_size", "2", "--eval_size", "2", "--max_new_tokens",
          "12", "--scale_questions", "4", "--save_every", "1", "--patience", "0"]
-CATTS = ["catts.py", "--data", "synthetic", "--limit", "24", "--batch_size", "2", "--samples", "2", "--max_new_tokens", "12"]
-EVAL = ["eval.py", "--limit", "12", "--batch_size", "2", "--samples", "2", "--sizes", "2", "--max_new_tokens", "12", "--t",
+CATTS = ["catts.py", "--data", "synthetic", "--limit", "8", "--batch_size", "2", "--samples", "2", "--max_new_tokens", "12"]
+EVAL = ["eval.py", "--limit", "4", "--batch_size", "2", "--samples", "2", "--sizes", "2", "--max_new_tokens", "12", "--t",
         "500", "--regions", "key", "--probe_samples", "1"]
 PROGRAMS = {"train": TRAIN, "catts": CATTS, "eval": EVAL}
 failures = []
