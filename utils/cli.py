@@ -45,13 +45,13 @@ def add_sources(parser):
     parser.add_argument("--model_name", default="", help="the base model's name on its server (key: "
                                                          "MODEL_API_KEY)")
     parser.add_argument("--check_model", help="local model for Visual Self-Check when --model is a server")
-    parser.add_argument("--clip", default=str(TINY / "clip"),
-                        help="CLIPModel directory or hub id, finds the key regions")
+    parser.add_argument("--clip", help="CLIPModel directory or hub id, finds the key regions; default: of a "
+                                       "built-in --model the built-in one")
     parser.add_argument("--clip_map", default="auto", choices=("auto", "attention", "contribution"),
                         help="the map it makes; auto: attention for the built-in CLIP, contribution for any "
                              "other")
-    parser.add_argument("--expert", default=str(TINY / "expert"),
-                        help="'self' (the base plays the roles), directory, hub id, or URL of a server")
+    parser.add_argument("--expert", help="'self' (the base plays the roles), directory, hub id, URL of a "
+                                         "server, or 'none'; default: of a built-in --model the built-in one")
     parser.add_argument("--expert_model", default="", help="the Expert's name on its server (key: "
                                                            "EXPERT_API_KEY)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds a server may take for a reply")

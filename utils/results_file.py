@@ -79,6 +79,7 @@ class Result:
     answer: None when nobody gave one. confidence: V[answer] / sum V (Eq. 10), in [0, 1]. abstained: it lies
     below the threshold. correct: by the judge, None without a gold answer. order: of the modules. skipped:
     {module: why}. texts: {role: text}. open: {who: why} where a server failed, to be asked again.
+    probabilities: of the Expert's replies, {role: of the least probable token}.
     rollouts: the samples. purchases: of a fitted policy, in order, with P after each.
     """
     id: str
@@ -90,6 +91,7 @@ class Result:
     order: list = field(default_factory=list)
     skipped: dict = field(default_factory=dict)
     texts: dict = field(default_factory=dict)
+    probabilities: dict = field(default_factory=dict)
     open: dict = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     rollouts: list = field(default_factory=list)
@@ -111,13 +113,19 @@ class Result:
     def record(self, sample):
         """What is stored of it (dict): the result and the question, without the samples."""
         meta = {key: value for key, value in sample.meta.items() if isinstance(value, (str, int, float))}
-        return {"id": self.id, "answer": self.answer, "confidence": self.confidence,
-                "abstained": self.abstained,
+        return {"id": self.id, "images": image_names(sample), "answer": self.answer,
+                "confidence": self.confidence, "abstained": self.abstained,
                 "correct": self.correct, "order": self.order, "skipped": self.skipped, "said": self.texts,
                 "open": self.open,
                 "votes": self.by_source(), "ledger": asdict(self.ledger), "gold": sample.answer,
                 "choices": sample.choices, "question": sample.question, "source": sample.source, "meta": meta,
                 **({"purchases": self.purchases} if self.purchases else {})}
+
+
+def image_names(sample):
+    """The names of a sample's pictures (list of str); of one that the file itself holds, id and number."""
+    return [Path(image).name if isinstance(image, (str, Path)) else f"{sample.id} #{number}"
+            for number, image in enumerate(sample.images, 1)]
 
 
 @dataclass
