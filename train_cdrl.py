@@ -353,9 +353,9 @@ def probe_held_out(vlm, held_out, clip, args, path, order):
     """
     if not held_out:
         return None
-    if path.exists():
-        return report.read_probe(path, eval.Answer)
     ts = sorted({*eval.PROBE_STEPS, noise.parse_t(args.noise_t)[1]})
+    if path.exists():
+        return report.read_probe(path, eval.Answer, ts)
     rollouts = args.batch_size // order.world * args.group_size * (1 + args.uses_noised)           # of a step
     mine = [held_out[i] for i in range(order.rank, len(held_out), order.world)]
     answers_by_t = eval.probe(vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed,

@@ -2,7 +2,6 @@
 resume."""
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -135,7 +134,6 @@ def trim_logs(output, step):
             except (json.JSONDecodeError, KeyError, TypeError):
                 pass
         if lost := step - len(steps):
-            print(f"{path} has lost {lost} of the {step} steps so far: it, and what is drawn from it, goes "
-                  f"on without them",
-                  file=sys.stderr)
+            cli.warn(f"{path} has lost {lost} of the {step} steps so far: it, and what is drawn from it, "
+                     "goes on without them")
         cli.write_atomically(path, "".join(lines))

@@ -6,12 +6,11 @@ step.
 """
 import re
 import shutil
-import sys
 
 from PIL import Image
 
 from utils import cli
-from utils.cli import InputError
+from utils.cli import InputError, warn
 from utils.distributed import gathered
 
 SHOWN_FAULTS = 20
@@ -29,7 +28,7 @@ def agreed(check):
         fault = str(error)
     faults = [text for text in gathered([fault]) if text is not None]
     if fault is not None and fault != faults[0]:
-        print(f"also: {fault}", file=sys.stderr)
+        warn(f"also: {fault}")
     if faults:
         raise InputError(faults[0])
     return result
@@ -133,7 +132,7 @@ def check_questions(lengths, samples, prompt_of, max_new_tokens, context):
             faults.append(str(error))
     if len(faults) > 1:
         for fault in faults[:SHOWN_FAULTS]:
-            print(f"broken: {fault}", file=sys.stderr)
+            warn(f"broken: {fault}")
         raise InputError(f"{len(faults)} questions cannot be used, each of the first "
                          f"{min(len(faults), SHOWN_FAULTS)} named "
                          f"above; the first: {faults[0]}")
