@@ -248,11 +248,11 @@ def overlap(mask, attention, mass):
 
 def parse_t(text):
     """"500" -> (500, 500); "300-999" -> (300, 999). Raises InputError."""
-    parts = str(text).split("-")
-    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) <= STEPS for part in parts):
+    bounds = str(text).split("-")
+    if len(bounds) > 2 or not all(t.strip().isdecimal() and int(t) <= STEPS for t in bounds):
         raise InputError(f"noise step {text!r} is not a whole number from 0 to {STEPS}, nor a range such as "
                          f"300-999")
-    low, high = int(parts[0]), int(parts[-1])
+    low, high = int(bounds[0]), int(bounds[-1])
     if low > high:
         raise InputError(f"noise range {text!r} runs backwards; write {high}-{low}")
     return low, high

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from utils import cli, distributed, inputs, loading, locks, state_files
+from utils import cli, distributed, inputs, loading, locks, lora, state_files
 from utils.cli import InputError
 from utils.logs import logged_steps, write_json
 from utils.preflight import agreed
@@ -241,6 +241,18 @@ def save_checkpoint(output, vlm, policy, optimizer, step, confidence_map, keep, 
         raise InputError(f"{cli.shown(final)} cannot be written ({cli.reason(error)}); is the disk full? "
                          f"The checkpoints "
                          "before it are whole, and the same command goes on from there") from error
+
+
+def save_model(output, vlm, policy, dtype, merge):
+    """Write the final model: of an adapted one the adapter, or with merge both. All ranks call it."""
+    state = distributed.full_state_dict(policy, dtype)
+    merged = distributed.full_state_dict(policy, dtype, frozen=True) if merge else None
+    if distributed.place()[0]:
+        return
+    if merge:
+        loading.save(vlm, output / "adapter", state)
+        state = lora.merged_state(vlm.model, merged)
+    loading.save(vlm, output, state)
 
 
 def _to_disk(path):
