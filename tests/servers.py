@@ -127,7 +127,7 @@ def streamed(r):
 def without_one(r):
     """No alternatives for one token."""
     reply = r.good()
-    reply["choices"][0]["logprobs"]["content"][1]["top_logprobs"] = None
+    reply["choices"][0]["logprobs"]["content"][3]["top_logprobs"] = None
     return reply
 
 

@@ -340,7 +340,7 @@ PUBLIC = ("api-version", "version", "alt",
           "region")      # what a URL's query may show; all else may be a secret
 
 
-TOKEN = re.compile(r"(sk|pk|hf|gsk|xai|nvapi|ghp|pat|tok|token|key|secret)[-_]\w{6,}|"
+TOKEN = re.compile(r"(?=.*\d)(sk|pk|hf|gsk|xai|nvapi|ghp|pat|tok|token|key|secret)[-_][\w-]{6,}|"
                    r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 
