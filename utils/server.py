@@ -25,7 +25,6 @@ import os
 import random
 import re
 import ssl
-import sys
 import threading
 import time
 import urllib.parse
@@ -38,7 +37,7 @@ from pathlib import Path
 import httpx2
 from PIL import Image
 
-from utils.cli import PUBLIC, InputError, printable, public_url, secrets_in_path
+from utils.cli import PUBLIC, InputError, printable, public_url, secrets_in_path, warn
 from utils.replies import read_body
 
 MAX_BODY = 4 * 2**20            # bytes of a reply without log-probs that are read
@@ -476,7 +475,7 @@ class Server:
         """What was learned about the server, once, on stderr."""
         if words not in self.sayings:
             self.sayings.add(words)
-            print(f"server {self.url} {words}", file=sys.stderr)
+            warn(f"server {self.url} {words}")
 
     # ---- One request
 
