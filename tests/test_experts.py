@@ -70,6 +70,11 @@ def test_a_number_that_may_be_a_candidate_or_its_place_is_refused():
     assert parse_probabilities('{"2": 0.9, "7": 0.1}', 2, ["2", "7"]) == [0.9, 0.1]
 
 
+def test_a_list_in_braces_and_one_beside_another_are_read():
+    assert parse_probabilities(r"So \boxed{[0.9, 0.1]}.", 2) == [0.9, 0.1]
+    assert parse_probabilities('I say {"candidates": ["a", "b"], "probabilities": [0.9, 0.1]} here', 2) == [0.9, 0.1]
+
+
 def test_a_torn_stream_is_no_reply():
     events = [{"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": reason}]}
               for piece, reason in (("[0.9,", None), (" 0.1]", "stop"))]

@@ -111,7 +111,7 @@ def _in_prose(text, read):
     """What `read` makes of the one JSON list or object in a longer text that it accepts. ValueError where
     there is none, or several that differ."""
     text, values = text[:10_000], []
-    for span in re.findall(r"\[[^\[\]]*\]|\{[^{}]*\}", text):
+    for span in re.findall(r"\[[^\[\]]*\]", text) + re.findall(r"\{[^{}]*\}", text):
         try:
             value = read(_json(span))
         except ValueError:
