@@ -81,11 +81,13 @@ def collector(controller, sizes, drawn, methods=evaluation.METHODS):
     def collect(batch):
         pictures, prompts = [s.pictures() for s in batch], [data.prompt(s) for s in batch]
         expert, with_memo = Memo(controller.expert), copy(controller)
+        step = len(batch) / (len(sizes) + 2)                # of the progress bar
         with_memo.expert, requests = expert, list(zip(pictures, prompts))
         asked = in_background(expert.ask, requests) if "expert" in methods and expert.remote else None
         groups = yield from sample_from(
             vlm, pictures, prompts, drawn, temperature=settings.temperature, top_k=settings.top_k,
             seed=[f"{settings.seed} {s.id}" for s in batch], **length)
+        results_file.advance(step)
         greedy, cut, replies = [[None] * len(batch) for _ in range(3)]
         if "greedy" in methods:
             greedy = yield from sample_from(vlm, pictures, prompts, greedy=True, **length)
@@ -94,9 +96,11 @@ def collector(controller, sizes, drawn, methods=evaluation.METHODS):
             cut = checker.contrast(pictures, pictures, prompts, alpha=0, beta=settings.check_beta, **length)
         if "expert" in methods:
             replies = (yield from waited(asked)) if asked else expert.ask(requests)
+        results_file.advance(step)
         results_by_n = {}
         for n in sizes:
             results_by_n[n] = yield from with_memo.steps(batch, [group[:n] for group in groups])
+            results_file.advance(step)
         rows = []
         for i, sample in enumerate(batch):
             results, reply = {n: results[i] for n, results in results_by_n.items()}, replies[i]
@@ -292,7 +296,9 @@ def prober(vlm, clip, regions, ts, mass, n, seed, **sampling):
     region."""
     def collect(batch):
         rows = {s.id: {"id": s.id, "found": {region: {} for region in ("clean", *regions)}} for s in batch}
-        for region, t in [("clean", 0)] + [(region, t) for region in regions for t in ts if t]:
+        views = [("clean", 0)] + [(region, t) for region in regions for t in ts if t]
+        for region, t in views:
+            results_file.advance(len(batch) / (len(views) + 1))
             for a in noised_answers(vlm, batch, clip, t, region, mass, n, seed, **sampling):
                 rows[a.id]["found"][region].setdefault(str(t), []).append(asdict(a))
         pictures, prompts = [s.pictures() for s in batch], [data.prompt(s) for s in batch]

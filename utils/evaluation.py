@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from utils import answering, baselines, cli, corruptions, findings, results_file
+from utils import answering, baselines, cli, corruptions, distributed, findings, results_file
 from utils.cli import InputError, names_in
 from utils.cost import bounded_batch
 from utils.metrics import MIN_QUESTIONS
@@ -161,7 +161,8 @@ def of_split(samples, split):
     names = sorted({*splits} - {None})
     if split is None and {"dev", "validation"} <= {*names}:
         split = "validation"
-        print(f"{splits.count('dev')} questions of split dev are left out; --split dev takes these")
+        if distributed.place()[0] == 0:
+            print(f"{splits.count('dev')} questions of split dev are left out; --split dev takes these")
     if split is None:
         return samples
     if split not in names:

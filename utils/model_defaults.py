@@ -1,8 +1,9 @@
 """What goes with a model: for a built-in one the built-in CLIP, Expert and answer length, else asked for."""
 import json
+import shlex
 from pathlib import Path
 
-from utils.cli import TINY, InputError, names_in
+from utils.cli import TINY, InputError, names_in, shown
 from utils.server import is_url
 
 CLIP = "openai/clip-vit-large-patch14-336"      # the usual one of real models
@@ -51,3 +52,24 @@ def fill_in(args, needs_clip=False):
     if missing:
         raise InputError(f"--model {args.model!r} is no built-in model; say what goes with it: "
                          f"{', '.join(missing)}")
+
+
+def next_evaluation(output, args):
+    """The command that evaluates a training run, complete and as it is typed (str).
+
+    output: the run's folder. args: of the training (model, data, clip, max_new_tokens). Of a file the held-out
+    questions are evaluated; without any, the file itself.
+    """
+    words = ["--model", str(output), "--baseline", shown(args.model)]
+    if (output / "heldout.jsonl").exists():
+        words += ["--data", str(output / "heldout.jsonl"), "--allow_outside"]
+    elif args.data != "synthetic":
+        words += ["--data", str(args.data)] + ["--allow_outside"] * args.run.allow_outside
+    built_in = is_built_in(args.model)
+    if not built_in:
+        words += ["--expert", "self"]
+    if not built_in or Path(args.clip).resolve() != TINY / "clip":
+        words += ["--clip", shown(args.clip)]
+    if not built_in or args.max_new_tokens != BUILT_IN_TOKENS:
+        words += ["--max_new_tokens", str(args.max_new_tokens)]
+    return shlex.join(["python", "eval.py", *words])

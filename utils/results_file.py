@@ -281,7 +281,8 @@ def run_resumable(answer_batch, samples, output, settings, batch_size=16, name="
     # others in its batch after a kill and for any number of ranks, and every number keeps its last bit.
     starts = range(0, len(samples), batch_size)[rank::world]
     total = sum(min(batch_size, len(samples) - start) for start in starts)
-    with (tqdm(total=total, desc=name, unit="question", disable=rank > 0) as progress,
+    with (Progress(total=total, desc=name, unit="question", unit_scale=True, smoothing=0,
+                   disable=rank > 0) as progress,
           open(f"{output}.rank{rank}", "a") as file):
 
         def unanswered():
@@ -292,17 +293,48 @@ def run_resumable(answer_batch, samples, output, settings, batch_size=16, name="
                     if any(sample.id not in done for sample in readable):
                         yield readable
                         continue
-                progress.update(len(batch))
+                progress.skip(len(batch))
 
         for batch, rows in answer_batches(answer_batch, unanswered(), in_flight):
             rows = [_with_earlier_costs(row, stored[0].get(row["id"])) for row in rows
                     if row["id"] not in done]
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
-            progress.update(len(batch))
+            progress.finish(len(batch))
     if world > 1:
         dist.barrier()
     return _merge(output, samples) if rank == 0 else None
+
+
+class Progress(tqdm):
+    """A progress bar in questions that moves within a batch (`advance`). The time left follows from the mean
+    speed of this run: questions that an earlier one answered count for nothing."""
+    current = None              # the bar that `advance` moves
+    begun = 0.0                 # questions of unfinished batches that it has moved already
+
+    def __enter__(self):
+        Progress.current = self
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Progress.current = None
+        return super().__exit__(*error)
+
+    def skip(self, count):
+        self.initial += count
+        self.update(count)
+
+    def finish(self, count):
+        """A batch of `count` questions is done."""
+        self.update(max(0.0, count - self.begun))
+        self.begun = max(0.0, self.begun - count)
+
+
+def advance(questions):
+    """Tell the progress bar that part of a batch is done: its work, counted in questions (float)."""
+    if bar := Progress.current:
+        bar.begun += questions
+        bar.update(questions)
 
 
 def _with_earlier_costs(row, earlier):
