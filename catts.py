@@ -403,7 +403,8 @@ class Controller:
 
         answers = yield from consult(self.expert, "expert", states, lambda s: data.prompt(s.sample), parse)
         for state, answer in zip(states, answers):
-            state.result.votes += [] if answer is None else [Vote("expert", answer, 1.0)]
+            if answer is not None:
+                state.result.votes.append(Vote("expert", answer, state.result.probabilities["expert"]))
 
     def _with_answers(self, states, role):
         """The questions with an answer among their samples; the others have nothing to show to the Expert."""

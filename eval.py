@@ -116,7 +116,8 @@ def collector(controller, sizes, drawn, methods=evaluation.METHODS):
             row["open"] = {who: why for r in results.values() for who, why in r.open.items()}
             if reply:
                 answer = extract_answer(without_thoughts(reply.text)[0], sample.choices)
-                row["expert"] = {"answer": answer, "correct": accepts(answer, sample), "tokens": reply.tokens}
+                row["expert"] = {"answer": answer, "correct": accepts(answer, sample), "tokens": reply.tokens,
+                                 "probability": reply.probability}
                 row["open"] |= {"expert alone": reply.error} if reply.failed else {}
             row["by_n"] = {str(n): {"ran": list(votes), "votes": votes, "parts": r.ledger.parts,
                                     "notes": r.ledger.notes, "said": r.texts, "order": r.order}

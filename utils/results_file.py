@@ -79,6 +79,7 @@ class Result:
     answer: None when nobody gave one. confidence: V[answer] / sum V (Eq. 10), in [0, 1]. abstained: it lies
     below the threshold. correct: by the judge, None without a gold answer. order: of the modules. skipped:
     {module: why}. texts: {role: text}. open: {who: why} where a server failed, to be asked again.
+    probabilities: of the Expert's replies, {role: of the least probable token}.
     rollouts: the samples. purchases: of a fitted policy, in order, with P after each.
     """
     id: str
@@ -90,6 +91,7 @@ class Result:
     order: list = field(default_factory=list)
     skipped: dict = field(default_factory=dict)
     texts: dict = field(default_factory=dict)
+    probabilities: dict = field(default_factory=dict)
     open: dict = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     rollouts: list = field(default_factory=list)
