@@ -57,8 +57,8 @@ def fill_in(args, needs_clip=False):
 def next_evaluation(output, args):
     """The command that evaluates a training run, complete and as it is typed (str).
 
-    output: the run's folder. args: of the training (model, data, clip, max_new_tokens). Of a file the held-out
-    questions are evaluated; without any, the file itself.
+    output: the run's folder. args: of the training (model, data, clip, max_new_tokens). Of a file its
+    held-out questions are evaluated; without any, the file itself.
     """
     words = ["--model", str(output), "--baseline", shown(args.model)]
     if (output / "heldout.jsonl").exists():

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from utils import cli, distributed
 from utils.cli import InputError, printable
+from utils.findings import cut_off_finding
 from utils.overlap import answer_batches
 
 STILL_OPEN = 3                  # exit code where a server failed and questions wait for the same command
@@ -474,6 +475,8 @@ def print_means(rows, samples, args):
         print(cli.strict_json(means | {"open": len(rows) - len(closed)}))
     elif closed:
         print(cli.table({"mean of": average(closed, args.expert_price)}))
+        if warning := cut_off_finding(args.model, average(closed)["cut"], args.max_new_tokens):
+            print(cli.printable(warning), file=sys.stderr)
     if not args.json:
         print(f"wrote {args.output}")
 
@@ -488,6 +491,8 @@ def average(rows, price=None):
     mean = {"questions": len(rows), "accuracy": sum(graded) / len(graded) if graded else float("nan"),
             "confidence": sum(row["confidence"] for row in rows) / len(rows),
             "abstained": sum(row["abstained"] for row in rows) / len(rows)}
+    cut = [not sample["finished"] for row in rows for sample in row.get("samples", [])]
+    mean["cut"] = sum(cut) / len(cut) if cut else math.nan
     optional = ("expert_retries", "expert_prompt_tokens")
     names = ("tokens", "forward_passes", "expert_calls", *optional, "expert_tokens", "seconds")
     values = {name: [row["ledger"].get(name, 0) for row in rows] for name in names}
