@@ -21,7 +21,7 @@ GIVEN = {"--clip": "openai/clip-vit-large-patch14-336", "--expert": "self", "--m
 
 
 def parsed(*argv):
-    return evaluation.parse([*argv], catts.Settings, MODES, eval.PROBE_STEPS, parse_t)
+    return evaluation.parse([*argv, "--dry_run"], catts.Settings, MODES, eval.PROBE_STEPS, parse_t)
 
 
 # ---- No silent toy
