@@ -500,7 +500,7 @@ def print_means(rows, samples, args):
     elif closed:
         print(cli.table({"mean of": average(closed, args.expert_price)}))
         if warning := cut_off_finding(args.model, average(closed)["cut"], args.max_new_tokens):
-            print(cli.printable(warning), file=sys.stderr)
+            cli.warn(warning)
     if not args.json:
         print(f"wrote {args.output}")
 
