@@ -26,7 +26,7 @@ from utils.cli import InputError, names_in
 from utils.cost import bounded_batch
 from utils.logs import training_log
 from utils.metrics import MIN_QUESTIONS
-from utils.model_defaults import fill_in, is_built_in
+from utils.model_defaults import fill_in, source_flags
 from utils.server import is_url
 from utils.tables import (
     CALIBRATED,
@@ -294,18 +294,6 @@ def next_command(args, settings, defaults):
     return (f"python catts.py tiny/example.png \"How many red crosses are there?\" --model "
             f"{shlex.quote(cli.shown(args.model))}{source_flags(args, tokens=False)} {' '.join(changed)} "
             f"--abstain {args.output}/threshold.json")
-
-
-def source_flags(args, tokens=True):
-    """The flags that a model that is not built in cannot do without (str)."""
-    keys = ("clip", "expert", "expert_model", "check_model", "model_name")
-    flags = {key: cli.public_url(getattr(args, key)) for key in keys
-             if getattr(args, key) not in (None, "", "none")}
-    if is_built_in(args.model):
-        flags = {key: value for key, value in flags.items() if not Path(value).is_relative_to(cli.TINY)}
-    elif tokens:
-        flags["max_new_tokens"] = args.max_new_tokens
-    return "".join(f" --{key} {shlex.quote(str(value))}" for key, value in flags.items())
 
 
 def write_report(measured, controller, samples, args, settings, methods_of, by_method, fit_policy, cases):

@@ -3,7 +3,7 @@ import json
 import shlex
 from pathlib import Path
 
-from utils.cli import TINY, InputError, names_in, shown
+from utils.cli import TINY, InputError, names_in, public_url, shown
 from utils.server import is_url
 
 CLIP = "openai/clip-vit-large-patch14-336"      # the usual one of real models
@@ -73,3 +73,15 @@ def next_evaluation(output, args):
     if not built_in or args.max_new_tokens != BUILT_IN_TOKENS:
         words += ["--max_new_tokens", str(args.max_new_tokens)]
     return shlex.join(["python", "eval.py", *words])
+
+
+def source_flags(args, tokens=True):
+    """The flags that a model that is not built in cannot do without (str)."""
+    keys = ("clip", "expert", "expert_model", "check_model", "model_name")
+    flags = {key: public_url(getattr(args, key)) for key in keys
+             if getattr(args, key) not in (None, "", "none")}
+    if is_built_in(args.model):
+        flags = {key: value for key, value in flags.items() if not Path(value).is_relative_to(TINY)}
+    elif tokens:
+        flags["max_new_tokens"] = args.max_new_tokens
+    return "".join(f" --{key} {shlex.quote(str(value))}" for key, value in flags.items())
