@@ -38,8 +38,10 @@ from utils import (
     cost,
     distributed,
     evaluation,
+    locks,
     report,
     results_file,
+    stored,
 )
 from utils.cli import InputError
 from utils.experts import Memo, batches_in_flight, sample_from
@@ -364,25 +366,27 @@ def measure(name, controller, samples, args, settings):
     kinds = args.corruptions or corruptions.NAMES
     vlm, clip = controller.vlm, controller.clip
     collectors = {
-        "votes": (lambda: collector(controller, args.sizes, args.drawn, args.methods), {}),
+        "votes": (lambda: collector(controller, args.sizes, args.drawn, args.methods), {}, stored.COLLECTED),
         "probe": (lambda: prober(vlm, clip, args.regions, args.t, *probing, **sampling),
-                  {"states": list(STATES)}),
+                  {"states": list(STATES)}, stored.probe_row(Answer, args, STATES)),
         "corruptions": (lambda: corrupter(vlm, clip, kinds, *probing, **sampling),
-                        {"corruptions": list(kinds)})}
+                        {"corruptions": list(kinds)}, stored.corruption_row(Answer, args))}
     rows = {}
     for part in args.parts:
         if part == "votes" or isinstance(vlm, VLM):             # a server answers, and shows no logits
-            collect, stored = collectors[part]
+            collect, more, shape = collectors[part]
             frame, defaults = evaluation.stored_settings(args, part, evaluation.model_names(args)[name])
             path, in_flight = folder / f"{part}.jsonl", 1
             if part == "votes":
                 answering.ask_consent(args, samples, controller, path, sizes=args.sizes)
                 in_flight = batches_in_flight(args.batch_size, vlm, controller.expert)
-            rows[part] = results_file.run_resumable(collect(), samples, path, frame | stored, args.batch_size,
-                                                    f"{name}: {part}", args.strict, defaults, in_flight)
+            rows[part] = results_file.run_resumable(
+                collect(), samples, path, frame | more, args.batch_size, f"{name}: {part}", args.strict,
+                defaults, in_flight, shape)
     return rows
 
 
+@locks.released_after
 def main(argv=None):
     args, settings = evaluation.parse(argv, catts.Settings, MODES, PROBE_STEPS, parse_t)
     samples = evaluation.of_split(data.load(args.data or "synthetic", "test", args.limit, args.data_seed,

@@ -47,8 +47,8 @@ from reward import (
     rollout_confidence,
     sequence_confidence,
 )
-from utils import checkpoint, cli, distributed, explain, loading, locks, logs, lora, memory, preflight, report
-from utils.cli import TINY, InputError, RunOptions, option
+from utils import checkpoint, cli, distributed, explain, locks, logs, lora, memory, preflight, report
+from utils.cli import TINY, RunOptions, option
 from utils.clip_files import count_parameters
 from utils.distributed import QuestionOrder, micro_batches
 from utils.finite import FiniteSteps
@@ -117,8 +117,7 @@ class Args:
 
     @property
     def uses_noised(self):
-        """Whether pictures are noised at all: for the perception term, or because the noised answers
-        learn."""
+        """Whether pictures are noised: for the perception term, or because the noised answers learn."""
         return self.alpha > 0 or self.noised_learns
 
 
@@ -145,20 +144,7 @@ def parse(argv=None):
 
 def check(args, world):
     """Refuse settings that cannot work, each in one sentence."""
-    cli.check_bounds(args)
-    cli.check_bounds(args.run)
-    if abs(args.seed) >= 2**63:
-        raise InputError(f"--seed is {args.seed}; it must fit into 64 bits")
-    if args.run.merge and not args.run.lora_rank:
-        raise InputError("--merge merges an adapter, and there is none without --lora_rank")
-    if args.group_size < 2:
-        raise InputError(f"--group_size is {args.group_size}; a group needs at least 2 rollouts to compare")
-    if args.batch_size % world:
-        raise InputError(f"--batch_size {args.batch_size} does not divide over {world} ranks; use a "
-                         f"multiple of {world}")
-    if args.lr > 1e30:
-        raise InputError(f"--lr is {args.lr:g}; AdamW moves every weight by about as much a step, 1e-6 "
-                         "suits a 7B model")
+    preflight.check_settings(args, world)
     noise.parse_t(args.noise_t)
 
 
@@ -195,11 +181,9 @@ class RolloutBatch:
 
 
 def make_image_pairs(images, samples, clip, step, args):
-    """Noise each question's pictures where the evidence is -> the noised pictures (Q lists), is_control (Q,)
-    bool.
+    """Noise each question's pictures where the evidence is -> Q lists of pictures, is_control (Q,) bool.
 
-    Controls have the noise on a random region of the same area. The pictures are None where no term needs
-    them.
+    Controls have the noise on a random region of the same area. None where no term needs noised pictures.
     """
     if not args.uses_noised:
         return None, torch.zeros(len(samples), dtype=torch.bool)
@@ -269,8 +253,7 @@ def add_advantages(original, noised, adv_norm):
 # VI. Loss and update
 
 def policy_loss(logprobs, old_logprobs, advantages, clip_low, clip_high):
-    """-min(ratio A, clip(ratio) A) per token: (B, T), (B, T), (B, 1) -> (B, T), and which ratios were clipped
-    (B, T)."""
+    """-min(ratio A, clip(ratio) A): (B, T) twice, (B, 1) -> (B, T), and which ratios were clipped (B, T)."""
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -torch.minimum(ratio * advantages, clipped * advantages), (ratio != clipped).float()
@@ -364,17 +347,15 @@ def fit_map_on_base(policy, clip, order, args):
 
 
 def probe_held_out(vlm, held_out, clip, args, path, order):
-    """Answers of the model to the held-out questions at each noise step, split over ranks -> {t: list of
-    Answer}.
+    """The model's answers to the held-out questions at each noise step, by all ranks -> {t: list of Answer}.
 
-    They are stored at `path`, and read from there if the run was stopped after them. None without held-out
-    questions.
+    They are stored at `path`, and read from there if the run was stopped after them. None without questions.
     """
     if not held_out:
         return None
-    if path.exists():
-        return report.read_probe(path, eval.Answer)
     ts = sorted({*eval.PROBE_STEPS, noise.parse_t(args.noise_t)[1]})
+    if path.exists():
+        return report.read_probe(path, eval.Answer, ts)
     rollouts = args.batch_size // order.world * args.group_size * (1 + args.uses_noised)           # of a step
     mine = [held_out[i] for i in range(order.rank, len(held_out), order.world)]
     answers_by_t = eval.probe(vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed,
@@ -387,18 +368,12 @@ def probe_held_out(vlm, held_out, clip, args, path, order):
 
 
 def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map, args, order):
-    """Save the final model, run the probe again, write report.png and the table -> the table's rows (rank 0)
-    or None."""
+    """Save the final model, probe it again, write report.png and the table -> its rows (rank 0) or None."""
     with policy.unsharded():
         after = probe_held_out(vlm, held_out, clip, args, output / "after.json", order)
-    state = distributed.full_state_dict(policy, compute)
-    merged = distributed.full_state_dict(policy, compute, frozen=True) if args.run.merge else None
+    checkpoint.save_model(output, vlm, policy, compute, args.run.merge)
     if order.rank:
         return None
-    if args.run.merge:
-        loading.save(vlm, output / "adapter", state)
-        state = lora.merged_state(vlm.model, merged)
-    loading.save(vlm, output, state)
     logs.write_json(output / "confidence.json", confidence_map)
     rows = None
     if held_out:

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import cli, cost, distributed, judge, results_file
+from utils import cli, cost, distributed, inputs, judge, results_file, stored
 from utils.cli import InputError
 from utils.experts import LocalExpert, ServerExpert, ServerVLM, batches_in_flight
 from utils.prompts import PROMPTS
@@ -93,7 +93,7 @@ def show_answer(result, record, args, candidates, taus):
         print(results_file.describe(result, candidates, args.choices, taus))
         print("next: python catts.py --data questions.jsonl --output results.jsonl        # many questions")
     if result.open:
-        print(f"open: {'; '.join(result.open.values())}", file=sys.stderr)
+        cli.warn(f"open: {'; '.join(result.open.values())}")
         raise SystemExit(STILL_OPEN)
 
 
@@ -120,6 +120,7 @@ def show_cost(samples, prompt, args, controller, name=None, drawn=None, parts=No
 def answer_questions(answer_batch, samples, args, defaults, argv, controller):
     """The questions of --data into --output, and their means as a table or as JSON. Exits with STILL_OPEN
     where a server failed. args, defaults: Namespaces of flags; argv: the command's words."""
+    inputs.refuse_as_output(args.output, data=args.data, policy=args.policy, abstain=args.abstain)
     # The threshold itself: the content of its file may change between a run and its continuation.
     fingerprint, default_fingerprint = (
         results_file.run_fingerprint(flags, ("image", "question", "choices", "preset", "dry_run"),
@@ -128,14 +129,14 @@ def answer_questions(answer_batch, samples, args, defaults, argv, controller):
     ask_consent(args, samples, controller, args.output)
     results = results_file.run_resumable(
         answer_batch, samples, args.output, fingerprint, args.batch_size, strict=args.strict,
-        defaults=default_fingerprint,
+        defaults=default_fingerprint, shape=stored.RESULT,
         in_flight=batches_in_flight(args.batch_size, controller.vlm, controller.expert))
     if results is None:                     # not the first rank
         return
     rows = [results[name] for name in sorted({s.id for s in samples} & set(results))]
     results_file.print_means(rows, samples, args)
     if sentence := results_file.failures(rows):
-        print(sentence, file=sys.stderr)
+        cli.warn(sentence)
         raise SystemExit(STILL_OPEN)
     if args.early_exit == "off" and args.policy == "paper" and not args.json:
         exact = Path(args.output).with_name("exact.jsonl")
@@ -167,8 +168,8 @@ def ask_consent(args, samples, controller, output, sizes=()):
     calls = calls_a_question(controller)
     if sizes:
         calls = {who: (count * len(sizes) + 1, reply) for who, (count, reply) in calls.items()}
-    stored = results_file.read_results(Path(output)) if Path(output).is_file() else {}
-    done = {key for key, row in stored.items() if not is_open(row)}
+    answered = results_file.read_results(Path(output)) if Path(output).is_file() else {}
+    done = {key for key, row in answered.items() if not is_open(row)}
     left = sum(sample.id not in done for sample in samples)
     total = left * sum(count for count, _ in calls.values())
     if not total:
@@ -183,7 +184,7 @@ def ask_consent(args, samples, controller, output, sizes=()):
                  args.expert_price[1] * replies["Expert"]) / 1e6
         words += f"; at most {money:.2f} at --expert_price"
     if os.environ.get("RANK", "0") == "0":
-        print(f"{left} questions by servers. {words}", file=sys.stderr)
+        cli.warn(f"{left} questions by servers. {words}")
     if total <= args.ask_above or args.yes:
         return
     if sys.stdin is not None and sys.stdin.isatty():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from utils import answering, baselines, cli, corruptions, findings, results_file
+from utils import answering, baselines, cli, corruptions, findings, inputs, results_file
 from utils.cli import InputError, names_in
 from utils.cost import bounded_batch
 from utils.metrics import MIN_QUESTIONS
@@ -18,6 +18,7 @@ from utils.server import is_url
 from utils.tables import COSTS, HEADLINE, labels_of
 
 PARTS = ("votes", "probe", "corruptions")
+WRITTEN = ("tables.json", "threshold.json", "policy.json", "report.html")      # in the output folder
 # What can be left out of the votes; the samples themselves (pass@1, majority, DeepConf) are always drawn.
 METHODS = ("greedy", "cut", "expert", "modules")
 # What shapes no stored row, and what shapes those of the probe and of the corruptions alone.
@@ -79,6 +80,8 @@ def parse(argv, settings_class, modes, steps, parse_t):
     if args.only in ("probe", "corruptions") and is_url(args.model):
         raise InputError(f"--only {args.only}: it needs a model's own probabilities on noised pictures, and "
                          f"--model is a server; name a directory or a hub id")
+    if not args.dry_run:
+        inputs.open_folder(args.output, WRITTEN, data=args.data, abstain=args.abstain)
     return args, settings
 
 

@@ -3,12 +3,11 @@ a question."""
 import csv
 import json
 import os
-import sys
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.cli import InputError, reason
+from utils.cli import InputError, reason, warn
 from utils.rows import IMAGE, LAYOUT, QUESTION, SUFFIXES, image_cells, to_sample
 
 SHOWN_FAULTS = 20           # broken rows that are named one by one
@@ -44,7 +43,7 @@ class File(Sequence):
             self.indices.append(index)
             systems += "system" in fields["meta"]
         for error in faults if self.broken > 1 or not strict else ():
-            print(f"{'broken' if strict else 'left out'}: {error}", file=sys.stderr)
+            warn(f"{'broken' if strict else 'left out'}: {error}")
         if self.broken and strict:
             raise InputError(str(faults[0]) if self.broken == 1 else
                              f"{path} has {self.broken} broken rows, each of the first {len(faults)} named "
@@ -53,12 +52,10 @@ class File(Sequence):
         if self.broken and not self.indices:
             raise InputError(f"{path} has no row that can be used; the first: {faults[0]}")
         if self.broken:
-            print(f"{path}: {self.broken} broken rows left out, {len(self.indices)} questions kept",
-                  file=sys.stderr)
+            warn(f"{path}: {self.broken} broken rows left out, {len(self.indices)} questions kept")
         if systems:
-            print(f"{path}: the system prompts of {systems} rows are not used; the prompt asks for a boxed "
-                  f"answer",
-                  file=sys.stderr)
+            warn(f"{path}: the system prompts of {systems} rows are not used; the prompt asks for a boxed "
+                 f"answer")
 
     def __len__(self):
         return len(self.indices)

@@ -6,11 +6,11 @@ step.
 """
 import re
 import shutil
-import sys
 
 from PIL import Image
 
-from utils.cli import InputError
+from utils import cli
+from utils.cli import InputError, warn
 from utils.distributed import gathered
 
 SHOWN_FAULTS = 20
@@ -28,10 +28,28 @@ def agreed(check):
         fault = str(error)
     faults = [text for text in gathered([fault]) if text is not None]
     if fault is not None and fault != faults[0]:
-        print(f"also: {fault}", file=sys.stderr)
+        warn(f"also: {fault}")
     if faults:
         raise InputError(faults[0])
     return result
+
+
+def check_settings(args, world):
+    """Refuse settings that cannot work, each in one sentence."""
+    cli.check_bounds(args)
+    cli.check_bounds(args.run)
+    if abs(args.seed) >= 2**63:
+        raise InputError(f"--seed is {args.seed}; it must fit into 64 bits")
+    if args.run.merge and not args.run.lora_rank:
+        raise InputError("--merge merges an adapter, and there is none without --lora_rank")
+    if args.group_size < 2:
+        raise InputError(f"--group_size is {args.group_size}; a group needs at least 2 rollouts to compare")
+    if args.batch_size % world:
+        raise InputError(f"--batch_size {args.batch_size} does not divide over {world} ranks; use a "
+                         f"multiple of {world}")
+    if args.lr > 1e30:
+        raise InputError(f"--lr is {args.lr:g}; AdamW moves every weight by about as much a step, 1e-6 "
+                         "suits a 7B model")
 
 
 class PromptLengths:
@@ -114,7 +132,7 @@ def check_questions(lengths, samples, prompt_of, max_new_tokens, context):
             faults.append(str(error))
     if len(faults) > 1:
         for fault in faults[:SHOWN_FAULTS]:
-            print(f"broken: {fault}", file=sys.stderr)
+            warn(f"broken: {fault}")
         raise InputError(f"{len(faults)} questions cannot be used, each of the first "
                          f"{min(len(faults), SHOWN_FAULTS)} named "
                          f"above; the first: {faults[0]}")

@@ -7,10 +7,10 @@ import math
 
 import numpy as np
 
-from utils import cli
+from utils import cli, schema
 from utils.baselines import by_figure
 from utils.cli import InputError
-from utils.logs import smoothed
+from utils.logs import smoothed, training_log
 from utils.metrics import (
     MIN_QUESTIONS,
     auroc,
@@ -357,7 +357,7 @@ def draw_report(output, before, after, confidence_map, args, t):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    log = training_log(output)
     models = {"before": before, "after": after}
     c = {when: calibrated([a.confidence for a in answers[0]], confidence_map) for when, answers in models.items()}
     correct = {when: np.array([a.correct for a in answers[0]], float) for when, answers in models.items()}
@@ -436,10 +436,16 @@ def draw_rewards(axis, log):
     axis.legend(fontsize=8)
 
 
-def read_probe(path, answer_class):
-    """before.json or after.json of a run folder -> {t: list of answer_class}. InputError where it is damaged."""
+def read_probe(path, answer_class, ts=()):
+    """before.json or after.json of a run folder -> {t: list of answer_class}, t of `ts` among them. InputError where it is
+    damaged."""
     try:
-        return {int(t): [answer_class(**answer) for answer in answers] for t, answers in json.loads(path.read_text()).items()}
+        stored = json.loads(path.read_text())
+        if words := schema.fault(stored, {str(t): [schema.of(answer_class), ...] for t in ts}):
+            raise ValueError(words)
+        if not all(stored.values()):
+            raise ValueError("a noise step without answers")
+        return {int(t): [answer_class(**answer) for answer in answers] for t, answers in stored.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}); restore it, or start again with --resume no") from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import baselines, findings, metrics
+from utils import baselines, cli, findings, metrics, schema
 from utils.cli import InputError
 from utils.judge import extract_answer
 from utils.metrics import (
@@ -114,13 +114,25 @@ def _missing(row, sizes, drawn):
 CALIBRATED = "pass@1, c"
 
 
+def _stored_scale(file):
+    try:
+        scale = json.loads(file.read_text())
+        words = schema.fault(scale, {"slope": float, "intercept": float})
+    except (OSError, ValueError, RecursionError) as error:
+        words = cli.reason(error)
+    if words:
+        raise InputError(f"{file} is damaged ({words}); restore it: training.json of the run's newest "
+                         f"checkpoint holds it as \"scale\"")
+    return scale
+
+
 def stored_scales(paths):
     """The map from C to c of each model directory, fixed before the first step -> list of dicts, or of None
     where there is
     none: its confidence.json, of a training run that judged C of Eq. 3; of a model that no such run has left,
     that of the last which one has, as it was fitted on the base."""
     files = [Path(path) / "confidence.json" for path in paths]
-    scales = [json.loads(file.read_text()) if file.is_file() else {} for file in files]
+    scales = [_stored_scale(file) if file.is_file() else {} for file in files]
     scales = [scale if scale and scale.get("judged", "topk") == "topk" else None for scale in scales]
     last = next(filter(None, reversed(scales)), None)
     return [scale or (last and metrics.as_fitted(last)) for scale in scales]
