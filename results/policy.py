@@ -371,16 +371,34 @@ def measure_seconds(path, number=24):
     (FOLDER / "seconds.json").write_text(json.dumps({k: round(float(np.mean(v)), 4) for k, v in table.items()}, indent=1))
 
 
+def measure_planner(path, number=60):
+    """A fixed order, a Planner that knows nothing, and an informed one that may stop -> planner.json."""
+    expert, base = LocalExpert(VLM.load(ROOT / "tiny" / "expert"), catts.Settings().expert_tokens), VLM.load(path)
+    samples, rows = list(data.load("synthetic", "test", number, 0)), {}
+    for order in ("auto", "planner", "informed"):
+        settings = catts.Settings(order=order)
+        found = catts.Controller(base, expert, ClipAttention.from_pretrained(), settings).answer_all(samples)
+        rows[f"--order {order}"] = {
+            "questions": number, "accuracy": float(np.mean([r.correct for r in found])),
+            "calls": float(np.mean([r.ledger.expert_calls for r in found])),
+            "lists read": sum("planner" in r.texts for r in found),
+            "stopped": sum("stop" in r.texts.get("planner", "") for r in found)}
+    (FOLDER / "planner.json").write_text(json.dumps(rows, indent=1))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--collect", nargs=3, metavar=("RECIPE", "SEED", "MODEL"), help="collect a model's votes first")
     parser.add_argument("--seconds", metavar="MODEL", help="measure the seconds of each purchase first")
+    parser.add_argument("--planner", metavar="MODEL", help="measure orders of the modules first")
     parser.add_argument("--fit_questions", type=int, default=300)
     parser.add_argument("--questions", type=int, default=500, help="of the test split, for each seed of it")
     parser.add_argument("--question_seeds", type=int, default=1)
     args = parser.parse_args()
     if args.seconds:
         measure_seconds(args.seconds)
+    if args.planner:
+        measure_planner(args.planner)
     if args.collect:
         recipe, seed, path = args.collect
         collect(f"{recipe}-{seed}", path, "val", 0, args.fit_questions)
@@ -400,6 +418,7 @@ def main():
                 others |= other_experts(f"{recipe} {seed}", run)
     sections = {"What training adds at equal calls": training_adds(results),
                 "Abstention at half a call a question: thresholds certified on 10 draws": abstained,
+                "Orders of the modules, CA-TTS with tau = .5": json.loads((FOLDER / "planner.json").read_text()),
                 "Fitted on 100 questions, --budget 1": few, "Another Expert, at the same rate (.2 of P a call)": others}
     tail = "\n".join(line for title, rows in sections.items() if rows for line in (f"## {title}", "", "```", cli.table(rows), "```", ""))
     print(tail)
