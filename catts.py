@@ -17,6 +17,7 @@ server that fails leaves the question open, and the same command asks again. Whi
 other questions go on: what may wait is a generator. With `--policy policy.json` evidence is bought where it
 pays (policy.py). Left out on purpose: streaming.
 """
+import utils.early  # noqa: F401  # isort: skip
 import argparse
 import math
 import sys

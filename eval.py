@@ -11,6 +11,7 @@ differences are paired. results.jsonl has each method's answers with the questio
 
 Left out on purpose: an LLM as the judge; the rules of judge.py decide.
 """
+import utils.early  # noqa: F401  # isort: skip
 import math
 import re
 import sys

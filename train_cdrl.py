@@ -24,6 +24,7 @@ other weights, and clipping.
 Left out of GRPO on purpose: a reference model unless --kl_beta is set (on-policy at T = 1 does not need it),
 and stored old log-probs unless --mu is above 1. How a run is run (memory, ranks, checkpoints) is in `utils/`.
 """
+import utils.early  # noqa: F401  # isort: skip
 import argparse
 import random
 import sys
