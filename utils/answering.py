@@ -109,7 +109,8 @@ def show_cost(samples, prompt, args, controller, name=None, drawn=None, parts=No
     settings, batch = controller.settings, samples[:args.batch_size]
     name, drawn = name or cli.shown(args.model), drawn or settings.samples
     parts = parts or {"samples": cost.Part(drawn)} | cost.module_parts(
-        controller.modules, has_checker=controller.checker is not None, planner=settings.order == "planner")
+        controller.modules, has_checker=controller.checker is not None,
+        planner=settings.order in ("planner", "informed"))
     length, rate, cut = cost.measure(lambda count: controller.vlm.sample(
         [s.pictures() for s in batch[:count]], [prompt(s) for s in batch[:count]], drawn,
         temperature=settings.temperature, top_k=settings.top_k, max_new_tokens=settings.max_new_tokens))
@@ -153,7 +154,8 @@ def calls_a_question(controller):
     calls, settings, modules = {}, controller.settings, controller.modules
     roles = {"self_consistency", "voter", "self_reflection", "expert"}
     if getattr(controller.expert, "remote", False):
-        calls["Expert"] = (len(roles & {*modules}) + (settings.order == "planner"), settings.expert_tokens)
+        planned = settings.order in ("planner", "informed")
+        calls["Expert"] = (len(roles & {*modules}) + planned, settings.expert_tokens)
     if isinstance(controller.vlm, ServerVLM):
         calls["base"] = (1 + ("self_reflection" in modules), settings.max_new_tokens * settings.samples)
     return calls
