@@ -128,6 +128,8 @@ class Sample:
 
     def _unreadable(self, image, error):
         name = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
+        if isinstance(image, bytes) and len(image) < 192:           # 255 characters, the longest name of a file
+            name += ", or a long name of a file that does not exist,"
         why = re.sub(r" <_io\.BytesIO[^>]*>", "", reason(error))  # its address differs from time to time
         return InputError(f"{self.where + ': ' if self.where else ''}question {self.id!r}: image {name} "
                           f"cannot be read "
