@@ -31,7 +31,7 @@ import data
 import noise
 from data import MODULES, Sample
 from policy import Evidence, read_policy
-from reward import sequence_confidence
+from reward import sequence_confidence, window_confidence
 from utils import cli, distributed, experts, results_file
 from utils.cli import InputError, names_in, option
 from utils.experts import LocalExpert, Server, ServerExpert, ServerVLM, consult
@@ -202,8 +202,10 @@ def record(result, sample, window=32):
 
 def confidence_of(rollout, reading, window):
     """One reading of a Rollout's confidence (float), Eq. 3."""
-    confidences = rollout.confidences[None]
-    return sequence_confidence(confidences, torch.ones_like(confidences), reading, window).item()
+    tokens = rollout.confidences[None], torch.ones(1, len(rollout.confidences))
+    if reading == "mean":
+        return sequence_confidence(*tokens).item()
+    return window_confidence(*tokens, reading, window).item()
 
 
 class Controller:

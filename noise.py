@@ -1,7 +1,6 @@
 """Image pairs: where the evidence lies (CLIP attention), and noise put exactly there (paper 3.2.1).
 
-    python noise.py photo.png "How many red circles are there?"  # writes a contact sheet: see what the
-    training sees
+    python noise.py photo.png "How many red circles are there?"     # a contact sheet: what the training sees
 
 The noise is the forward process of DDPM in pixel space with the schedule of Visual Contrastive Decoding.
 Regions: `key` (the smallest region that holds a share `mass` of the attention), `all`, and two controls of
@@ -14,16 +13,15 @@ import math
 import os
 import random
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from utils.cli import TINY, InputError, reason
-from utils.clip_files import MapCache, open_clip
+from utils.cli import TINY, InputError
+from utils.clip_files import MapCache, contributions, open_clip
 from utils.loading import ATTENTION
-from utils.pictures import UNREADABLE, load_picture
+from utils.pictures import LazyTwin, open_picture
 
 KINDS = ("auto", "attention", "contribution")
 LATE_LAYERS = 4  # that write nearly all of the embedding directly (Gandelsman et al., Figure 2)
@@ -72,8 +70,7 @@ def diffuse(image, t, *, mask=None, seed=0):
 
 
 def add_noise(x, eps, t, mask=None):
-    """The forward process on values in [-1, 1], shown where mask (broadcastable, in [0, 1]) is 1, clamped; as
-    x."""
+    """The forward process on x in [-1, 1], shown by mask (broadcastable, in [0, 1]), clamped -> as x."""
     level = float(signal_levels()[int(t)])
     noised = math.sqrt(level) * x + math.sqrt(1 - level) * eps
     if mask is not None:
@@ -81,43 +78,24 @@ def add_noise(x, eps, t, mask=None):
     return noised.clip(-1, 1)
 
 
-class NoisedPicture(Image.Image):
-    """The noised twin of a picture (PIL image): source, noise step t, mask (h, w) or None for everywhere,
-    seed.
+class NoisedPicture(LazyTwin):
+    """The noised twin of a picture: source (PIL image), step t, mask (H, W) or None for everywhere, seed.
 
     A processor that shrinks a photo averages pixel noise away, and the evidence returns. So a model noises
     what its vision tower gets of `source`, after its processor's own resize (`utils/sight.py`, which calls
-    `noised_values`). To everybody else this is a picture of the source's size, whose pixels are made when
-    they are first looked at.
+    `noised_values`). Everybody else sees a picture of the source's size.
     """
 
     def __init__(self, source, t, mask=None, seed=0):
-        super().__init__()
-        self._mode, self._size = source.mode, source.size  # as Pillow's own pictures that load lazily
-        self.source, self.t, self.mask, self.seed = source, t, mask, seed
+        super().__init__(source, mask)
+        self.t, self.seed = t, seed
         self.overlap = None  # of a random region: the share of the key region that it covers all the same
 
-    def mask_picture(self, size):
-        """The mask as an 8-bit grey picture of a size (width, height)."""
-        if self.mask is None:
-            return Image.new("L", size, 255)
-        mask = Image.fromarray(np.rint(self.mask * 255).astype(np.uint8))
-        return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
-
-    def mask_at(self, width, height):
-        """The mask as (height, width) float array in [0, 1], None for everywhere."""
-        if self.mask is None or self.mask.shape == (height, width):
-            return self.mask
-        return np.asarray(self.mask_picture((width, height)), dtype=np.float64) / 255
-
-    def load(self):
-        if self._im is None:
-            self.im = diffuse(self.source, self.t, mask=self.mask_at(*self.size), seed=self.seed).im
-        return super().load()
+    def render(self):
+        return diffuse(self.source, self.t, mask=self.mask_at(*self.size), seed=self.seed)
 
     def noised_values(self, x, mask):
-        """x (n, 3) float32 in [-1, 1], the values that a vision tower gets; mask (n, 1) in [0, 1] -> noised,
-        as x."""
+        """What a vision tower gets, x (n, 3) float32 in [-1, 1]; mask (n, 1) in [0, 1] -> noised, as x."""
         eps = np.random.default_rng(self.seed).standard_normal(x.shape, dtype=np.float32)
         return add_noise(x, eps, self.t, mask)
 
@@ -161,8 +139,7 @@ class ClipAttention:
         return next(self.maps([(image, question)]))
 
     def maps(self, pairs):
-        """pairs: list of (PIL image, question or None) -> iterator over (H, W) float64 arrays that sum to
-        1."""
+        """List of (PIL image, question or None) -> iterator over (H, W) float64 arrays that sum to 1."""
         grids = [self.cache.read(*pair) if self.cache else None for pair in pairs]
         missing = [i for i, grid in enumerate(grids) if grid is None]
         for start in range(0, len(missing), self.batch):
@@ -179,18 +156,17 @@ class ClipAttention:
         vision = self.model.vision_model
         side = self.model.config.vision_config.image_size
         # The whole picture is squeezed into CLIP's square: its usual centre crop would hide the margins.
-        pixels = self.image_processor(images=[image.convert("RGB") for image, _ in pairs],
-                                      do_center_crop=False,
-                                      size={"height": side, "width": side},
-                                      return_tensors="pt")["pixel_values"]
-        output = vision(pixels.to(self.model.device), output_attentions=True, output_hidden_states=True)
+        inputs = self.image_processor(images=[image.convert("RGB") for image, _ in pairs],
+                                      do_center_crop=False, size={"height": side, "width": side},
+                                      return_tensors="pt")
+        output = vision(inputs["pixel_values"].to(self.model.device), output_attentions=True,
+                        output_hidden_states=True)
         weigh = self._by_attention if self.kind == "attention" else self._by_contribution
         weights = weigh(output, [question for _, question in pairs])  # (B, P)
         return weights.view(len(pairs), side // vision.config.patch_size, -1).cpu().numpy()
 
     def _by_attention(self, output, questions):
-        """Class-token attention, heads averaged, times the similarity scaled to [0, 1] over the picture ->
-        (B, P)."""
+        """Class-token attention, heads averaged, times the similarity, scaled to [0, 1] -> (B, P)."""
         weights = output.attentions[-1][:, :, 0, 1:].mean(1)  # (B, P)
         guided = [b for b, question in enumerate(questions) if question]
         if guided:
@@ -209,9 +185,8 @@ class ClipAttention:
         added = sum(contributions(self.model, output, layer)[:, 1:] for layer in late)  # (B, P, E)
         last = self.model.vision_model.post_layernorm(output.last_hidden_state[:, :1])
         embedding = self.model.visual_projection(last)  # (B, 1, E)
-        along = torch.stack([self._text(question) if question else embedding[b]
-                             for b,
-                             question in enumerate(questions)])  # (B, 1, E)
+        along = torch.stack([self._text(question) if question else embedded
+                             for question, embedded in zip(questions, embedding)])          # (B, 1, E)
         weights = (added * along / along.norm(dim=-1, keepdim=True)).sum(-1)
         return (weights - weights.median(-1, keepdim=True).values).clamp(min=0)
 
@@ -221,31 +196,6 @@ class ClipAttention:
         tokens = self.tokenizer(question, truncation=True, return_tensors="pt",
                                 max_length=self.model.config.text_config.max_position_embeddings)
         return self.model.text_projection(self.model.text_model(**tokens.to(self.model.device)).pooler_output)
-
-
-def contributions(clip, output, layer):
-    """What each token adds to CLIP's image embedding through one attention layer (Gandelsman et al., Eq.
-    5-6).
-
-    clip: a CLIPModel; output: of its vision_model, with attentions and hidden states; layer: a negative
-    index. -> (B, 1 + P, E). They sum over tokens to the layer's attention output (without its bias) as the
-    embedding sees it: the last layer norm, with its divisor as it is, is linear in the terms of the class
-    token's residual sum.
-    """
-    vision = clip.vision_model
-    block = vision.encoder.layers[layer]
-    values = block.self_attn.v_proj(block.layer_norm1(output.hidden_states[layer - 1]))  # (B, N, D)
-    attention = output.attentions[layer][:, :, 0]  # (B, heads, N)
-    values = values.unflatten(-1, (attention.shape[1], -1)) * attention.transpose(1, 2)[..., None]
-    terms = values.flatten(-2) @ block.self_attn.out_proj.weight.T  # (B, N, D)
-    return clip.visual_projection(as_normed(terms, output.last_hidden_state[:, :1], vision.post_layernorm))
-
-
-def as_normed(terms, total, norm):
-    """Terms of a sum as a layer norm of the sum sees them, its bias apart: (..., D), (..., D), LayerNorm ->
-    (..., D)."""
-    divisor = (total.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
-    return (terms - terms.mean(-1, keepdim=True)) / divisor * norm.weight
 
 
 def _spread(grid, width, height):
@@ -290,8 +240,7 @@ def spare(key, seed):
 
 
 def overlap(mask, attention, mass):
-    """The share of the key region that a mask (H, W) covers, in [0, 1]: what a control fails to spare
-    (float)."""
+    """The share of the key region that a mask (H, W) covers: what a control fails to spare, in [0, 1]."""
     key = region(attention, mass) > 0.5
     return float(mask[key].mean())
 
@@ -347,47 +296,15 @@ def _shrunk(image):
     return image if scale >= 1 else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
-def contact_sheet(image, question, clip, mass, ts, path, seed=0):
-    """Write one picture: original, heat map, and for each region its mask and the noised picture at every
-    t."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    attention = clip.map(image, question)
-    modes = ("key", "random", "inverse")
-    figure, axes = pyplot.subplots(len(modes), 3 + len(ts), figsize=(2.1 * (3 + len(ts)), 2.3 * len(modes)))
-    for row, mode in zip(axes, modes):
-        mask = region(attention, mass, mode, seed)
-        row[0].imshow(image)
-        row[0].set_title(f"{mode}, {mask.mean():.0%} of the area", fontsize=9)
-        row[1].imshow(image)
-        row[1].imshow(attention, cmap="inferno", alpha=0.7)
-        row[1].set_title("attention", fontsize=9)
-        row[2].imshow(mask, cmap="gray", vmin=0, vmax=1)
-        row[2].set_title(f"mask, mass {mass:g}", fontsize=9)
-        for axis, t in zip(row[3:], ts):
-            axis.imshow(diffuse(image, t, mask=mask, seed=seed))
-            axis.set_title(f"t = {t}", fontsize=9)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    figure.suptitle(question, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Write a contact sheet: original, attention, mask, noised "
-                                                 "pictures.")
+    from utils.contact_sheet import contact_sheet  # matplotlib, which nothing else here needs
+    parser = argparse.ArgumentParser(description="Write a contact sheet: the map, masks, noised pictures.")
     parser.add_argument("image", help="a picture")
     parser.add_argument("question", help="the question that guides the attention")
     parser.add_argument("--clip", default=CLIP, help="CLIPModel directory or hub id")
-    parser.add_argument("--clip_map", default="auto", choices=KINDS, help="the map it makes (see "
-                                                                          "ClipAttention)")
-    parser.add_argument("--mass", type=float, default=0.5, help="share of the attention that the key region "
-                                                                "holds")
-    parser.add_argument("--t", type=int, nargs="+", default=[300, 500, 700, 999], help="noise steps to "
-                                                                                       "show, 0 to 1000")
+    parser.add_argument("--clip_map", default="auto", choices=KINDS, help="the map it makes: ClipAttention")
+    parser.add_argument("--mass", type=float, default=0.5, help="share of the attention in the key region")
+    parser.add_argument("--t", type=int, nargs="+", default=[300, 500, 700, 999], help="noise steps to show")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="noise_sheet.png")
     args = parser.parse_args(argv)
@@ -397,18 +314,9 @@ def main(argv=None):
         raise InputError(f"--mass is {args.mass}; a number above 0 and at most 1 is expected")
     for t in args.t:
         parse_t(t)
-    if not Path(args.image).is_file():
-        raise InputError(f"image {args.image!r} does not exist")
-    try:
-        image = load_picture(args.image)
-    except UNREADABLE as error:
-        raise InputError(f"image {args.image!r} cannot be read ({reason(error)})") from error
-    clip = ClipAttention.from_pretrained(args.clip, kind=args.clip_map)
-    try:
-        contact_sheet(image, args.question, clip, args.mass, args.t, args.output, args.seed)
-    except (OSError, ValueError) as error:
-        raise error if isinstance(error, InputError) else InputError(
-            f"--output {args.output!r} cannot be written ({error}); give the path of a .png file") from error
+    image = open_picture(args.image)
+    attention = ClipAttention.from_pretrained(args.clip, kind=args.clip_map).map(image, args.question)
+    contact_sheet(image, args.question, attention, args.mass, args.t, args.output, args.seed, region, diffuse)
     print(f"wrote {args.output}\nnext: python train_cdrl.py --noise_t {args.t[-1]} --mass {args.mass:g}")
 
 

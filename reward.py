@@ -29,8 +29,7 @@ LOG_FLOOR = 0.01                # the log score clips probabilities to [.01, .99
 
 
 def top_k_for(vocab, k=20):
-    """The k of Eq. 3 for a vocabulary of `vocab` tokens: k, but at most an eighth of a tiny vocabulary, at
-    least 1."""
+    """The k of Eq. 3 for a vocabulary of `vocab` tokens: k, at most an eighth of a tiny one, at least 1."""
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
     return min(k, max(1, vocab // 8))
@@ -48,56 +47,55 @@ def token_confidence(logits, k=20, normaliser=None):
     return (logits.logsumexp(-1) if normaliser is None else normaliser) - top.mean(-1)
 
 
-def sequence_confidence(token_conf, mask, reading="mean", window=32):
-    """One confidence per sequence, (B, T) and (B, T) -> (B,) fp32: the mean of Eq. 3, or a trace reading of
-    DeepConf.
+def sequence_confidence(token_conf, mask):
+    """C: the mean of Eq. 3 over each sequence's tokens, (B, T) and (B, T) -> (B,) fp32. Differentiable.
 
-    token_conf: `token_confidence`, or log-probs (exp of their mean is in (0, 1]).
-    mask: bool or 0/1, true on generated tokens, EOS included, padding on either side excluded.
-    reading: mean | tail: the last `window` tokens | min: the lowest sliding window | bottom: the lowest 10%
-    of them, at least one. A sequence shorter than `window` is one window. ValueError on an unknown reading or
-    an empty row.
+    token_conf: `token_confidence`, or log-probs (exp of their mean is in (0, 1]). mask: bool or 0/1, true on
+    generated tokens, EOS included, padding on either side excluded. ValueError on an empty row.
     """
-    if reading not in ("mean", "tail", "bottom", "min"):
-        raise ValueError(f"unknown reading {reading!r}: choose mean, tail, bottom or min.")
-    token_conf, mask = token_conf.float(), mask.bool()
+    mask = mask.bool()
     if not mask.any(-1).all():
         raise ValueError("a row of the mask is empty: a confidence needs at least one generated token.")
-    if reading == "mean":
-        return token_conf.masked_fill(~mask, 0).sum(-1) / mask.sum(-1)
+    return token_conf.float().masked_fill(~mask, 0).sum(-1) / mask.sum(-1)
+
+
+def rollout_confidence(groups):
+    """Q lists of G rollouts -> C (Q, G), over each rollout's tokens, EOS included."""
+    rollouts = [rollout for group in groups for rollout in group]
+    token_conf = pad_sequence([r.confidences for r in rollouts], batch_first=True)                # (Q*G, T)
+    mask = pad_sequence([torch.ones(len(r.tokens)) for r in rollouts], batch_first=True)          # (Q*G, T)
+    return sequence_confidence(token_conf, mask).view(len(groups), -1)
+
+
+def window_confidence(token_conf, mask, reading, window=32):
+    """A trace reading of DeepConf instead of the mean, (B, T) and (B, T) -> (B,) fp32. Differentiable.
+
+    reading: tail: the last `window` tokens | min: the lowest sliding window | bottom: the lowest 10% of them,
+    at least one. A sequence shorter than `window` is one window. ValueError on an unknown reading, or an
+    empty row.
+    """
+    if reading not in ("tail", "bottom", "min"):
+        raise ValueError(f"unknown reading {reading!r}: choose mean, tail, bottom or min.")
     rows = []
-    for conf, keep in zip(token_conf, mask):
+    for conf, keep in zip(token_conf.float(), mask.bool()):
         conf = conf[keep]
+        if not len(conf):
+            raise ValueError("a row of the mask is empty: a confidence needs at least one generated token.")
         windows = conf.unfold(0, min(window, len(conf)), 1).mean(-1)
         lowest = max(1, len(windows) // 10) if reading == "bottom" else 1
         rows.append(windows[-1] if reading == "tail" else windows.topk(lowest, largest=False).values.mean())
     return torch.stack(rows)
 
 
-def rollout_confidence(groups):
-    """Q lists of G rollouts -> C (Q, G): the mean of Eq. 3 over each rollout's tokens, EOS included, padding
-    excluded."""
-    rollouts = [rollout for group in groups for rollout in group]
-    token_conf = pad_sequence([r.confidences for r in rollouts],
-                              batch_first=True)                       # (Q*G, T)
-    mask = pad_sequence([torch.ones(len(r.tokens)) for r in rollouts],
-                        batch_first=True).bool()          # (Q*G, T)
-    return sequence_confidence(token_conf, mask).view(len(groups), -1)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The terms of Eq. 4. Tensors that broadcast; `correct` is R_out in {0, 1}.
 
 def calibration_reward(c, correct, confidence_map, args):
-    """The calibration term: it holds each answer's C against R_out -> (Q, G), in [-1, 1] or [0, 1].
+    """The calibration term: it holds each answer's C against R_out, (Q, G) each -> (Q, G).
 
-    c, correct (Q, G). --calibration linear: (2R - 1) * Cnorm, the second term of Eq. 4, with Cnorm in [0, 1]
-    by the group's min-max or the base's percentiles (`--cnorm`). Improper: it is linear in Cnorm, so 0 or 1
-    is always the best bet.
-    brier, log: proper scores of c = sigmoid(slope * C + intercept) (RLCR, arXiv 2507.16806), whose
-    expectation peaks where c is the true rate. The log score clips c to [.01, .99], without gradient outside,
-    and is mapped affinely to [0, 1].
-    none: 0.
+    linear: (2R - 1) * Cnorm, the second term of Eq. 4, Cnorm in [0, 1] by `--cnorm`. Improper: being linear
+    in Cnorm, it pays most at 0 or 1. brier, log: proper scores of c = sigmoid(slope * C + intercept) (RLCR,
+    arXiv 2507.16806), best where c is the true rate; log clips c to [.01, .99] and is scaled to [0, 1].
     """
     if args.calibration == "none":
         return torch.zeros_like(c)
@@ -105,15 +103,14 @@ def calibration_reward(c, correct, confidence_map, args):
     if args.calibration == "linear":
         lo, hi = (c.amin(-1, keepdim=True), c.amax(-1, keepdim=True)) if args.cnorm == "group" else \
             (torch.full_like(c, confidence_map[end]) for end in ("lo", "hi"))
-        c_norm = torch.where(hi > lo, ((c - lo) / torch.where(hi > lo, hi - lo, 1)).clamp(0, 1),
-                             0.5)     # a tied group: 0.5
+        c_norm = ((c - lo) / torch.where(hi > lo, hi - lo, 1)).clamp(0, 1)
+        c_norm = torch.where(hi > lo, c_norm, 0.5)                          # a tied group
         return (2 * right - 1) * c_norm
     prob = torch.sigmoid(confidence_map["slope"] * c + confidence_map["intercept"])
     if args.calibration == "brier":
         return 1 - (prob - right) ** 2
     prob = prob.clamp(LOG_FLOOR, 1 - LOG_FLOOR)
-    score = torch.where(correct.bool(), prob,
-                        1 - prob).log()                                               # (Q, G)
+    score = torch.where(correct.bool(), prob, 1 - prob).log()                                     # (Q, G)
     return (score - math.log(LOG_FLOOR)) / (math.log(1 - LOG_FLOOR) - math.log(LOG_FLOOR))
 
 
@@ -135,8 +132,7 @@ def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
 # Outcome and format (paper 3.2.2), advantages
 
 def format_reward(text, finished):
-    r"""R_format in {0., 1.}: one well-formed, non-empty `\boxed{}`, words before it, and `finished` (ended by
-    EOS)."""
+    r"""R_format in {0., 1.}: one well-formed, non-empty `\boxed{}`, words before it, `finished` by EOS."""
     boxed = boxes(text)
     if not finished or len(boxed) != 1 or text.count("\\boxed") != 1:
         return 0.0
@@ -150,12 +146,10 @@ def outcome_reward(text, sample):
 
 
 def group_advantages(rewards, norm):
-    """Advantages within each group of answers to one question, (Q, G) -> (Q, G), and what they were divided
-    by (Q, 1).
+    """Rewards (Q, G) -> advantages within each question's group (Q, G), and what divided them (Q, 1).
 
     std: (r_j - mean) / (std + 1e-4), GRPO. none: r_j - mean, Dr. GRPO; the mean holds r_j itself, which
-    scales the policy gradient by (G - 1) / G. loo: r_j - mean of the others, RLOO (arXiv 2402.14740), which
-    is unbiased.
+    scales the policy gradient by (G - 1) / G. loo: r_j - mean of the others (RLOO, arXiv 2402.14740).
     """
     advantages = rewards - rewards.mean(-1, keepdim=True)
     if norm == "loo":

@@ -12,6 +12,15 @@ above it in the order in which they run: image pairs, rollouts, rewards, advanta
 The run folder holds args.json, metrics.jsonl, samples.jsonl, checkpoints, before.json and after.json,
 confidence.json, report.png, and the final model. The same command resumes a run that was stopped.
 
+The gradient is exact (tests/test_exact.py, by enumeration) with --adv_norm loo, --pathwise 1, --mu 1 and
+--kl_beta 0: before the division by the tokens, its expectation is the gradient of the expected rewards.
+With --noised_policy 1 both views' answers are drawn from the policy. With 0, or where one view learns, the
+noised answers are data: their probability is held, C' on them is not. --alpha, --beta, --calibration and
+--controls choose the reward, and any value is exact. These are not: --cnorm group, whose reward holds the C
+of the other answers; --adv_norm none, which scales the policy gradient by (G - 1) / G; std, which divides
+each group by its own std, and the pathwise term by the batch's mean std, because a tied group's own is 0;
+other weights, and clipping.
+
 Left out of GRPO on purpose: a reference model unless --kl_beta is set (on-policy at T = 1 does not need it),
 and stored old log-probs unless --mu is above 1. How a run is run (memory, ranks, checkpoints) is in `utils/`.
 """
@@ -20,7 +29,7 @@ import math
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -40,9 +49,9 @@ from reward import (
     sequence_confidence,
 )
 from utils import checkpoint, cli, distributed, explain, loading, logs, lora, memory, preflight, report
-from utils.batches import QuestionOrder, micro_batches
 from utils.cli import TINY, InputError, RunOptions, option
 from utils.clip_files import count_parameters
+from utils.distributed import QuestionOrder, micro_batches
 from utils.preflight import agreed
 from vlm import VLM, load_model
 
@@ -177,9 +186,8 @@ class RolloutBatch:
                  for name in ("images", "prompts", "rollouts", "rows")}
         tensors = {name: getattr(self, name)[questions]
                    for name in ("confidence", "correct", "is_control", "advantages")}
-        rewards = {name: term[questions] for name, term in self.rewards.items()}
-        return RolloutBatch(self.view, **lists, **tensors, inputs=self.inputs, rewards=rewards,
-                            policy_weight=self.policy_weight, advantage_divisor=self.advantage_divisor)
+        return replace(self, **lists, **tensors,
+                       rewards={name: term[questions] for name, term in self.rewards.items()})
 
 
 def make_image_pairs(images, samples, clip, step, args):
@@ -199,17 +207,17 @@ def make_image_pairs(images, samples, clip, step, args):
     return noised_images, torch.tensor(is_control)
 
 
-def roll_out(vlm, samples, images, noised_images, is_control, step, args):
-    """G answers to each question on its picture, and on its noised twin -> RolloutBatch of each view (noised:
-    or None).
+def roll_out(policy, samples, images, noised_images, is_control, step, args):
+    """G answers to each question on its picture, and on its noised twin -> RolloutBatch of each view.
 
-    Both views are sampled in one batch. C is read from the raw logits while sampling.
+    The noised one is None where no picture was noised. Both views are sampled in one batch. C is read from
+    the raw logits while sampling. policy: a Policy or a VLM.
     """
     prompts, seeds = [data.prompt(s) for s in samples], [f"{args.seed} {step} {s.id}" for s in samples]
     views = {"original": images} if noised_images is None else {"original": images, "noised": noised_images}
     all_images, all_prompts = [pictures for view in views.values() for pictures in view], prompts * len(views)
-    inputs = vlm.encode(all_images, all_prompts)                # once, for sampling and for learning
-    groups = vlm.sample(all_images, all_prompts, inputs=inputs, n=args.group_size,
+    inputs = policy.encode(all_images, all_prompts)                # once, for sampling and for learning
+    groups = policy.sample(all_images, all_prompts, inputs=inputs, n=args.group_size,
                         seed=seeds + [f"{seed} noised" for seed in seeds] * (len(views) - 1),
                         max_new_tokens=args.max_new_tokens, temperature=args.temperature)
     batches = []
@@ -259,8 +267,7 @@ def policy_loss(logprobs, old_logprobs, advantages, clip_low, clip_high):
 
 
 def kl_k3(logprobs, ref_logprobs):
-    """KL(policy || reference) by the k3 estimator, per token: exp(d) - d - 1 >= 0 with d = reference -
-    policy."""
+    """KL(policy || reference) by k3, per token: exp(d) - d - 1 >= 0 with d = reference - policy."""
     difference = ref_logprobs - logprobs
     return difference.exp() - difference - 1
 
@@ -269,19 +276,9 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
     """The loss of one micro-batch -> scalar with gradient, and sums for the log (dict).
 
     Policy gradient: GRPO on the original's rollouts, and times --noised_policy on the noised ones'. Pathwise:
-    --pathwise times the gradient of the confidence reward itself, which is made of the policy's logits,
-    through C and C'. The objective counts each reward term once: the expected perception, calibration,
-    outcome and format of the original answers, and where they learn the calibration, outcome and format of
-    the noised ones.
-
-    Exact (tests/test_exact.py, by enumeration): with --adv_norm loo, --pathwise 1, --mu 1 and --kl_beta 0 the
-    expected gradient, before the division by the tokens, is the gradient of that objective. With
-    --noised_policy 1 both views' answers are drawn from the policy. With 0, or where one view learns, the
-    noised answers are data: their probability is held, C' on them is not. --alpha, --beta, --calibration and
-    --controls choose the reward, and any value is exact. --cnorm group is not: a reward then holds the C of
-    the other answers. Not exact: --adv_norm none scales the policy gradient by (G - 1) / G. std divides each
-    group by its own std; the pathwise term is then divided by the batch's mean std, because a tied group's
-    own is 0. Other weights, and clipping, leave it too.
+    --pathwise times the gradient of the confidence reward itself, through C and C'. Each reward term counts
+    once: perception, calibration, outcome and format of the original answers, and of the noised ones, where
+    they learn, all but perception.
     """
     views = [original] if noised is None else [original, noised]
     images, prompts = [p for view in views for p in view.images], [p for view in views for p in view.prompts]
@@ -342,7 +339,7 @@ def accumulate_gradients(policy, reference, micro_batches, confidence_map, num_l
 # ------------------------------------------------------------------------------------------------------------
 # Before and after the loop
 
-def fit_map_on_base(vlm, clip, order, args):
+def fit_map_on_base(policy, clip, order, args):
     """Roll out the base model on both views of the first steps' questions and fit the map from C to c
     (dict)."""
     pairs = Args(**{**vars(args), "alpha": 1.0, "controls": 0.0})
@@ -351,7 +348,7 @@ def fit_map_on_base(vlm, clip, order, args):
         samples, name = order.samples(step), f"scale {step}"
         images = [s.pictures() for s in samples]
         twins = make_image_pairs(images, samples, clip, name, pairs)
-        views = roll_out(vlm, samples, images, *twins, name, pairs)
+        views = roll_out(policy, samples, images, *twins, name, pairs)
         measured.append(torch.stack([torch.stack([view.confidence, view.correct]) for view in views]))
     return fit_confidence_map(*torch.cat(distributed.gathered(measured), 2).flatten(2))       # (2, 2, N)
 
@@ -439,9 +436,9 @@ def train(args):
                                   fused=parameters[0].device.type == "cuda")
     with policy.unsharded():
         before = probe_held_out(vlm, held_out, clip, args, output / "before.json", order)
-        if newest is None:
-            start, confidence_map = 0, fit_map_on_base(vlm, clip, order, args)
-    if newest is not None:
+    if newest is None:
+        start, confidence_map = 0, fit_map_on_base(policy, clip, order, args)
+    else:
         start, confidence_map = checkpoint.load_checkpoint(newest, policy, optimizer)
     if rank == 0:
         logs.trim_logs(output, start)
@@ -461,8 +458,7 @@ def train(args):
             images = [s.pictures() for s in samples]
             noised_images, is_control = make_image_pairs(images, samples, clip, step, args)
             # ---- II. rollouts y on i and y' on i'; III. their confidences C and C' (Eq. 3)
-            with policy.unsharded():
-                original, noised = roll_out(vlm, samples, images, noised_images, is_control, step, args)
+            original, noised = roll_out(policy, samples, images, noised_images, is_control, step, args)
             # ---- IV. rewards (Eq. 4, 3.2.2); V. advantages within the group
             add_rewards(original, noised, confidence_map, args)
             sampled = time.perf_counter()

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConf
 
 import noise
 import train_cdrl
-from utils import batches, cli, distributed, loading, lora
+from utils import cli, distributed, loading, lora
 from utils.cli import InputError
 from utils.memory import key_values
 
@@ -134,12 +134,11 @@ def training(vlm, size, args, lora_rank=0):
         def rollouts(step=step):
             images = [sample.pictures()]
             twins, is_control = train_cdrl.make_image_pairs(images, [sample], clip, step, settings)
-            with policy.unsharded():
-                return train_cdrl.roll_out(vlm, [sample], images, twins, is_control, step, settings)
+            return train_cdrl.roll_out(policy, [sample], images, twins, is_control, step, settings)
         sampled, peak_sampled, (original, noised) = clock(device, rollouts)
         train_cdrl.add_rewards(original, noised, confidence_map, settings)
-        passes = batches.micro_batches(vlm, original, noised, settings.run)
-        num_loss_tokens = train_cdrl.count_loss_tokens([original, noised])
+        passes = distributed.micro_batches(vlm, original, noised, settings.run)
+        num_loss_tokens = sum(len(r.tokens) for view in (original, noised) for r in view.rollouts[0])
         optimizer.zero_grad()
         learned, peak_learned, _ = clock(device, train_cdrl.accumulate_gradients, policy, None, passes, confidence_map,
                                          num_loss_tokens, settings)

@@ -34,7 +34,7 @@ from common import (
 
 import noise
 import train_cdrl
-from utils import batches, cli, distributed
+from utils import cli, distributed
 
 POINTS = {"group size": (4, 8, 16), "picture": (224, 448, 672), "vocabulary": (VOCABULARY // 4, VOCABULARY // 2, VOCABULARY),
           "new tokens": (32, 64, 128)}
@@ -100,8 +100,9 @@ def profile(rounds, spy):
         original, noised = train_cdrl.roll_out(vlm, samples, images, twins, is_control, number, args)
         train_cdrl.add_rewards(original, noised, confidence_map, args)
         rolled = time.perf_counter()
-        passes = batches.micro_batches(vlm, original, noised, args.run)
-        num_loss_tokens = train_cdrl.count_loss_tokens([original, noised])
+        passes = distributed.micro_batches(vlm, original, noised, args.run)
+        num_loss_tokens = sum(len(r.tokens) for view in (original, noised) for group in view.rollouts
+                              for r in group)
         optimizer.zero_grad()
         train_cdrl.accumulate_gradients(policy, None, passes, confidence_map, num_loss_tokens, args)
         distributed.clip_gradients(list(policy.parameters()), 1.0)

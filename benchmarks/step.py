@@ -21,7 +21,7 @@ from pathlib import Path
 from common import ROOT, VLM, at_least, data, program, versions
 
 import train_cdrl
-from utils import batches, cli
+from utils import cli, distributed
 
 QUESTIONS, GROUP, TOKENS, LR = 16, 8, 64, 1e-4
 OURS = {"ours, grpo": "grpo", "ours, paper (two views)": "paper", "ours, ours (half with two views, both learn)": "ours"}
@@ -43,8 +43,8 @@ def trl(steps):
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-    order = batches.Order(data.SIZES["train"], QUESTIONS, 0)
-    samples = [data.synthetic("train", 0, i) for step in range(steps) for i in order(step)]
+    order = distributed.QuestionOrder(range(data.SIZES["train"]), QUESTIONS, 0)
+    samples = [data.synthetic("train", 0, i) for step in range(steps) for i in order.indices(step)]
     rows = [{"prompt": [{"role": "user", "content": data.prompt(s)}], "image": s.images[0], "index": i}
             for i, s in enumerate(samples)]
 

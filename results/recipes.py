@@ -40,14 +40,7 @@ import noise
 import train_cdrl
 from catts import SOURCES, Controller, Settings, Vote, tally
 from tiny import questions
-from utils import (
-    baselines,
-    batches,
-    cli,
-    logs,
-    metrics,
-    tables,
-)
+from utils import baselines, cli, distributed, logs, metrics, tables
 from utils.checkpoint import FREE, settings_of
 from utils.cli import InputError
 from utils.experts import LocalExpert
@@ -138,7 +131,7 @@ def scale_of(seed, folder):
     if not file.exists():
         args = train_cdrl.parse(["--seed", str(seed), "--eval_size", "0"])
         train_set, _ = data.open_data(args)
-        order = batches.QuestionOrder(train_set, args.batch_size, seed)
+        order = distributed.QuestionOrder(train_set, args.batch_size, seed)
         clip = noise.ClipAttention.from_pretrained()
         cli.write_atomically(file, json.dumps(train_cdrl.fit_map_on_base(VLM.load(args.model), clip, order, args)))
     return json.loads(file.read_text())

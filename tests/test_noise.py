@@ -9,6 +9,7 @@ from transformers import CLIPConfig, CLIPModel
 import data
 import noise
 from tiny import questions
+from utils import clip_files
 from utils.cli import InputError
 
 
@@ -217,10 +218,10 @@ def test_contributions_of_all_layers_sum_to_the_image_embedding(random_clip):
         block.mlp.register_forward_hook(lambda _, __, out: mlps.append(out[:, :1]))
     with torch.no_grad():
         output = vision(pixels, output_attentions=True, output_hidden_states=True)
-        attention = sum(noise.contributions(random_clip, output, layer).sum(1) for layer in range(-5, 0))
+        attention = sum(clip_files.contributions(random_clip, output, layer).sum(1) for layer in range(-5, 0))
         biases = sum(block.self_attn.out_proj.bias for block in vision.encoder.layers)
         rest = output.hidden_states[0][:, :1] + sum(mlps) + biases
-        rest = noise.as_normed(rest, output.last_hidden_state[:, :1], vision.post_layernorm) + vision.post_layernorm.bias
+        rest = clip_files.as_normed(rest, output.last_hidden_state[:, :1], vision.post_layernorm) + vision.post_layernorm.bias
         embedding = random_clip.visual_projection(output.pooler_output)
         torch.testing.assert_close(attention + random_clip.visual_projection(rest)[:, 0], embedding, atol=1e-4, rtol=1e-4)
         for layer in range(-5, 0):                  # and layer by layer
@@ -228,9 +229,9 @@ def test_contributions_of_all_layers_sum_to_the_image_embedding(random_clip):
             hook = block.self_attn.register_forward_hook(lambda _, __, out, heard=heard: heard.append(out[0][:, :1]))
             vision(pixels)
             hook.remove()
-            term = noise.as_normed(heard[0] - block.self_attn.out_proj.bias, output.last_hidden_state[:, :1],
+            term = clip_files.as_normed(heard[0] - block.self_attn.out_proj.bias, output.last_hidden_state[:, :1],
                                    vision.post_layernorm)
-            torch.testing.assert_close(noise.contributions(random_clip, output, layer).sum(1),
+            torch.testing.assert_close(clip_files.contributions(random_clip, output, layer).sum(1),
                                        random_clip.visual_projection(term)[:, 0], atol=1e-4, rtol=1e-4)
 
 

@@ -83,6 +83,11 @@ def reading_by_loop(values, reading, window):
     return sum(lowest) / len(lowest)
 
 
+def read(conf, mask, reading, window):
+    return (reward.sequence_confidence(conf, mask) if reading == "mean"
+            else reward.window_confidence(conf, mask, reading, window))
+
+
 @pytest.mark.parametrize("reading", ["mean", "tail", "bottom", "min"])
 @pytest.mark.parametrize("left", [False, True])
 def test_readings_equal_a_plain_loop(reading, left):
@@ -92,7 +97,7 @@ def test_readings_equal_a_plain_loop(reading, left):
     conf = conf.masked_fill(~mask, float("nan"))  # padding that leaks would show
     wanted = [reading_by_loop(row[keep].tolist(), reading, 8) for row, keep in zip(conf, mask)]
     for kind in (mask, mask.int(), mask.float()):
-        torch.testing.assert_close(reward.sequence_confidence(conf, kind, reading, window=8), torch.tensor(wanted))
+        torch.testing.assert_close(read(conf, kind, reading, 8), torch.tensor(wanted))
 
 
 def test_eos_counts_and_padding_does_not():
@@ -104,7 +109,7 @@ def test_eos_counts_and_padding_does_not():
 def test_gradient_reaches_the_tokens_and_not_the_padding(reading):
     mask = padded([40, 9], 40, left=False)
     conf = torch.randn(2, 40, generator=torch.Generator().manual_seed(4)).requires_grad_()
-    reward.sequence_confidence(conf, mask, reading, window=8).sum().backward()
+    read(conf, mask, reading, 8).sum().backward()
     assert (conf.grad[~mask] == 0).all()
     torch.testing.assert_close(conf.grad.sum(-1), torch.ones(2))  # each reading is an average: weights sum to 1
 
@@ -112,9 +117,10 @@ def test_gradient_reaches_the_tokens_and_not_the_padding(reading):
 def test_bad_readings_and_empty_rows_are_refused():
     conf = torch.ones(2, 3)
     with pytest.raises(ValueError, match="median"):
-        reward.sequence_confidence(conf, conf, "median")
-    with pytest.raises(ValueError, match="at least one generated token"):
-        reward.sequence_confidence(conf, torch.tensor([[1, 1, 1], [0, 0, 0]]))
+        reward.window_confidence(conf, conf, "median")
+    for reading in ("mean", "tail"):
+        with pytest.raises(ValueError, match="at least one generated token"):
+            read(conf, torch.tensor([[1, 1, 1], [0, 0, 0]]), reading, 8)
 
 
 # ---- reward terms

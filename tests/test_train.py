@@ -23,9 +23,9 @@ import reward
 import train_cdrl
 from reward import group_advantages
 from train_cdrl import accumulate_gradients, kl_k3, parse, policy_loss
-from utils import batches, checkpoint, cli, distributed, loading, logs, memory, report
-from utils.batches import QuestionOrder
+from utils import checkpoint, cli, distributed, loading, logs, memory, report
 from utils.cli import InputError
+from utils.distributed import QuestionOrder
 from vlm import VLM
 
 TINY = ["--steps", "3", "--batch_size", "6", "--group_size", "2", "--eval_size", "0", "--max_new_tokens", "24",
@@ -142,7 +142,7 @@ def loss_tokens(views, args):
 def gradient(vlm, views, confidence_map, args):
     vlm.model.zero_grad()
     scored = views if args.noised_learns or args.pathwise and args.alpha else (views[0], None)
-    passes = batches.micro_batches(vlm, *scored, args.run)
+    passes = distributed.micro_batches(vlm, *scored, args.run)
     accumulate_gradients(distributed.Policy(vlm), None, passes, confidence_map, loss_tokens(views, args), args)
     return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in vlm.model.parameters()])
 

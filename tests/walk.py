@@ -5,7 +5,7 @@
     python tests/walk.py --update-readme    # write these, the recipe and the page of --explain into README.md
 
 The walk starts at the loop of train_cdrl.py that steps the optimizer. Each function of the project that is
-called before the step counts once, and so do those that it calls. Four boxes stay closed: sampling, scoring,
+called before `backward()` counts once, and so do those that it calls. Four boxes stay closed: sampling, scoring,
 CLIP's maps, the judge, the disk. A method is followed where its name belongs to one class: a lower bound.
 """
 import ast
@@ -95,9 +95,11 @@ def step_walk(project):
     loops = [node for node in ast.walk(project.trees["train_cdrl"]) if isinstance(node, ast.For)
              and "optimizer.step(" in ast.unparse(node)]
     loop = max(loops, key=lambda node: node.end_lineno - node.lineno)
-    calls = [node for node in ast.walk(loop) if isinstance(node, ast.Call)]
-    call = next(node for node in calls if ast.unparse(node.func) == "optimizer.step")
-    return project.walk("train_cdrl", loop, last_line=call.lineno)
+    backward = {name for (module, name), node in project.definitions.items()
+                if module == "train_cdrl" and ".backward(" in ast.unparse(node)}
+    call = next(node for node in ast.walk(loop) if isinstance(node, ast.Call)
+                and ast.unparse(node.func) in backward)
+    return project.walk("train_cdrl", loop, last_line=call.end_lineno)
 
 
 def walk_sentence(project):

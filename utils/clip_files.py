@@ -1,4 +1,4 @@
-"""CLIP models opened and counted, and their maps kept on disk."""
+"""CLIP models opened and counted, what a token adds to their embedding, and their maps kept on disk."""
 import hashlib
 import os
 from contextlib import contextmanager
@@ -37,6 +37,31 @@ def _opening(path):
         yield config
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"CLIP model {str(path)!r} cannot be loaded: {reason(error)}") from error
+
+
+def contributions(clip, output, layer):
+    """What each token adds to CLIP's image embedding through one attention layer (Gandelsman et al., Eq.
+    5-6).
+
+    clip: a CLIPModel; output: of its vision_model, with attentions and hidden states; layer: a negative
+    index. -> (B, 1 + P, E). They sum over tokens to the layer's attention output (without its bias) as the
+    embedding sees it: the last layer norm, with its divisor as it is, is linear in the terms of the class
+    token's residual sum.
+    """
+    vision = clip.vision_model
+    block = vision.encoder.layers[layer]
+    values = block.self_attn.v_proj(block.layer_norm1(output.hidden_states[layer - 1]))  # (B, N, D)
+    attention = output.attentions[layer][:, :, 0]  # (B, heads, N)
+    values = values.unflatten(-1, (attention.shape[1], -1)) * attention.transpose(1, 2)[..., None]
+    terms = values.flatten(-2) @ block.self_attn.out_proj.weight.T  # (B, N, D)
+    return clip.visual_projection(as_normed(terms, output.last_hidden_state[:, :1], vision.post_layernorm))
+
+
+def as_normed(terms, total, norm):
+    """Terms of a sum as a layer norm of the sum sees them, its bias apart: (..., D), (..., D), LayerNorm ->
+    (..., D)."""
+    divisor = (total.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    return (terms - terms.mean(-1, keepdim=True)) / divisor * norm.weight
 
 
 class MapCache:

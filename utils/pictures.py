@@ -11,6 +11,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from utils.cli import InputError, reason
+
 MAX_PIXELS = 2**26  # decoded at once, 268 MB; larger JPEGs are decoded at a half, a quarter or an eighth
 MAX_RATIO = 200             # what the models' processors take
 # These hand the file to another program or need a plugin that is not part of Pillow.
@@ -63,6 +65,16 @@ def load_picture(source, enough=None):
         file.load()
         zero_is_white = getattr(file, "tag_v2", {}).get(262) == 0                       # TIFF
         return _on_white(ImageOps.exif_transpose(file), zero_is_white)
+
+
+def open_picture(path):
+    """`load_picture` of a path that a user typed. Raises InputError."""
+    if not os.path.isfile(path):
+        raise InputError(f"image {str(path)!r} does not exist")
+    try:
+        return load_picture(path)
+    except UNREADABLE as error:
+        raise InputError(f"image {str(path)!r} cannot be read ({reason(error)})") from error
 
 
 def _check_shape(file):
@@ -130,6 +142,37 @@ def _to_srgb(image):
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             pass
     return flat if flat.mode == "RGB" else flat.convert("RGB")
+
+
+class LazyTwin(Image.Image):
+    """A changed twin of a picture, of its size, whose pixels are made when they are first looked at.
+
+    source: PIL image. mask: how much of the change shows, (H, W) float array in [0, 1], or None for all of
+    it. A subclass says in `render` what the twin's own pixels are (PIL image).
+    """
+
+    def __init__(self, source, mask=None):
+        super().__init__()
+        self._mode, self._size = source.mode, source.size  # as Pillow's own pictures that load lazily
+        self.source, self.mask = source, mask
+
+    def mask_picture(self, size):
+        """The mask as an 8-bit grey picture of a size (width, height)."""
+        if self.mask is None:
+            return Image.new("L", size, 255)
+        mask = Image.fromarray(np.rint(self.mask * 255).astype(np.uint8))
+        return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
+
+    def mask_at(self, width, height):
+        """The mask as (height, width) float array in [0, 1], None for everywhere."""
+        if self.mask is None or self.mask.shape == (height, width):
+            return self.mask
+        return np.asarray(self.mask_picture((width, height)), dtype=np.float64) / 255
+
+    def load(self):
+        if self._im is None:
+            self.im = self.render().im
+        return super().load()
 
 
 def groups_by_picture(samples):
