@@ -25,9 +25,7 @@ Left out of GRPO on purpose: a reference model unless --kl_beta is set (on-polic
 and stored old log-probs unless --mu is above 1. How a run is run (memory, ranks, checkpoints) is in `utils/`.
 """
 import argparse
-import math
 import random
-import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 
@@ -49,9 +47,11 @@ from reward import (
     sequence_confidence,
 )
 from utils import checkpoint, cli, distributed, explain, loading, logs, lora, memory, preflight, report
-from utils.cli import TINY, InputError, RunOptions, option
+from utils.cli import TINY, RunOptions, option
 from utils.clip_files import count_parameters
+from utils.contact_sheet import write_pairs
 from utils.distributed import QuestionOrder, micro_batches
+from utils.prefetch import Ahead, open_pictures, reader_of
 from utils.preflight import agreed
 from vlm import VLM, load_model
 
@@ -142,20 +142,7 @@ def parse(argv=None):
 
 def check(args, world):
     """Refuse settings that cannot work, each in one sentence."""
-    cli.check_bounds(args)
-    cli.check_bounds(args.run)
-    if abs(args.seed) >= 2**63:
-        raise InputError(f"--seed is {args.seed}; it must fit into 64 bits")
-    if args.run.merge and not args.run.lora_rank:
-        raise InputError("--merge merges an adapter, and there is none without --lora_rank")
-    if args.group_size < 2:
-        raise InputError(f"--group_size is {args.group_size}; a group needs at least 2 rollouts to compare")
-    if args.batch_size % world:
-        raise InputError(f"--batch_size {args.batch_size} does not divide over {world} ranks; use a "
-                         f"multiple of {world}")
-    if args.lr > 1e30:
-        raise InputError(f"--lr is {args.lr:g}; AdamW moves every weight by about as much a step, 1e-6 "
-                         "suits a 7B model")
+    preflight.check_settings(args, world)
     noise.parse_t(args.noise_t)
 
 
@@ -180,6 +167,11 @@ class RolloutBatch:
     advantage_divisor: float = 1.0               # what they were divided by, batch mean
     old_logprobs: torch.Tensor | None = None     # (Q*G, T), of the first of --mu updates
 
+    @property
+    def has_picture(self):
+        """(Q, 1) bool. A question without one has no noised twin: its noised answers teach nothing."""
+        return torch.tensor([[bool(pictures)] for pictures in self.images])
+
     def select(self, questions):
         """The same for some of the questions (a list of indices)."""
         lists = {name: [getattr(self, name)[q] for q in questions]
@@ -194,29 +186,43 @@ def make_image_pairs(images, samples, clip, step, args):
     """Noise each question's pictures where the evidence is -> the noised pictures (Q lists), is_control (Q,)
     bool.
 
-    Controls have the noise on a random region of the same area. The pictures are None where no term needs
-    them.
+    Controls have the noise on a random region of the same area. A question without a picture counts as one.
+    The pictures are None where no term needs them.
     """
     if not args.uses_noised:
         return None, torch.zeros(len(samples), dtype=torch.bool)
     seeds = [f"{args.seed} {step} {s.id}" for s in samples]
-    is_control = [random.Random(f"control {seed}").random() < args.controls for seed in seeds]
+    is_control = [not pictures or random.Random(f"control {seed}").random() < args.controls
+                  for pictures, seed in zip(images, seeds)]
     regions = ["random" if control else args.region for control in is_control]
     noised_images = noise.make_pairs(images, [s.question for s in samples], clip, noise.parse_t(args.noise_t),
                                      regions, args.mass, seeds)
     return noised_images, torch.tensor(is_control)
 
 
-def roll_out(policy, samples, images, noised_images, is_control, step, args):
+def prepare_step(vlm, clip, order, step, name, args):
+    """A step's questions, their pictures, the noised ones, which are controls, and both views encoded.
+
+    A pure function of the step, so that `utils/prefetch.py` may call it while the step before runs. name: in
+    the seeds, the step's own.
+    """
+    samples, images = open_pictures(order.samples(step), args.run.workers, args.run.skip_broken)
+    noised_images, is_control = make_image_pairs(images, samples, clip, name, args)
+    prompts = [data.prompt(s) for s in samples]
+    inputs = vlm.encode(images + (noised_images or []), prompts * (1 if noised_images is None else 2))
+    return samples, images, noised_images, is_control, inputs
+
+
+def roll_out(policy, samples, images, noised_images, is_control, step, args, inputs=None):
     """G answers to each question on its picture, and on its noised twin -> RolloutBatch of each view.
 
     The noised one is None where no picture was noised. Both views are sampled in one batch. C is read from
-    the raw logits while sampling. policy: a Policy or a VLM.
+    the raw logits while sampling. policy: a Policy or a VLM. inputs: both views encoded, where at hand.
     """
     prompts, seeds = [data.prompt(s) for s in samples], [f"{args.seed} {step} {s.id}" for s in samples]
     views = {"original": images} if noised_images is None else {"original": images, "noised": noised_images}
     all_images, all_prompts = [pictures for view in views.values() for pictures in view], prompts * len(views)
-    inputs = policy.encode(all_images, all_prompts)                # once, for sampling and for learning
+    inputs = inputs or policy.encode(all_images, all_prompts)   # once, for sampling and for learning
     groups = policy.sample(all_images, all_prompts, inputs=inputs, n=args.group_size,
                         seed=seeds + [f"{seed} noised" for seed in seeds] * (len(views) - 1),
                         max_new_tokens=args.max_new_tokens, temperature=args.temperature)
@@ -246,11 +252,14 @@ def add_rewards(original, noised, confidence_map, args):
             continue
         if batch is noised:
             calibration = calibration_reward(c_noised, noised.correct, confidence_map, args)
+            calibration = calibration * noised.has_picture
         formats = torch.tensor([[format_reward(r.text, r.finished) for r in group]
                                 for group in batch.rollouts])                                         # (Q, G)
         batch.rewards = {"perception": perception, "calibration": calibration, "outcome": batch.correct,
                          "format": formats}
         batch.advantages, divisor = group_advantages(sum(batch.rewards.values()), args.adv_norm)
+        if batch is noised:
+            batch.advantages = batch.advantages * noised.has_picture
         total, groups = distributed.summed([divisor.sum(), len(divisor)])
         batch.advantage_divisor = max(MIN_DIVISOR, total / groups)
 
@@ -320,6 +329,7 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
         pathwise = -args.pathwise * (sum(terms) / original.advantage_divisor).sum() / num_loss_tokens
         if args.noised_learns:
             term = calibration_reward(c_noised, noised.correct.to(c_noised.device), confidence_map, args)
+            term = term * noised.has_picture.to(term.device)
             pathwise = pathwise - args.pathwise * (term / noised.advantage_divisor).sum() / num_loss_tokens
         loss, sums["pathwise"] = loss + pathwise, pathwise.detach()
     return loss, sums | {"loss": loss.detach()}
@@ -345,10 +355,9 @@ def fit_map_on_base(policy, clip, order, args):
     pairs = Args(**{**vars(args), "alpha": 1.0, "controls": 0.0})
     measured, steps = [], range(max(1, args.scale_questions // args.batch_size))
     for step in tqdm(steps, desc="base confidence", unit="batch", leave=False, disable=order.rank > 0):
-        samples, name = order.samples(step), f"scale {step}"
-        images = [s.pictures() for s in samples]
-        twins = make_image_pairs(images, samples, clip, name, pairs)
-        views = roll_out(policy, samples, images, *twins, name, pairs)
+        name = f"scale {step}"
+        *parts, inputs = agreed(prepare_step, policy, clip, order, step, name, pairs)
+        views = roll_out(policy, *parts, name, pairs, inputs)
         measured.append(torch.stack([torch.stack([view.confidence, view.correct]) for view in views]))
     return fit_confidence_map(*torch.cat(distributed.gathered(measured), 2).flatten(2))       # (2, 2, N)
 
@@ -367,9 +376,9 @@ def probe_held_out(vlm, held_out, clip, args, path, order):
     ts = sorted({*eval.PROBE_STEPS, noise.parse_t(args.noise_t)[1]})
     rollouts = args.batch_size // order.world * args.group_size * (1 + args.uses_noised)           # of a step
     mine = [held_out[i] for i in range(order.rank, len(held_out), order.world)]
-    answers_by_t = eval.probe(vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed,
-                              name=path.stem, max_new_tokens=args.max_new_tokens,
-                              batch_size=max(1, min(32, rollouts // PROBE_SAMPLES)))
+    answers_by_t = agreed(lambda: eval.probe(
+        vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed, name=path.stem,
+        max_new_tokens=args.max_new_tokens, batch_size=max(1, min(32, rollouts // PROBE_SAMPLES))))
     answers_by_t = {t: distributed.gathered(answers_by_t[t]) for t in ts}
     if order.rank == 0:
         logs.write_json(path, {t: [asdict(a) for a in answers] for t, answers in answers_by_t.items()})
@@ -393,9 +402,7 @@ def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map,
     rows = None
     if held_out:
         rows = report.finish_run(output, before, after, confidence_map, args, noise.parse_t(args.noise_t)[1])
-    file = output / "heldout.jsonl"
-    unseen = f" --data {file} --allow_outside" if file.exists() else ""
-    print(f"next: python eval.py --model {output} --baseline {cli.shown(args.model)}{unseen}")
+    print(f"next: {preflight.next_command(output, args)}")
     return rows
 
 
@@ -421,10 +428,15 @@ def train(args):
         stages = (fit_map_on_base, make_image_pairs, roll_out, add_rewards, cdrl_loss)
         policy = distributed.shard(vlm, device, compute, sharded=False)
         return explain.print_step(args, vlm, policy, clip, order, held_out, stages)
-    agreed(lambda: preflight.check_run(vlm, train_set, held_out, order, args, data.prompt))
+    sound = agreed(lambda: preflight.check_run(vlm, train_set, held_out, order, args, data.prompt))
+    if args.run.skip_broken:
+        preflight.leave_out(sound, train_set, held_out, rank)
     output, newest = checkpoint.open_run(args, vlm, needs_before=bool(held_out))
     if rank == 0 and held_out and args.data != "synthetic":
         data.write_held_out(held_out, output / "heldout.jsonl")     # for eval.py: questions not trained on
+    if rank == 0 and args.uses_noised:
+        write_pairs(output, train_set, lambda images, samples: make_image_pairs(
+            images, samples, clip, 0, args)[0])
     policy, choices = distributed.prepare(vlm, args, device, compute, world)
     reference = None
     if args.kl_beta:
@@ -447,18 +459,19 @@ def train(args):
 
     hopeless = preflight.HopelessTraining(args.run.patience)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="step", disable=rank > 0)
-    with distributed.stop_on_signals() as stop:
+    reader = reader_of(vlm)
+    pairs = Ahead(lambda step: prepare_step(reader, clip, order, step, step, args), args.steps)
+    with distributed.stop_on_signals() as stop, pairs:
         for step in progress:
             lr = args.lr * min(1.0, (step + 1) / 5) * (1 - step / args.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             clock = time.perf_counter()
-            # ---- I. image pairs: i, and i' with the evidence noised
-            samples = order.samples(step)
-            images = [s.pictures() for s in samples]
-            noised_images, is_control = make_image_pairs(images, samples, clip, step, args)
+            # ---- I. image pairs: i, and i' with the evidence noised; made while the step before ran
+            samples, images, noised_images, is_control, inputs = agreed(pairs, step)
             # ---- II. rollouts y on i and y' on i'; III. their confidences C and C' (Eq. 3)
-            original, noised = roll_out(policy, samples, images, noised_images, is_control, step, args)
+            original, noised = roll_out(policy, samples, images, noised_images, is_control, step, args,
+                                        inputs)
             # ---- IV. rewards (Eq. 4, 3.2.2); V. advantages within the group
             add_rewards(original, noised, confidence_map, args)
             sampled = time.perf_counter()
@@ -473,15 +486,12 @@ def train(args):
                 updates.append(accumulate_gradients(policy, reference, passes, confidence_map,
                                                     num_loss_tokens, args))
                 updates[-1]["grad_norm"] = distributed.clip_gradients(parameters, args.max_grad_norm)
-                if not math.isfinite(updates[-1]["grad_norm"]):
-                    raise InputError(f"the gradient of step {step} is not finite; lower --lr ({args.lr:g}) "
-                                     f"or "
-                                     "the reward's weights: the same command with a lower --lr and "
-                                     f"--resume from goes on from the newest checkpoint in {output}")
+                preflight.check_gradient(updates[-1]["grad_norm"], step, args)
                 optimizer.step()
                 optimizer.zero_grad()               # frees their memory for the next rollouts
             # ---- VII. log and save
-            seconds = {"seconds/sample": sampled - clock, "seconds/learn": time.perf_counter() - sampled}
+            seconds = {"seconds/sample": sampled - clock, "seconds/learn": time.perf_counter() - sampled,
+                       "seconds/pictures_share": pairs.waited / (time.perf_counter() - clock)}
             row = logs.log_row(step, [original, noised] if noised else [original], updates, lr) | seconds
             if rank == 0:
                 logs.write_step(output, row, samples, [original, noised] if noised else [original])
@@ -492,15 +502,9 @@ def train(args):
                                            args.run.keep, compute)
             if stopped:
                 break
-            warning = hopeless(row)
-            if warning and rank == 0:
-                progress.write(f"warning: {warning}", file=sys.stderr)
+            hopeless(row, None if rank else progress)
         if stop.on_any_rank():              # also of a signal during the last save
-            progress.close()
-            if rank == 0:
-                print(f"stopped after step {step + 1}, saved; the same command goes on from here",
-                      file=sys.stderr)
-            raise SystemExit(130)
+            stop.leave(step, progress)
     return finish(vlm, policy, compute, clip, held_out, before, output, confidence_map, args, order)
 
 

@@ -280,7 +280,7 @@ def test_fuzzed_rows_raise_input_errors_only(folder):
         row = {rng.choice(KEYS): rng.choice(VALUES) for _ in range(rng.randrange(1, 7))}
         rows = formats.Rows([("q.jsonl, line 1", row if rng.random() < 0.9 else rng.choice(VALUES))])
         try:
-            samples = formats.File(path, rows, None, True, data._gold_fault)
+            samples = formats.File(path, rows, None, True, data._training_fault)
         except InputError:
             continue
         assert isinstance(samples[0]["question"], str) and samples[0]["question"]

@@ -158,6 +158,9 @@ class RunOptions:
     save_every: int = option(20, "steps between checkpoints", least=1)
     keep: int = option(2, "newest checkpoints that stay", least=1)
     allow_outside: bool = option(False, "pictures of --data may lie outside its folder")
+    skip_broken: bool = option(False, "broken and overlong rows of --data are left out and counted; else "
+                                      "they end the run")
+    workers: int = option(2, "threads that open the next step's pictures", least=1)
     eval_size: int = option(200, "held-out questions for the table before and after; 0 = no table", least=0)
     dtype: str = option("auto", "of the computation, auto: bfloat16 on a GPU, else float32; weights stay "
                                 "float32 beside it",

@@ -17,6 +17,7 @@ needs beside it, does not need them.
 import os
 import random
 import signal
+import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -119,6 +120,14 @@ class StopRequest:
     def on_any_rank(self):
         """Whether one has come on any rank (bool). All ranks call it."""
         return summed([float(self.came)])[0] > 0
+
+    def leave(self, step, progress):
+        """End the program with code 130 after a step that has been saved."""
+        progress.close()
+        if place()[0] == 0:
+            print(f"stopped after step {step + 1}, saved; the same command goes on from here",
+                  file=sys.stderr)
+        raise SystemExit(130)
 
 
 def gathered(items):

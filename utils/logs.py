@@ -49,6 +49,11 @@ def statistics(batches):
             total, ranks = summed([chosen.sum(), 1])
             if total:  # the mean over all ranks' questions, once the ranks' values are averaged
                 stats[name] = float(gap[chosen].sum()) * ranks / total
+        overlaps = [twin.overlap for pictures in noised.images for twin in pictures
+                    if getattr(twin, "overlap", None) is not None]
+        total, count, ranks = summed([sum(overlaps), len(overlaps), 1])
+        if count:           # what the controls cover of the key region all the same
+            stats["overlap/controls"] = total / count
     return stats
 
 

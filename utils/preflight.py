@@ -4,12 +4,14 @@ Sizes of pictures come from their headers, and tokens from the processor's own a
 ten thousand photos take seconds, and a question whose photo is larger than all others is found before its
 step.
 """
+import math
 import re
 import shutil
 import sys
 
 from PIL import Image
 
+from utils import cli
 from utils.cli import InputError
 from utils.distributed import gathered
 
@@ -18,12 +20,12 @@ SHOWN_FAULTS = 20
 MARGIN = 8
 
 
-def agreed(check):
-    """Run check() on this rank -> its result. Where any rank's check raises InputError, all ranks raise the
-    first rank's sentence: no rank is left waiting for one that refused."""
+def agreed(check, *arguments):
+    """Run check(*arguments) on this rank -> its result. Where any rank's check raises InputError, all ranks
+    raise the first rank's sentence: no rank is left waiting for one that refused."""
     result, fault = None, None
     try:
-        result = check()
+        result = check(*arguments)
     except InputError as error:
         fault = str(error)
     faults = [text for text in gathered([fault]) if text is not None]
@@ -32,6 +34,31 @@ def agreed(check):
     if faults:
         raise InputError(faults[0])
     return result
+
+
+def check_settings(args, world):
+    """Refuse settings of a training that cannot work. Raises InputError."""
+    cli.check_bounds(args)
+    cli.check_bounds(args.run)
+    if abs(args.seed) >= 2**63:
+        raise InputError(f"--seed is {args.seed}; it must fit into 64 bits")
+    if args.run.merge and not args.run.lora_rank:
+        raise InputError("--merge merges an adapter, and there is none without --lora_rank")
+    if args.group_size < 2:
+        raise InputError(f"--group_size is {args.group_size}; a group needs at least 2 rollouts to compare")
+    if args.batch_size % world:
+        raise InputError(f"--batch_size {args.batch_size} does not divide over {world} ranks; use a "
+                         f"multiple of {world}")
+    if args.lr > 1e30:
+        raise InputError(f"--lr is {args.lr:g}; AdamW moves every weight by about as much a step, 1e-6 "
+                         "suits a 7B model")
+
+
+def next_command(output, args):
+    """The evaluation that one would want after a training (str)."""
+    file = output / "heldout.jsonl"
+    unseen = f" --data {file} --allow_outside" if file.exists() else ""
+    return f"python eval.py --model {output} --baseline {cli.shown(args.model)}{unseen}"
 
 
 class PromptLengths:
@@ -90,12 +117,12 @@ def tower_pixels(vlm):
     return vlm.sight.levels(inputs[name].cpu())[:, 0].size
 
 
-def check_questions(lengths, samples, prompt_of, max_new_tokens, context):
+def check_questions(lengths, samples, prompt_of, max_new_tokens, context, skip_broken=False):
     """Every picture has a readable header, every prompt and its completion fit the context -> list of
     (tokens, of them pictures, sample), one a question.
 
     lengths: `PromptLengths`. A prompt that did not fit would have to be cut, image tokens included. Raises
-    InputError; all faults but the first are named on stderr.
+    InputError; all faults but the first are named on stderr. skip_broken: they are left out.
     """
     counts, faults = [], []
     for sample in samples:
@@ -112,6 +139,10 @@ def check_questions(lengths, samples, prompt_of, max_new_tokens, context):
             counts.append((tokens, pictures, sample))
         except InputError as error:
             faults.append(str(error))
+    if skip_broken and faults:
+        for fault in faults[:SHOWN_FAULTS]:
+            print(f"left out: {fault}", file=sys.stderr)
+        return counts
     if len(faults) > 1:
         for fault in faults[:SHOWN_FAULTS]:
             print(f"broken: {fault}", file=sys.stderr)
@@ -124,9 +155,12 @@ def check_questions(lengths, samples, prompt_of, max_new_tokens, context):
 
 
 def check_run(vlm, train_set, held_out, order, args, prompt_of):
-    """Check this rank's share of the questions before training. Pictures of a file are then decoded no larger
-    than the vision tower can use. Built-in questions are alike in length: those of the first steps stand for
-    all."""
+    """Check this rank's share of the questions before training. Raises InputError.
+
+    Pictures of a file are then decoded no larger than the vision tower can use. With --skip_broken the
+    questions that any rank found broken or overlong leave both lists, and are counted on stderr. Built-in
+    questions are alike in length: those of the first steps stand for all.
+    """
     if isinstance(train_set, list):
         indices, largest = range(len(train_set)), tower_pixels(vlm)
         for sample in (*train_set, *held_out):
@@ -134,8 +168,36 @@ def check_run(vlm, train_set, held_out, order, args, prompt_of):
     else:
         indices = sorted({i for step in range(min(args.steps, 16)) for i in order.indices(step)})
     questions = [train_set[i] for i in indices] + list(held_out)
-    check_questions(PromptLengths(vlm), questions[order.rank::order.world], prompt_of, args.max_new_tokens,
-                    vlm.context)
+    counts = check_questions(PromptLengths(vlm), questions[order.rank::order.world], prompt_of,
+                             args.max_new_tokens, vlm.context, args.run.skip_broken)
+    _check_mixture(vlm, questions, prompt_of)
+    return [sample.id for *_, sample in counts]
+
+
+def leave_out(sound, train_set, held_out, rank):
+    """Keep the questions of these ids, of all ranks, in both lists (in place). All ranks call it. InputError
+    where nothing is left to train on."""
+    if not isinstance(train_set, list):             # built-in questions
+        return
+    sound, before = {*gathered(sound)}, len(train_set) + len(held_out)
+    for questions in (train_set, held_out):
+        questions[:] = [sample for sample in questions if sample.id in sound]
+    if not train_set:
+        raise InputError("--skip_broken leaves no question to train on; repair those named above")
+    if (missing := before - len(train_set) - len(held_out)) and rank == 0:
+        print(f"{missing} broken or overlong questions left out, {len(train_set)} train", file=sys.stderr)
+
+
+def _check_mixture(vlm, questions, prompt_of):
+    """Refuse questions without a picture beside others where the model's processor does."""
+    pairs = {bool(sample.images): sample for sample in questions}
+    if len(pairs) < 2:
+        return
+    try:
+        vlm.encode([sample.pictures() for sample in pairs.values()], [prompt_of(s) for s in pairs.values()])
+    except InputError as error:
+        raise InputError(f"question {pairs[False].id!r} has no picture and others have one: {error}; remove "
+                         f"one kind") from error
 
 
 def disk_plan(folder, parameters, trained, itemsize, keep):
@@ -147,6 +209,14 @@ def disk_plan(folder, parameters, trained, itemsize, keep):
     checkpoint = itemsize * parameters + 4 * parameters + 8 * trained
     folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return (keep + 1) * checkpoint + itemsize * parameters, shutil.disk_usage(folder).free
+
+
+def check_gradient(norm, step, args):
+    """Refuse a gradient that is not finite, before it reaches the weights. Raises InputError."""
+    if not math.isfinite(norm):
+        raise InputError(f"the gradient of step {step} is not finite; lower --lr ({args.lr:g}) or the "
+                         f"reward's weights: the same command with a lower --lr and --resume from goes on "
+                         f"from the newest checkpoint in {args.output}")
 
 
 class HopelessTraining:
@@ -171,9 +241,9 @@ class HopelessTraining:
     def __init__(self, patience):
         self.patience, self.in_a_row = patience, dict.fromkeys(self.SIGNS, 0)
 
-    def __call__(self, row):
-        """row: a dict of metrics. Raises InputError after `patience` hopeless steps -> a sentence to print,
-        or None."""
+    def __call__(self, row, progress=None):
+        """row: a dict of metrics; progress: the tqdm above which warnings are printed -> the warning, or
+        None. Raises InputError after `patience` hopeless steps."""
         said = []
         for sign, (is_hopeless, cure) in self.SIGNS.items():
             self.in_a_row[sign] = self.in_a_row[sign] + 1 if is_hopeless(row) else 0
@@ -183,4 +253,7 @@ class HopelessTraining:
                                  "with --patience 0")
             if self.in_a_row[sign] == 1:
                 said.append(f"{sign} in step {row['step']}; if that goes on, {cure}")
-        return "; and ".join(said) or None
+        warning = "; and ".join(said) or None
+        if warning and progress is not None:
+            progress.write(f"warning: {warning}", file=sys.stderr)
+        return warning
