@@ -593,4 +593,4 @@ def probed(rows, region, t):
 
 
 if __name__ == "__main__":
-    main()
+    cli.command("eval.py", main)

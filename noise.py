@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
+from utils import cli
 from utils.cli import TINY, InputError
 from utils.clip_files import MapCache, contributions, open_clip
 from utils.loading import ATTENTION
@@ -321,4 +322,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    cli.command("noise.py", main)

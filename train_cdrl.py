@@ -46,11 +46,12 @@ from reward import (
     rollout_confidence,
     sequence_confidence,
 )
-from utils import checkpoint, cli, distributed, explain, loading, logs, lora, memory, preflight, report
+from utils import checkpoint, cli, distributed, explain, loading, locks, logs, lora, memory, preflight, report
 from utils.cli import TINY, RunOptions, option
 from utils.clip_files import count_parameters
 from utils.contact_sheet import write_pairs
 from utils.distributed import QuestionOrder, micro_batches
+from utils.finite import FiniteSteps
 from utils.prefetch import Ahead, open_pictures, reader_of
 from utils.preflight import agreed
 from vlm import VLM, load_model
@@ -203,8 +204,7 @@ def make_image_pairs(images, samples, clip, step, args):
 def prepare_step(vlm, clip, order, step, name, args):
     """A step's questions, their pictures, the noised ones, which are controls, and both views encoded.
 
-    A pure function of the step, so that `utils/prefetch.py` may call it while the step before runs. name: in
-    the seeds, the step's own.
+    A pure function of the step: `Ahead` calls it while the step before runs. name: of the step, in seeds.
     """
     samples, images = open_pictures(order.samples(step), args.run.workers, args.run.skip_broken)
     noised_images, is_control = make_image_pairs(images, samples, clip, name, args)
@@ -399,13 +399,13 @@ def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map,
         state = lora.merged_state(vlm.model, merged)
     loading.save(vlm, output, state)
     logs.write_json(output / "confidence.json", confidence_map)
-    rows = None
-    if held_out:
-        rows = report.finish_run(output, before, after, confidence_map, args, noise.parse_t(args.noise_t)[1])
+    rows = report.finish_run(output, before, after, confidence_map, args,
+                             noise.parse_t(args.noise_t)[1]) if held_out else None
     print(f"next: {preflight.next_command(output, args)}")
     return rows
 
 
+@locks.released_after
 def train(args):
     """The whole run -> the table's rows (rank 0) or None."""
     rank, world = distributed.place()
@@ -429,14 +429,12 @@ def train(args):
         policy = distributed.shard(vlm, device, compute, sharded=False)
         return explain.print_step(args, vlm, policy, clip, order, held_out, stages)
     sound = agreed(lambda: preflight.check_run(vlm, train_set, held_out, order, args, data.prompt))
-    if args.run.skip_broken:
-        preflight.leave_out(sound, train_set, held_out, rank)
+    preflight.leave_out(sound, train_set, held_out, args)
     output, newest = checkpoint.open_run(args, vlm, needs_before=bool(held_out))
     if rank == 0 and held_out and args.data != "synthetic":
         data.write_held_out(held_out, output / "heldout.jsonl")     # for eval.py: questions not trained on
     if rank == 0 and args.uses_noised:
-        write_pairs(output, train_set, lambda images, samples: make_image_pairs(
-            images, samples, clip, 0, args)[0])
+        write_pairs(output, train_set, lambda *pair: make_image_pairs(*pair, clip, 0, args)[0])
     policy, choices = distributed.prepare(vlm, args, device, compute, world)
     reference = None
     if args.kl_beta:
@@ -457,7 +455,7 @@ def train(args):
         print(f"{args.recipe}: {cli.shown(args.model)}, {sum(p.numel() for p in parameters):,} parameters "
               f"on {device}, {choices}, steps {start} to {args.steps}")
 
-    hopeless = preflight.HopelessTraining(args.run.patience)
+    hopeless, is_finite = preflight.HopelessTraining(args.run.patience), FiniteSteps(args)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="step", disable=rank > 0)
     reader = reader_of(vlm)
     pairs = Ahead(lambda step: prepare_step(reader, clip, order, step, step, args), args.steps)
@@ -481,23 +479,24 @@ def train(args):
             views = [original, noised] if args.noised_learns else [original]
             tokens = sum(len(r.tokens) for view in views for group in view.rollouts for r in group)
             num_loss_tokens = max(1.0, distributed.summed([tokens])[0])
-            updates = []
+            updates, batches = [], [original, noised] if noised else [original]
             for _ in range(args.mu):
                 updates.append(accumulate_gradients(policy, reference, passes, confidence_map,
                                                     num_loss_tokens, args))
                 updates[-1]["grad_norm"] = distributed.clip_gradients(parameters, args.max_grad_norm)
-                preflight.check_gradient(updates[-1]["grad_norm"], step, args)
-                optimizer.step()
+                if is_finite(step, samples, batches, passes, updates[-1]):
+                    optimizer.step()
                 optimizer.zero_grad()               # frees their memory for the next rollouts
             # ---- VII. log and save
             seconds = {"seconds/sample": sampled - clock, "seconds/learn": time.perf_counter() - sampled,
                        "seconds/pictures_share": pairs.waited / (time.perf_counter() - clock)}
-            row = logs.log_row(step, [original, noised] if noised else [original], updates, lr) | seconds
+            row = logs.log_row(step, batches, updates, lr) | seconds | {"skipped": is_finite.skipped}
             if rank == 0:
-                logs.write_step(output, row, samples, [original, noised] if noised else [original])
+                logs.write_step(output, row, samples, batches)
                 progress.set_postfix(logs.postfix(row))
             stopped = stop.on_any_rank()
-            if (step + 1) % args.run.save_every == 0 or step + 1 == args.steps or stopped:
+            due = (step + 1) % args.run.save_every == 0 or step + 1 == args.steps
+            if due and not is_finite.in_a_row or stopped:
                 checkpoint.save_checkpoint(output, vlm, policy, optimizer, step + 1, confidence_map,
                                            args.run.keep, compute)
             if stopped:

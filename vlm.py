@@ -15,21 +15,18 @@ Eq. 3). No (B, T, V) tensor is kept: at most CHUNK_LOGITS logits are in memory a
 import inspect
 import math
 import random
-import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
+from transformers import DynamicCache
 
 from reward import token_confidence, top_k_for
 from utils import loading, lora, shared_prefix
 from utils.caches import has_states, new_cache
-from utils.cli import InputError, reason
+from utils.cli import InputError
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
 from utils.prompts import Inputs, place_images
 from utils.sight import Sight
@@ -61,8 +58,10 @@ class Scores(NamedTuple):
 
 @dataclass
 class Prefill:
-    """Prompts after one forward pass. cache: their keys and values; hidden (B, D) of the last token; mask (B,
-    L); position (..., B, 1) of the last token, with a leading axis of 3 for multimodal rotary embeddings."""
+    """Prompts after one forward pass.
+
+    cache: their keys and values; hidden (B, D) of the last token; mask (B, L); position (..., B, 1) of the
+    last token, with a leading axis of 3 for multimodal rotary embeddings."""
     cache: DynamicCache
     hidden: torch.Tensor
     mask: torch.Tensor | None
@@ -77,8 +76,8 @@ class Prefill:
     def share(self, n):
         """`repeat` without the copies, for decoding. From now on the cache holds the mask."""
         self.cache, self.mask = shared_prefix.SharedPrefix(self.cache, self.mask, n), None
-        self.hidden, self.position = self.hidden.repeat_interleave(n, 0), self.position.repeat_interleave(n,
-                                                                                                          -2)
+        self.hidden = self.hidden.repeat_interleave(n, 0)
+        self.position = self.position.repeat_interleave(n, -2)
 
     def select(self, rows):
         """Only these rows stay."""
@@ -110,8 +109,7 @@ class VLM:
         # A layer with states needs more than one word at a time for its backward pass.
         self.min_words = 2 if has_states(self.text_config) else 1
         self.logit_factor = 1.0                                 # measured by `loading.check`
-        # Do samples read their prompt's keys and values in place (shared_prefix.py)? `loading.check` tries
-        # it.
+        # Do samples read their prompt's keys and values in place? `loading.check` tries it.
         self.shares_prefix = shared_prefix.applies_to(self.text_config)
 
     @classmethod
@@ -123,45 +121,19 @@ class VLM:
         sentence, for a path without a model, a model without an image processor, or a class that cannot work
         here."""
         if meta:
-            return cls._load_meta(path)
+            vlm = cls(*loading.open_meta(lora.base_of(path) or path))
+            loading.check_meta(vlm)
+            return vlm
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if str(device) == "cpu" else torch.bfloat16)
-        if not Path(path).is_dir() and (str(path).startswith((".", "/")) or str(path).count("/") != 1):
-            raise InputError(f"model {str(path)!r} is neither a directory nor a hub id of the form "
-                             "owner/name")
         base = lora.base_of(path)                   # an adapter's folder names the model that it belongs to
         if base is not None:
             vlm = cls.load(base, device, dtype)
-            lora.merge_into(vlm.model, path)
+            with loading.opening("adapter", path):
+                lora.merge_into(vlm.model, path)
             return vlm
-        try:
-            model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-        except (ImportError, OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"model {str(path)!r} cannot be loaded: {reason(error)}") from error
-        for p in model.to(device).parameters():
-            if p.device.type == "cpu":
-                # A weight mapped from a file may lie at an odd address, where kernels sum in another order.
-                p.data = p.data.clone()
-        vlm = cls(model, loading.load_processor(path))
+        vlm = cls(*loading.open_model(path, device, dtype))
         loading.check(vlm)
-        return vlm
-
-    @classmethod
-    def _load_meta(cls, path):
-        path = lora.base_of(path) or path
-        try:
-            with torch.device("meta"):
-                model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
-        except (ImportError, OSError, ValueError) as error:
-            raise InputError(f"model {str(path)!r} has no settings that can be read: "
-                             f"{reason(error)}") from error
-        vlm = cls(model, loading.load_processor(path))
-        try:
-            loading.trial(vlm)
-        except Exception as error:
-            raise loading.refusal(model, error) from error
-        with tempfile.TemporaryDirectory() as folder:  # a checkpoint will write the processor, too
-            loading.save_processor(vlm, folder)
         return vlm
 
     @property
@@ -192,16 +164,14 @@ class VLM:
                 if piece["type"] == "text":
                     piece["text"] = self.special_tokens.sub(" ", piece["text"])
             ordered.append([pictures[i] for i in order])
-            texts.append(self.processor.apply_chat_template([{"role": "user", "content": content}],
-                                                            tokenize=False,
-                                                            add_generation_prompt=True))
+            texts.append(self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True))
         bos = self.tokenizer.bos_token              # not once more where the template has written it
         try:
             inputs = self.sight(texts, ordered, add_special_tokens=not (bos and texts[0].startswith(bos)))
         except InputError:
             raise
-        # some classes take no prompt without a picture, or not beside others with one
-        except ValueError as error:
+        except ValueError as error:     # some classes take no prompt without a picture, or not beside others
             name = type(self.processor).__name__
             raise InputError(f"{name} does not take these prompts: {error}") from error
         return Inputs({name: value.to(self.device) for name, value in inputs.items()},
@@ -212,18 +182,16 @@ class VLM:
         return self.encode([images], [prompt])["input_ids"].shape[1]
 
     def _forward(self, cache, module=None, **inputs):
-        return (module or self.backbone)(**inputs, use_cache=True,
-                                         **{self.cache_name: cache}).last_hidden_state
+        module = module or self.backbone
+        return module(**inputs, use_cache=True, **{self.cache_name: cache}).last_hidden_state
 
     def prefill(self, images, prompts, inputs=None):
-        """One forward pass over the prompts -> Prefill. inputs: what `encode` made of them, else it is made
-        here."""
+        """One forward pass over the prompts -> Prefill. inputs: of `encode`, else made here."""
         inputs = self.encode(images, prompts) if inputs is None else inputs
-        inputs = loading.cast_pixels(inputs,
-                                     self.head.weight.dtype)    # FSDP may have changed it since `encode`
+        # FSDP may have changed the dtype since `encode`.
+        inputs = loading.cast_pixels(inputs, self.head.weight.dtype)
         positions, cache = loading.position_ids(self.model, inputs), new_cache(self.text_config)
-        hidden = self._forward(cache, position_ids=positions,
-                               **inputs)                             # (B, L, D)
+        hidden = self._forward(cache, position_ids=positions, **inputs)                          # (B, L, D)
         return Prefill(cache, hidden[:, -1], inputs["attention_mask"], positions[..., -1:])
 
     def read(self, state, token):
@@ -231,12 +199,10 @@ class VLM:
         if state.mask is not None:
             state.mask = torch.cat([state.mask, state.mask.new_ones(len(token), 1)], 1)
         state.position = state.position + 1
-        # The decoder alone where prompts are shared: the backbone would look for pictures that a word does
-        # not have.
+        # The decoder alone where prompts are shared: the backbone would look for pictures.
         decoder = self.model.get_decoder() if self.shares_prefix else None
         state.hidden = self._forward(state.cache, decoder, input_ids=token[:, None],
-                                     attention_mask=state.mask,
-                                     position_ids=state.position)[:, -1]
+                                     attention_mask=state.mask, position_ids=state.position)[:, -1]
 
     def logits(self, hidden):
         """(N, D) -> (N, V) in fp32, scaled (Granite) and capped (Gemma) where the model does so."""
@@ -248,8 +214,7 @@ class VLM:
 
     @torch.no_grad()
     def states(self, images, prompts):
-        """The last hidden state at the end of each of B prompts, before the first word -> (B, D) fp32 on the
-        CPU."""
+        """The last hidden state of each of B prompts, before the first word -> (B, D) fp32 on the CPU."""
         return self.prefill(images, prompts).hidden.float().cpu()
 
     # --------------------------------------------------------------------------------------------------------
@@ -257,8 +222,7 @@ class VLM:
 
     @torch.no_grad()
     def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, greedy=False,
-               seed=0,
-               first=0, inputs=None):
+               seed=0, first=0, inputs=None):
         """n completions for each of B prompts -> list (B) of lists (n) of Rollout.
 
         images: list (B) of lists of PIL images. temperature and top_k (0 = off) shape what is drawn;
@@ -273,16 +237,15 @@ class VLM:
             return allowed.argmax(-1) if greedy else sample_token(allowed, uniform, temperature, top_k)
 
         seeds = seed if isinstance(seed, list | tuple) else [f"{seed} {b}" for b in range(len(prompts))]
-        uniform = torch.cat([torch.rand(first + n, max_new_tokens, generator=generator(s),
-                                        dtype=torch.float64)[first:]
-                             for s in seeds]).to(self.device)                                       # (B*n, T)
+        uniform = [torch.rand(first + n, max_new_tokens, generator=generator(s), dtype=torch.float64)[first:]
+                   for s in seeds]
+        uniform = torch.cat(uniform).to(self.device)                                                # (B*n, T)
         rollouts = self._decode([self.prefill(images, prompts, inputs)], choose, n, max_new_tokens, uniform)
         return [rollouts[b * n:(b + 1) * n] for b in range(len(prompts))]
 
     @torch.no_grad()
     def contrast(self, images, noised, prompts, *, alpha=0.5, beta=0.1, max_new_tokens=256):
-        """Visual contrastive decoding (Eq. 9, paper 3.3, Visual Self-Check; VCD, arXiv 2311.16922) -> list
-        (B) of Rollout.
+        """Visual contrastive decoding (Eq. 9, Visual Self-Check; VCD, arXiv 2311.16922) -> B Rollouts.
 
         Two caches, one on `images` and one on `noised` (lists (B) of lists of PIL images), read one shared
         text in lock step. The next token is the argmax of (1 + alpha) log p(.|i) - alpha log p(.|i'), among
@@ -306,11 +269,9 @@ class VLM:
         return self._decode(states, choose, 1, max_new_tokens, nothing_drawn)
 
     def _decode(self, states, choose, n, max_new_tokens, uniform):
-        """n completions for each prompt of `states` (one Prefill a view, one shared text) -> flat list of
-        Rollout.
+        """n completions for each prompt of `states` (one Prefill a view, one shared text) -> B*n Rollouts.
 
-        choose(logits of each view (R, V) raw, uniform (R,)) -> tokens (R,). The first view's logits are
-        recorded.
+        choose(logits of each view (R, V) raw, uniform (R,)) -> tokens (R,). The first view's are recorded.
         """
         for state in states:
             state.share(n) if self.shares_prefix else state.repeat(n)
@@ -321,24 +282,22 @@ class VLM:
         for row, length in enumerate((tokens >= 0).sum(-1).tolist()):
             ids = tokens[row, :length]
             rollouts.append(Rollout(self.tokenizer.decode(ids, skip_special_tokens=True), ids,
-                                    logprobs[row, :length],
-                                    confidences[row, :length], int(ids[-1]) in eos))
+                                    logprobs[row, :length], confidences[row, :length], int(ids[-1]) in eos))
         return rollouts
 
     def _decoding_loop(self, states, choose, max_new_tokens, uniform):
         """-> tokens (R, T), -1 after the end; logprobs, confidences (R, T)."""
         total = len(states[0].hidden)
-        tokens = torch.full((total, max_new_tokens), -1,
-                            device=self.device)                        # (R, T), -1 = none
+        tokens = torch.full((total, max_new_tokens), -1, device=self.device)             # (R, T), -1 = none
         logprobs, confidences = torch.zeros(2, total, max_new_tokens, device=self.device)
         rows = torch.arange(total, device=self.device)              # the rows still in the batch
         ended = torch.zeros(total, dtype=torch.bool, device=self.device)
         pending = []  # (tokens (R,), logits (R, V)) of the newest words, not recorded yet
 
         def record(t, ended):
-            """Record the P pending words, which end at position t -> which rows have ended (R,). Several
-            words at
-            once: a call for each costs more than its arithmetic."""
+            """Record the P pending words, which end at position t -> which rows have ended (R,).
+
+            Several words at once: a call for each costs more than its arithmetic."""
             words, logits = (torch.stack(steps, 1) if len(steps) > 1 else steps[0][:, None]
                              for steps in zip(*pending))
             at = slice(t + 1 - len(pending), t + 1)
@@ -353,8 +312,7 @@ class VLM:
         # less work an operation than no_grad; the tensors above are made outside
         with torch.inference_mode():
             for t in range(max_new_tokens):
-                views = [self.logits(state.hidden)
-                         for state in states]                             # (R, V) each, raw
+                views = [self.logits(state.hidden) for state in states]                # (R, V) each, raw
                 token = choose(*views, uniform[:, t])
                 pending.append((token, views[0]))
                 trims = t % TRIM_EVERY == TRIM_EVERY - 1 or t == max_new_tokens - 1 or len(rows) <= TRIM_EVERY
@@ -384,31 +342,26 @@ class VLM:
         """
         n, rest = divmod(len(completions), len(prompts))
         if rest or not n or not all(len(ids) for ids in completions):
-            raise ValueError(f"{len(completions)} completions, some perhaps empty, for {len(prompts)} "
-                             f"prompts; the same "
-                             "number, none empty, is needed for each")
+            raise ValueError(f"{len(completions)} completions, perhaps empty ones, for {len(prompts)} "
+                             "prompts; the same number, none empty, is needed for each")
         state = self.prefill(images, prompts, inputs)
         state.repeat(n)
         ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(c) for c in completions], batch_first=True,
                                               padding_value=-1).to(self.device)                     # (B*n, T)
         mask, width = ids >= 0, ids.shape[1]
-        hidden = state.hidden[:,
-                              None]                                                              # (B*n, 1, D)
         # At least one word, even where no completion has a second: ranks that share a model gather its
         # weights at each pass, and must make the same number of passes.
         read = max(self.min_words, width - 1)
-        words = torch.nn.functional.pad(ids, (0, read - width),
-                                        value=-1)                           # (B*n, read)
+        words = torch.nn.functional.pad(ids, (0, read - width), value=-1)                       # (B*n, read)
         after = self._forward(state.cache, input_ids=words.clamp(min=0),
                               attention_mask=torch.cat([state.mask, (words >= 0).long()], 1),
                               position_ids=state.position + torch.arange(1, read + 1, device=self.device))
-        hidden = torch.cat([hidden, after], 1)[:,
-                                               :width]                                           # (B*n, T, D)
-        rows, targets = hidden[mask], ids[mask]  # (N, D), (N,)
+        hidden = torch.cat([state.hidden[:, None], after], 1)[:, :width]                         # (B*n, T, D)
+        rows, targets = hidden[mask], ids[mask]                                              # (N, D), (N,)
         size = max(1, CHUNK_LOGITS // self.vocabulary)
-        chunks = [(checkpoint(self._head_scores, h, y, temperature, use_reentrant=False) if len(rows) > size
-                   else self._head_scores(h, y, temperature)) for h,
-                   y in zip(rows.split(size), targets.split(size))]
+        chunks = [checkpoint(self._head_scores, h, y, temperature, use_reentrant=False) if len(rows) > size
+                  else self._head_scores(h, y, temperature)
+                  for h, y in zip(rows.split(size), targets.split(size))]
         fields = [torch.zeros(ids.shape, device=self.device).masked_scatter(mask, torch.cat(field))
                   for field in zip(*chunks)]
         return Scores(*fields, mask)
@@ -429,8 +382,7 @@ def load_model(path, device, compute):
 
 
 def generator(seed):
-    """A CPU generator from any seed, or the seed itself if it is one. A string is hashed, so that
-    neighbouring seeds share nothing."""
+    """A CPU generator from any seed (hashed: neighbours share nothing), or the seed itself if it is one."""
     if isinstance(seed, torch.Generator):
         return seed
     return torch.Generator().manual_seed(random.Random(str(seed)).getrandbits(63))

@@ -1,5 +1,7 @@
 """The run folder of a training: opened, saved to, resumed from, damage named in a sentence."""
+import base64
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -7,11 +9,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
-from utils import cli, distributed, loading
+from utils import cli, distributed, inputs, loading, locks, state_files
 from utils.cli import InputError
-from utils.logs import write_json
+from utils.logs import logged_steps, write_json
 from utils.preflight import agreed
 
 # A resumed run may change these; every other setting must be the same. (More steps go on with the lr of the
@@ -26,6 +27,9 @@ FREE_FROM_CHECKPOINT = ("lr", "batch_size", "max_grad_norm", "temperature", "mu"
                         "kl_beta")
 
 
+TRAINING = "training.json"              # of a checkpoint: step, map from C to c, random states, checksums
+
+
 def open_run(args, vlm, needs_before):
     """Rank 0 prepares the run folder -> (path, newest checkpoint or None) on every rank.
 
@@ -35,9 +39,10 @@ def open_run(args, vlm, needs_before):
     def prepare_on_first_rank():
         if dist.is_initialized() and dist.get_rank():
             return None, None
+        locks.hold(args.output)
         output, newest = prepare(args)
-        loading.save_processor(vlm,
-                               output)  # a class that cannot be saved fails now, not at its first checkpoint
+        # a class that cannot be saved fails now, not at its first checkpoint
+        loading.save_processor(vlm, output)
         return output, newest
     output, newest = distributed.gathered([agreed(prepare_on_first_rank)])[0]
     if newest is not None and needs_before and not (output / "before.json").exists():
@@ -49,56 +54,111 @@ def open_run(args, vlm, needs_before):
 
 def prepare(args):
     """`open_run` without other ranks and the model."""
-    output = Path(args.output)
-    settings = settings_of(args) | {"data_checksum": 0 if args.data == "synthetic"
-                                    else cli.checksum(Path(args.data))}
+    output = Path(os.path.realpath(args.output)) if os.path.islink(args.output) else Path(args.output)
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {args.output!r} is a file; give a directory")
-    # what a kill has left of the very first file is no run yet
-    if output.is_dir() and any(path.name != "args.json.tmp" for path in output.iterdir()):
-        try:
-            old = dict(json.loads((output / "args.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"--output {args.output!r} holds something that is not a run; choose another "
-                             f"folder") from error
+    sources = {"model": args.model, "clip": args.clip, "data": "" if args.data == "synthetic" else args.data}
+    inputs.refuse_as_output(args.output, **sources)
+    old = _stored_settings(output)
+    settings = settings_of(args) | inputs.fingerprints(old or {}, **sources)
+    settings["data_checksum"] = settings["data_checksum"] or 0
+    if old is not None:
         # A key that one side lacks means its default: neither a new setting nor a removed one orphans a run.
-        defaults = settings_of(type(args)())
-        other = [key for key, value in settings.items() if key not in FREE
+        # An older run has kept no checksum of its models.
+        defaults = settings_of(type(args)()) | {name: value for name, value in settings.items()
+                                                if name.endswith("_checksum") or name == "stamps"}
+        other = [key for key, value in settings.items() if key not in (*FREE, "stamps")
                  and old.get(key, defaults.get(key)) != value]
         done = checkpoints(output)
         longer = bool(done) and step_of(done[-1]) > args.steps
+        lost = not done and _lost_steps(output, old)
         if args.run.resume == "from":
             settings["history"] = _history(args, old, settings, other, done, longer)
-        elif args.run.resume == "no" or other or longer:
-            aside = next(p for i in range(1, 10**6)
-                         if not (p := output.with_name(f"{output.name}-{i}")).exists())
-            why = "more steps" if longer else "an earlier run"
-            why = f"other settings ({', '.join(other)})" if other else why
-            try:
-                output.rename(aside)
-            except OSError as error:
-                raise InputError(f"--output {args.output!r} holds {why} and cannot be moved to {aside} "
-                                 f"({error.strerror}); "
-                                 "choose another folder") from error
-            print(f"{args.output} held {why}: moved to {aside}")
-        elif "history" in old:
+        elif args.run.resume == "no" or other or longer or lost:
+            why = ("more steps" if longer else f"{lost} steps whose checkpoints are gone" if lost
+                   else "an earlier run")
+            _move_aside(output, f"other settings ({', '.join(other)})" if other else why, args)
+        elif not done and _final_model(output):
+            raise InputError(f"--output {args.output!r} is a finished run whose checkpoints are gone; its "
+                             "model and logs stay as they are. To train again, add --resume no, which moves "
+                             "it aside, or choose another folder")
+        elif isinstance(old.get("history"), list):
             settings["history"] = old["history"]
     elif args.run.resume == "from":
         raise InputError(f"--resume from: {args.output!r} holds no run to go on with; leave the flag out")
+    for replaced in output.glob(".checkpoint-*.old.tmp"):              # a kill between two renames
+        if not (final := output / replaced.name[1:-len(".old.tmp")]).exists():
+            os.rename(replaced, final)
     for torn in output.glob(".checkpoint-*.tmp"):  # of a kill while it was written; makes room, so first
         shutil.rmtree(torn, ignore_errors=True)
+    done = checkpoints(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
+        if not (done and done[-1].name == f"checkpoint-{args.steps}"):
+            _keep_shorter_run(output, old)
         write_json(output / "args.json", settings)
     except OSError as error:
         raise InputError(f"--output {args.output!r} cannot be written ({error.strerror}); choose another "
                          f"folder") from error
-    done = checkpoints(output)
-    if not (done and done[-1].name == f"checkpoint-{args.steps}"):
-        for old in (output / "after.json",
-                    *output.glob("model*.safetensors*")):    # of an earlier, shorter run in this folder
-            old.unlink(missing_ok=True)
     return output, done[-1] if done else None
+
+
+def _stored_settings(output):
+    """The settings in a run folder (dict), None where there is no run yet. InputError for another folder."""
+    # what a kill has left of the very first file is no run yet
+    if not output.is_dir() or all(path.name in ("args.json.tmp", ".lock") for path in output.iterdir()):
+        return None
+    try:
+        return dict(json.loads((output / "args.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--output {str(output)!r} holds something that is not a run; choose another "
+                         f"folder") from error
+
+
+def _move_aside(output, why, args):
+    """Rename a run folder to the next free name."""
+    aside = next(p for i in range(1, 10**6) if not (p := output.with_name(f"{output.name}-{i}")).exists())
+    try:
+        output.rename(aside)
+    except OSError as error:
+        raise InputError(f"--output {args.output!r} holds {why} and cannot be moved to {aside} "
+                         f"({error.strerror}); "
+                         "choose another folder") from error
+    print(cli.printable(f"{args.output} held {why}: moved to {aside}"))
+
+
+def _final_model(output):
+    """The weights of the final model in a run folder (list)."""
+    return [*output.glob("model*.safetensors*"), *output.glob("adapter_model.safetensors")]
+
+
+def _lost_steps(output, old):
+    """Steps in the log of an unfinished run that were in a checkpoint once (int). No more than --save_every
+    is a run that was killed before its first one."""
+    if _final_model(output):
+        return 0
+    every = old.get("save_every")
+    steps = logged_steps(output)
+    return steps if isinstance(every, int) and steps > every else 0
+
+
+def _keep_shorter_run(output, old):
+    """Move what a run of fewer steps has finished into a folder of its own, before this one goes on from
+    it."""
+    if not _final_model(output) and not (output / "after.json").exists():
+        return
+    folder = output / f"finished-{(old or {}).get('steps', 0)}"
+    folder.mkdir(exist_ok=True)
+    for pattern in ("*.json", "*.jinja", "*.txt", "*.model"):          # what opens it
+        for path in output.glob(pattern):
+            if path.name not in ("args.json", "before.json", "after.json"):
+                shutil.copy2(path, folder)
+    for name in ("after.json", "confidence.json", "report.png", "adapter", "adapter_config.json"):
+        if (output / name).exists():
+            os.replace(output / name, folder / name)
+    for path in _final_model(output):                                  # last: they say that it was finished
+        os.replace(path, folder / path.name)
+    print(cli.printable(f"{output}: the model so far is kept in {folder}"))
 
 
 def settings_of(args):
@@ -150,32 +210,36 @@ def save_checkpoint(output, vlm, policy, optimizer, step, confidence_map, keep, 
                          f"the same "
                          f"command with a lower --lr and --resume from goes on from the newest checkpoint in "
                          f"{cli.shown(output)}")
+    def finish():
+        if not main_rank:
+            return
+        loading.save(vlm, temporary, state)
+        write_json(temporary / TRAINING, {"step": step, "scale": confidence_map, "checksums": sums, "rng": [
+            base64.b64encode(random_state.numpy().tobytes()).decode() for random_state in random_states]})
+        for path in (*temporary.rglob("*"), temporary, *output.glob("*.jsonl")):
+            _to_disk(path)
+        if final.exists():                          # never without one of the two
+            os.rename(final, output / f".checkpoint-{step}.old.tmp")
+        os.rename(temporary, final)
+        _to_disk(output)
+        for old in (output / f".checkpoint-{step}.old.tmp", *checkpoints(output)[:-keep]):
+            if not old.is_symlink():                # the user has moved it to another disk
+                shutil.rmtree(old, ignore_errors=True)
+
     try:
         if main_rank:
             temporary.mkdir(exist_ok=True)              # another rank's writer may be first
         distributed.save_state(policy, optimizer, temporary / "state")
         sums = distributed.checksums(temporary / "state")
-        if main_rank:
-            loading.save(vlm, temporary, state)
-            torch.save({"step": step, "scale": confidence_map, "rng": random_states, "checksums": sums},
-                       temporary / "training.pt")
-            for path in (*temporary.rglob("*"), temporary, *output.glob("*.jsonl")):
-                _to_disk(path)
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(temporary, final)
-            _to_disk(output)
-            for old in checkpoints(output)[:-keep]:
-                shutil.rmtree(old)
+        distributed.together(finish)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, RuntimeError, CheckpointException) as error:           # a full disk raises each of them
+    except state_files.ERRORS as error:             # a full disk raises many kinds
         if main_rank:
             shutil.rmtree(temporary, ignore_errors=True)
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise InputError(f"{cli.shown(final)} cannot be written ({cli.reason(cause)}); is the disk full? "
+        raise InputError(f"{cli.shown(final)} cannot be written ({cli.reason(error)}); is the disk full? "
                          f"The checkpoints "
                          "before it are whole, and the same command goes on from there") from error
-    distributed.gathered([None])                   # no rank goes on, or leaves, before it is there
 
 
 def _to_disk(path):
@@ -189,22 +253,38 @@ def load_checkpoint(checkpoint, policy, optimizer):
     """Fill in weights, optimizer and this rank's random state, on any number of ranks -> (step, map from C to
     c).
 
-    InputError, in a sentence, for a checkpoint that has been damaged since it was written.
+    InputError, in a sentence, for a checkpoint that has been damaged since it was written. Nothing in it is
+    run: it holds JSON and safetensors.
     """
+    earlier = [path.name for path in checkpoints(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
+    then = (f"remove it, and the same command goes on from {earlier[-1]}" if earlier else
+            "there is none before it, so start again with --resume no")
+    if (checkpoint / "training.pt").exists():
+        raise InputError(f"{cli.shown(checkpoint)} was written by an earlier version, in pickles, which are "
+                         f"not read; {then}")
+    rank = dist.get_rank() if dist.is_initialized() else 0
     try:
-        stored = torch.load(checkpoint / "training.pt", weights_only=True)
+        stored = _read_training(checkpoint)
         if distributed.checksums(checkpoint / "state") != stored["checksums"]:
             raise ValueError("other bytes than were written")
         distributed.load_state(policy, optimizer, checkpoint / "state")
+        torch.set_rng_state(stored["rng"][rank % len(stored["rng"])])
     except torch.OutOfMemoryError:
         raise
-    # a torn file raises many kinds, that one is no Exception
-    except (Exception, CheckpointException) as error:
-        earlier = [path.name for path in checkpoints(checkpoint.parent)
-                   if step_of(path) < step_of(checkpoint)]
-        then = (f"remove it, and the same command goes on from {earlier[-1]}" if earlier else
-                "there is none before it, so start again with --resume no")
+    except Exception as error:                      # a torn file raises many kinds
         raise InputError(f"{cli.shown(checkpoint)} is damaged ({cli.reason(error)}); {then}") from error
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    torch.set_rng_state(stored["rng"][rank % len(stored["rng"])])
     return stored["step"], stored["scale"]
+
+
+def _read_training(checkpoint):
+    """training.json of a checkpoint (dict), random states as tensors. Raises OSError, KeyError, TypeError or
+    ValueError."""
+    stored = json.loads((checkpoint / TRAINING).read_text())
+    if stored["step"] != step_of(checkpoint):
+        raise ValueError(f"{TRAINING} is of step {str(stored['step'])[:20]}")
+    for name, value in dict(stored["scale"]).items():
+        if not math.isfinite(value):
+            raise ValueError(f"{TRAINING} has the {name[:20]} {value}")
+    stored["rng"] = [torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+                     for text in stored["rng"]]
+    return stored

@@ -4,8 +4,12 @@ import errno
 import json
 import math
 import os
+import signal
+import stat
 import sys
+import threading
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -74,34 +78,104 @@ class InputError(ValueError):
     code 2."""
 
 
+class Stop(BaseException):
+    """A scheduler (SIGTERM) or a closed terminal (SIGHUP) ends the program."""
+
+
+def _raise_stop(number, _):
+    raise Stop(signal.Signals(number).name)
+
+
+@contextmanager
+def on_signals(numbers, handler):
+    """Inside, these signals call handler(number, frame). One that was ignored (nohup) stays ignored, and a
+    thread beside the main one can set no handler."""
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, handler) for number in numbers
+                    if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
+
+
+class Terminal:
+    """A stream that shows text and obeys none of it: control and formatting characters become blanks. Line
+    ends and tabs stay, and the carriage return with which a progress bar begins."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        start = "\r" * text.startswith("\r")
+        if not text.isprintable():
+            text = start + "".join(c if c.isprintable() or c in "\n\t" else " " for c in text[len(start):])
+        return self.stream.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+CURES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "make room",
+         errno.ENAMETOOLONG: "give it a shorter name", errno.ENOENT: "put it back",
+         errno.EACCES: "change its permissions", errno.EPERM: "change its permissions",
+         errno.EROFS: "choose another place", errno.EISDIR: "give a file", errno.ENOTDIR: "give a folder"}
+
+
 def command(name, function):
-    """Run a command's main function: quiet libraries, and bad input as one sentence on stderr with exit code
-    2."""
+    """Run a command's main function: quiet libraries, a terminal that obeys no text, and bad input as one
+    sentence on stderr.
+
+    Exit codes: 0 done, or stopped by SIGTERM or SIGHUP with everything saved; 2 bad input, a full disk or a
+    file that went away; 130 Ctrl-C; 141 the reader of a pipe went away; 1 a fault of this program.
+    """
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for stream in (sys.stdout, sys.stderr):
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")            # a terminal that cannot show a character shows ?
+    sys.stdout, sys.stderr = map(Terminal, streams)
     try:
-        result = function()
+        with on_signals((signal.SIGTERM, signal.SIGHUP), _raise_stop):
+            result = function()
         sys.stdout.flush()
         return result
     except BrokenPipeError:             # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except InputError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise _ended(f"{name}: {error}", 2) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in CURES:
             raise
         where = error.filename or "the disk of the output"
-        print(f"{name}: {error.strerror}: {where}; make room, and the same command goes on", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise _ended(f"{name}: {error.strerror}: {where}; {CURES[error.errno]}, and the same command goes on",
+                     2) from None
+    except Stop as error:
+        raise _ended(f"{name}: stopped by {error}; what was written is saved, and the same command goes on "
+                     f"from there", 0) from None
     except KeyboardInterrupt:
-        print(f"{name}: stopped; the same command starts again", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise _ended(f"{name}: stopped; the same command starts again", 130) from None
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+def _ended(sentence, code):
+    """Print a last sentence -> the SystemExit. A terminal that was closed shows nothing."""
+    try:
+        warn(sentence)
+    except OSError:
+        pass
+    return SystemExit(code)
+
+
+def warn(text):
+    """One line on stderr, whatever the text holds."""
+    print(printable(text), file=sys.stderr)
 
 
 def option(default, text, choices=None, *, least=None, above=None, most=None, below=None, bare=None):
@@ -231,10 +305,14 @@ def strict_json(value, **how):
 
 
 def write_atomically(path, text):
-    """Write a file by one rename: a kill leaves the old one or the new one."""
+    """Write a file by one rename: a kill leaves the old one or the new one. A link is followed, and a file
+    keeps its permissions."""
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
+            if path.is_file():
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -249,6 +327,11 @@ def checksum(path):
     kinds = ("*.safetensors", "*.bin", "*config.json", "*token*", "chat_template*")
     files = [path] if path.is_file() else sorted({file for kind in kinds for file in path.glob(kind)
                                                   if file.is_file()})
+    return checksum_of(files)
+
+
+def checksum_of(files):
+    """CRC-32 of the contents of files, one after another (int)."""
     total = 0
     for file in files:
         with open(file, "rb") as stream:
@@ -266,6 +349,7 @@ def table(rows, intervals=True):
         return f"{value:.3f}" if isinstance(value, float) else str(value)
     columns = list(next(iter(rows.values())))
     lines = [["", *columns]] + [[name, *(shown(row[c]) for c in columns)] for name, row in rows.items()]
+    lines = [[printable(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i,
                                (cell, w) in enumerate(zip(line, widths)))

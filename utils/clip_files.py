@@ -1,15 +1,16 @@
 """CLIP models opened and counted, what a token adds to their embedding, and their maps kept on disk."""
 import hashlib
 import os
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from utils.cli import InputError, reason
+from utils.cli import InputError, reason, warn
+from utils.loading import SAFE, opening
 
 
 def open_clip(path, device=None):
@@ -17,8 +18,9 @@ def open_clip(path, device=None):
     with _opening(path) as config:
         # sdpa does not return attention weights; eager does.
         model = CLIPModel.from_pretrained(path, config=config, attn_implementation="eager",
-                                          dtype=torch.float32)
-        images, tokenizer = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+                                          dtype=torch.float32, use_safetensors=True)
+        images = AutoImageProcessor.from_pretrained(path, **SAFE)
+        tokenizer = AutoTokenizer.from_pretrained(path, **SAFE)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), images, tokenizer
 
 
@@ -31,12 +33,10 @@ def count_parameters(path):
 @contextmanager
 def _opening(path):
     """Yields the settings of the CLIPModel at path; what cannot be opened meanwhile is an InputError."""
-    try:
-        if (config := AutoConfig.from_pretrained(path)).model_type != "clip":
+    with opening("CLIP model", path):
+        if (config := AutoConfig.from_pretrained(path, **SAFE)).model_type != "clip":
             raise ValueError(f"it is a {config.model_type} model")
         yield config
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"CLIP model {str(path)!r} cannot be loaded: {reason(error)}") from error
 
 
 def contributions(clip, output, layer):
@@ -75,7 +75,8 @@ class MapCache:
         except OSError as error:
             raise InputError(f"the folder of CLIP's maps, {str(folder)!r}, cannot be made "
                              f"({error})") from error
-        weights = hashlib.sha256()
+        side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+        self.shape, self.warned, weights = (side, side), False, hashlib.sha256()
         for value in model.state_dict().values():
             weights.update(value.cpu().numpy().tobytes())
         self.identity = f"{weights.hexdigest()} {kind}"
@@ -86,16 +87,25 @@ class MapCache:
         return self.folder / f"{hashlib.sha256(key + image.convert('RGB').tobytes()).hexdigest()}.npy"
 
     def read(self, image, question):
-        """A kept map (h, w), or None where there is none or it was damaged."""
+        """A kept map, shape (h, w) of this CLIP's patches, or None where there is none or it was damaged."""
         try:
-            grid = np.load(self.file(image, question))
-        except (OSError, ValueError, EOFError):
+            grid = np.load(self.file(image, question), allow_pickle=False)
+        except (OSError, ValueError, EOFError, MemoryError, OverflowError, SyntaxError, zipfile.BadZipFile):
             return None
-        return grid if grid.ndim == 2 and grid.dtype == np.float32 and np.isfinite(grid).all() else None
+        sound = isinstance(grid, np.ndarray) and grid.shape == self.shape and grid.dtype == np.float32
+        return grid if sound and np.isfinite(grid).all() and (grid >= 0).all() else None
 
     def write(self, image, question, grid):
+        """Keep a map. Where it cannot be written, that is said once, and the program goes on without."""
         file = self.file(image, question)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as stream:
-            np.save(stream, grid)
-        os.replace(temporary, file)         # ranks that write the same map do not see each other's half
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as stream:
+                np.save(stream, grid)
+            os.replace(temporary, file)         # ranks that write the same map do not see each other's half
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if not self.warned:
+                warn(f"CLIP's maps are not kept in {self.folder}: {reason(error)}")
+            self.warned = True

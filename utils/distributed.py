@@ -18,7 +18,6 @@ import os
 import random
 import signal
 import sys
-import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -26,7 +25,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -44,7 +42,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from utils import cli, loading, lora
+from utils import cli, loading, lora, state_files
 from utils.cli import InputError
 
 GIB = 2**30
@@ -97,37 +95,33 @@ def summed(values):
 
 @contextmanager
 def stop_on_signals():
-    """Inside, SIGINT and SIGTERM ask for a stop instead of raising -> a StopRequest, which the loop looks
-    at."""
+    """Inside, SIGINT, SIGTERM and SIGHUP ask for a stop instead of raising -> a StopRequest, which the loop
+    looks at. SIGHUP stays ignored where it was (nohup), and a thread beside the main one hears no signal."""
     request = StopRequest()
-    previous = {number: signal.signal(number, request.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with cli.on_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), request.handle):
         yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class StopRequest:
-    """Whether a signal has come."""
+    """Whether a signal has come. exit_code: 130 after Ctrl-C, 0 after those of a scheduler or a terminal."""
 
     def __init__(self):
-        self.came = False
+        self.came, self.exit_code = False, 0
 
-    def handle(self, *_):
-        self.came = True
+    def handle(self, number, _):
+        self.came, self.exit_code = True, 130 if number == signal.SIGINT else self.exit_code
 
     def on_any_rank(self):
         """Whether one has come on any rank (bool). All ranks call it."""
         return summed([float(self.came)])[0] > 0
 
     def leave(self, step, progress):
-        """End the program with code 130 after a step that has been saved."""
+        """End the program after a step that has been saved."""
         progress.close()
         if place()[0] == 0:
             print(f"stopped after step {step + 1}, saved; the same command goes on from here",
                   file=sys.stderr)
-        raise SystemExit(130)
+        raise SystemExit(self.exit_code)
 
 
 def gathered(items):
@@ -341,16 +335,45 @@ def full_state_dict(policy, dtype, frozen=False):
 
 
 def _state(policy, optimizer):
+    """-> the state of both (dict of dicts), and of its tensors those that are stored, by name. A weight that
+    two modules share is stored once, by its first name."""
     options = StateDictOptions(ignore_frozen_params=lora.is_adapted(policy.model))
-    return {"model": get_model_state_dict(policy, options=options),
-            "optimizer": get_optimizer_state_dict(policy, optimizer)}
+    state = {"model": get_model_state_dict(policy, options=options),
+             "optimizer": get_optimizer_state_dict(policy, optimizer)}
+    names, first = ({name for name, _ in policy.named_parameters(remove_duplicate=once)}
+                    for once in (False, True))
+    tensors = {f"model.{name}": value for name, value in state["model"].items() if name not in names - first}
+    for name, moments in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{name}.{moment}": value for moment, value in moments.items()}
+    return state, tensors
+
+
+def together(function):
+    """function() on every rank -> its result. Where it fails on one, all raise that one's error: no rank is
+    left waiting."""
+    result, fault = None, None
+    try:
+        result = function()
+    except torch.OutOfMemoryError:
+        raise
+    except state_files.ERRORS as error:
+        fault = error
+    faults = [text for text in gathered([fault and cli.reason(fault)]) if text]
+    if fault is not None:
+        raise fault
+    if faults:
+        raise OSError(faults[0])
+    return result
 
 
 def save_state(policy, optimizer, path):
     """Write the fp32 weights and the optimizer's state, each rank its share, by the names of parameters. All
-    ranks call it."""
-    with warnings.catch_warnings(action="ignore"):         # that one process is one process
-        checkpoint.save(_state(policy, optimizer), checkpoint_id=path)
+    ranks call it; where one cannot write, all raise."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    _, tensors = _state(policy, optimizer)
+    places = state_files.starts(tensors, gathered, rank)
+    pieces = gathered(together(lambda: state_files.write(tensors, path, places, rank, world)))
+    together(lambda: rank or state_files.write_index(tensors, pieces, path))
 
 
 def checksums(path):
@@ -361,16 +384,19 @@ def checksums(path):
 
 
 def load_state(policy, optimizer, path):
-    """The reverse, on any number of ranks, sharded or not: each reads its share. All ranks call it."""
-    state = _state(policy, optimizer)
+    """The reverse, on any number of ranks, sharded or not: each reads its share. All ranks call it; where one
+    cannot read, all raise."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    state, tensors = _state(policy, optimizer)
     # Adam has no state of a weight that never had a gradient (a layer whose output is not used): neither then
     # nor now.
-    stored = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = together(lambda: state_files.read_index(path))
     moments = state["optimizer"]["state"]
-    for name in [name for name in moments if f"optimizer.state.{name}.step" not in stored]:
-        del moments[name]
-    with warnings.catch_warnings(action="ignore"):
-        checkpoint.load(state, checkpoint_id=path)
+    for name in [name for name in moments if f"optimizer.{name}.step" not in stored]:
+        for moment in moments.pop(name):
+            del tensors[f"optimizer.{name}.{moment}"]
+    places = state_files.starts(tensors, gathered, rank)
+    together(lambda: state_files.read(tensors, path, places))
     set_model_state_dict(policy, state["model"],
                          options=StateDictOptions(strict=not lora.is_adapted(policy.model)))
     set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=StateDictOptions(strict=False))

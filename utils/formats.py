@@ -108,7 +108,7 @@ class TsvRows:
     def __init__(self, path):
         csv.field_size_limit(2**31 - 1)
         self.file, self.offsets, self.lines, self.by_index = open(path, "rb"), array("q"), array("q"), {}
-        self.path, self.header = path, None
+        self.path, self.header, self.stamp = path, None, self._stamp()
         for offset, line, cells, _ in self._records(0, 1):
             if self.header is None:
                 self.header = [name.strip() for name in cells]
@@ -146,8 +146,16 @@ class TsvRows:
     def __len__(self):
         return len(self.offsets)
 
+    def _stamp(self):
+        """What changes when somebody writes into the file that is open here."""
+        stats = os.fstat(self.file.fileno())
+        return stats.st_size, stats.st_mtime_ns
+
     def __getitem__(self, index):
         line = self.lines[index]
+        if self._stamp() != self.stamp:
+            raise InputError(f"{self.path} was changed while it was read; put it back, and the same "
+                             "command goes on")
         _, _, cells, complete = next(self._records(self.offsets[index], line))
         where = f"{self.path}, line {line}"
         if not complete:

@@ -1,15 +1,17 @@
-"""Opens models: processors without torchvision, the checks of a class, ids, positions, saving, activation
-checkpointing.
+"""Opens models and saves them: processors without torchvision, checks of a class, ids, positions.
 
 `check` compares a model with its own `generate` when it is loaded. A class that works differently from what
 `vlm.py` assumes is refused by name, in a sentence, before anything is computed with it.
 """
 import copy
 import errno
+import json
+import os
 import re
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -19,6 +21,7 @@ from transformers import (
     PROCESSOR_MAPPING,
     AutoConfig,
     AutoImageProcessor,
+    AutoModelForImageTextToText,
     AutoProcessor,
     ImageProcessingMixin,
     ProcessorMixin,
@@ -37,14 +40,6 @@ ATTENTION = 2**28           # CLIP's attention weights in memory at once, 1 GiB:
 LARGE_HEAD, FEW_ROWS = 2**24, range(4, 33)
 
 
-def read_map(file):
-    """A cached attention map, or None where there is none or the file is damaged."""
-    try:
-        return np.load(file)
-    except (OSError, ValueError, EOFError):
-        return None
-
-
 def largest(values, k, width=128):
     """The k largest of (..., V), in falling order -> (..., k), equal to `topk`.
 
@@ -54,14 +49,81 @@ def largest(values, k, width=128):
     chunks = values.shape[-1] // width
     if chunks < 8 * k:
         return values.topk(k).values
-    chunked = values[..., :chunks * width].unflatten(-1,
-                                                     (chunks,
-                                                      width))                     # (..., chunks, width)
+    chunked = values[..., :chunks * width].unflatten(-1, (chunks, width))           # (..., chunks, width)
     best = chunked.detach().amax(-1).topk(k).indices[..., None]                                 # (..., k, 1)
     candidates = chunked.gather(-2,
                                 best.expand(*best.shape[:-1],
                                             width)).flatten(-2)                # (..., k * width)
     return torch.cat([candidates, values[..., chunks * width:]], -1).topk(k).values
+
+
+# Of every `from_pretrained`: no code of a model's folder runs, and nobody is asked whether it may.
+SAFE = {"trust_remote_code": False}
+
+
+def check_folder(path):
+    """InputError for a model's folder whose weights are pickles alone: nothing here reads one. A folder with
+    code of its own is opened by the class of this library, or refused by it."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    pickles = sorted(file.name for pattern in ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+                     for file in folder.glob(pattern))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise InputError(f"model {str(path)!r} holds its weights as a pickle ({pickles[0]}), which may hold "
+                         "code and is not read; convert it to safetensors (save_pretrained of transformers "
+                         "writes them) where you trust it")
+    for name in ("config.json", "generation_config.json"):
+        _check_settings(path, folder / name)
+
+
+def _check_settings(path, file):
+    """InputError for settings that are no JSON object, or that name code to fetch (kernels of a hub id)."""
+    try:
+        settings = json.loads(file.read_text(errors="replace")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"model {str(path)!r}: {file.name} cannot be read ({reason(error)}); fetch it "
+                         "again") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"model {str(path)!r}: {file.name} is no JSON object; fetch it again")
+    todo = [settings]                       # those of the text and of the vision model are inside
+    while todo:
+        for name, value in todo.pop().items():
+            if isinstance(value, dict):
+                todo.append(value)
+            if ("attn_implementation" in name or "experts_implementation" in name) and "/" in str(value):
+                raise InputError(f"model {str(path)!r}: {file.name} asks for the code of "
+                                 f"{str(value)[:60]!r} ({name}), which is not run; remove that line")
+
+
+@contextmanager
+def opening(what, path):
+    """Inside, a folder or hub id is opened by transformers; what that raises leaves as an InputError."""
+    check_folder(path)
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:              # a torn file, or one that somebody has edited, raises any kind
+        why = reason(error)
+        if "custom code" in why:
+            why = "it needs code of its own, which is not run; use a model that transformers knows"
+        raise InputError(f"{what} {str(path)!r} cannot be loaded: {why}") from error
+
+
+@contextmanager
+def disk_errors(path):
+    """What the writers of weights and tokenizers raise on a full disk leaves as an OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:              # tokenizers raises a plain Exception
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None and not isinstance(error, SafetensorError):
+            raise
+        number = int(code[1]) if code else errno.ENOSPC
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 class _ImagesOnly(ProcessorMixin):
@@ -109,13 +171,13 @@ def load_processor(path):
             why = f"{class_name} needs torchvision; {torchvision_advice()}, or use another model"
         return InputError(f"model {str(path)!r} has {what} that cannot be opened here: {why}")
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, **SAFE)
         if hasattr(processor, "image_processor"):
             return processor
     except broken:
         pass        # the attempts below say what is missing, in a sentence
     try:
-        AutoImageProcessor.from_pretrained(path)
+        AutoImageProcessor.from_pretrained(path, **SAFE)
     except broken as error:
         raise (cannot_open("an image processor", error, "its class") if "torchvision" in str(error)
                else blind) from error
@@ -125,15 +187,46 @@ def load_processor(path):
         class_name = ProcessorMixin.get_processor_dict(path)[0].get("processor_class") or \
             ImageProcessingMixin.get_image_processor_dict(path)[0].get("processor_class")
         processor_cls = getattr(transformers, class_name) if class_name else \
-            PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
+            PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path, **SAFE))]
         # `save_pretrained` writes the name of the class down: it keeps its name.
-        return type(processor_cls.__name__, (processor_cls, _ImagesOnly), {}).from_pretrained(path)
+        return type(processor_cls.__name__, (processor_cls, _ImagesOnly), {}).from_pretrained(path, **SAFE)
     except broken as error:
         raise cannot_open("a processor", error, class_name or "its class") from error
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Does a class work here?
+
+def open_model(path, device, dtype):
+    """A directory or hub id -> (model on the device, processor). Raises InputError."""
+    if not Path(path).is_dir() and (str(path).startswith((".", "/")) or str(path).count("/") != 1):
+        raise InputError(f"model {str(path)!r} is neither a directory nor a hub id of the form owner/name")
+    with opening("model", path):
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, **SAFE)
+    for p in model.to(device).parameters():
+        if p.device.type == "cpu":
+            # A weight mapped from a file may lie at an odd address, where kernels sum in another order.
+            p.data = p.data.clone()
+    with opening("model", path):
+        return model, load_processor(path)
+
+
+def open_meta(path):
+    """`open_model` without weights, on the meta device."""
+    with opening("model", path), torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path, **SAFE))
+    return model, load_processor(path)
+
+
+def check_meta(vlm):
+    """What can be checked without weights: a forward pass, and writing the processor."""
+    try:
+        trial(vlm)
+    except Exception as error:
+        raise refusal(vlm.model, error) from error
+    with tempfile.TemporaryDirectory() as folder:
+        save_processor(vlm, folder)
+
 
 def trial(vlm):
     """Two pictures and two prompts, encoded -> (images, prompts, inputs).
@@ -343,14 +436,11 @@ def save(vlm, path, state=None):
     `state` holds merged weights. OSError where it cannot be written.
 
     state: the weights by name, of any dtype, where the model itself holds only a shard of them."""
-    try:
+    with disk_errors(path):
         if lora.is_adapted(vlm.model) and (state is None or any(".lora_" in name for name in state)):
             lora.save(vlm.model, path, state)
             return save_processor(vlm, path)
         vlm.model.save_pretrained(path, state_dict=state)
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(code[1]) if code else errno.ENOSPC, reason(error), str(path)) from error
     if state is not None:               # transformers has written the dtype of the model's own weights
         dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
         config = Path(path) / "config.json"
@@ -361,10 +451,11 @@ def save(vlm, path, state=None):
 def save_processor(vlm, path):
     """Write the processor. InputError for a class that cannot be written."""
     try:
-        vlm.processor.save_pretrained(path)
-        # With torchvision, a class opened here without its video processor looks for that one's settings in
-        # this file.
-        vlm.processor.image_processor.save_pretrained(path)
+        with disk_errors(path):
+            vlm.processor.save_pretrained(path)
+            # With torchvision, a class opened here without its video processor looks for that one's settings
+            # in this file.
+            vlm.processor.image_processor.save_pretrained(path)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise refusal(vlm.model, f"its processor cannot be saved ({error})") from error
 

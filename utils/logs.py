@@ -113,6 +113,18 @@ def write_json(path, value):
     cli.write_atomically(path, json.dumps(value, indent=1))
 
 
+def logged_steps(output):
+    """Steps in a run folder's metrics.jsonl (int), torn lines apart."""
+    path = output / "metrics.jsonl"
+    steps = set()
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            steps.add(int(json.loads(line)["step"]))
+        except (ValueError, KeyError, TypeError):
+            pass
+    return len(steps)
+
+
 def trim_logs(output, step):
     """Drop the lines of steps that a resumed run will do again, and torn ones.
 

@@ -154,8 +154,8 @@ def base_of(path):
 
 def _config(folder):
     try:
-        return json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads((folder / CONFIG).read_text()))
+    except (OSError, TypeError, ValueError) as error:
         raise InputError(f"{folder / CONFIG} cannot be read: {reason(error)}") from error
 
 

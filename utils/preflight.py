@@ -4,7 +4,6 @@ Sizes of pictures come from their headers, and tokens from the processor's own a
 ten thousand photos take seconds, and a question whose photo is larger than all others is found before its
 step.
 """
-import math
 import re
 import shutil
 import sys
@@ -13,7 +12,7 @@ from PIL import Image
 
 from utils import cli
 from utils.cli import InputError
-from utils.distributed import gathered
+from utils.distributed import gathered, place
 
 SHOWN_FAULTS = 20
 # tokens that text and template may share or not; lengths within it of the limit are counted exactly
@@ -174,17 +173,17 @@ def check_run(vlm, train_set, held_out, order, args, prompt_of):
     return [sample.id for *_, sample in counts]
 
 
-def leave_out(sound, train_set, held_out, rank):
-    """Keep the questions of these ids, of all ranks, in both lists (in place). All ranks call it. InputError
-    where nothing is left to train on."""
-    if not isinstance(train_set, list):             # built-in questions
+def leave_out(sound, train_set, held_out, args):
+    """With --skip_broken keep the questions of these ids, of all ranks, in both lists (in place). All ranks
+    call it. InputError where nothing is left to train on."""
+    if not args.run.skip_broken or not isinstance(train_set, list):             # built-in questions
         return
     sound, before = {*gathered(sound)}, len(train_set) + len(held_out)
     for questions in (train_set, held_out):
         questions[:] = [sample for sample in questions if sample.id in sound]
     if not train_set:
         raise InputError("--skip_broken leaves no question to train on; repair those named above")
-    if (missing := before - len(train_set) - len(held_out)) and rank == 0:
+    if (missing := before - len(train_set) - len(held_out)) and place()[0] == 0:
         print(f"{missing} broken or overlong questions left out, {len(train_set)} train", file=sys.stderr)
 
 
@@ -209,14 +208,6 @@ def disk_plan(folder, parameters, trained, itemsize, keep):
     checkpoint = itemsize * parameters + 4 * parameters + 8 * trained
     folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return (keep + 1) * checkpoint + itemsize * parameters, shutil.disk_usage(folder).free
-
-
-def check_gradient(norm, step, args):
-    """Refuse a gradient that is not finite, before it reaches the weights. Raises InputError."""
-    if not math.isfinite(norm):
-        raise InputError(f"the gradient of step {step} is not finite; lower --lr ({args.lr:g}) or the "
-                         f"reward's weights: the same command with a lower --lr and --resume from goes on "
-                         f"from the newest checkpoint in {args.output}")
 
 
 class HopelessTraining:
