@@ -12,14 +12,13 @@ N samples vote, each with its confidence as weight (Eq. 5). Equal answers are me
 - Visual Self-Check: the base decodes against the noised picture (Eq. 9).
 
 Critic and Voter see the samples' answers only, so the order of the modules changes the cost, never the votes.
-The paper does not say what a failing Expert means. Here its role casts no vote, and the ledger says so. With
-`--policy policy.json` evidence is bought where it pays (policy.py). Left out on purpose: streaming.
+The paper does not say what a failing Expert means. Here its role casts no vote, and the ledger says so. A
+server that fails leaves the question open, and the same command asks again. While servers are waited for,
+other questions go on: what may wait is a generator. With `--policy policy.json` evidence is bought where it
+pays (policy.py). Left out on purpose: streaming.
 """
 import argparse
 import math
-import os
-import re
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +31,12 @@ import noise
 from data import MODULES, Sample
 from policy import Evidence, read_policy
 from reward import sequence_confidence, window_confidence
-from utils import cli, distributed, experts, results_file
+from utils import answering, cli, replies, results_file
 from utils.cli import InputError, names_in, option
-from utils.experts import LocalExpert, Server, ServerExpert, ServerVLM, consult
+from utils.experts import LocalExpert, ServerExpert, ServerVLM, consult, sample_from
 from utils.judge import accepts, equivalent, extract_answer
-from utils.results_file import SOURCE, SOURCES, Candidate, QuestionState, Result, Vote, read_threshold, timed
+from utils.overlap import run_through, timed, together
+from utils.results_file import SOURCE, SOURCES, Candidate, QuestionState, Result, Vote, read_threshold
 from vlm import VLM, Rollout
 
 TIE = 1e-9                      # totals closer than this are equal; the samples' order then decides
@@ -241,15 +241,16 @@ class Controller:
 
         rollouts: N Rollouts for each sample, where they were drawn before; then nothing is drawn.
         """
+        return run_through(self.steps(samples, rollouts))
+
+    def steps(self, samples, rollouts=None):
+        """`answer_all` as a generator: it yields the Futures of servers, and returns the results."""
         states = [QuestionState(sample, sample.pictures(), Result(sample.id)) for sample in samples]
         if rollouts is None:
-            self.draw(states, self.policy.sizes[0] if self.policy else self.settings.samples)
+            yield from self.draw(states, self.policy.sizes[0] if self.policy else self.settings.samples)
         for state, given in zip(states, rollouts or []):
             self._add_samples(state, given)
-        if self.policy:
-            self.policy.buy(self, states)
-        else:
-            self._vote_all(states)
+        yield from self.policy.buy(self, states) if self.policy else self._vote_all(states)
         for state in states:
             self._conclude(state)
         return [state.result for state in states]
@@ -257,17 +258,22 @@ class Controller:
     def _vote_all(self, states):
         """The paper's way: every module in its order, unless nothing left can change the answer."""
         pending = self._pending(states, self.modules)
-        self._plan(pending)
+        if self.settings.early_exit == "off":
+            # All are asked before one is waited for. Reflection comes first: the base answers once more.
+            modules = [m for m in ("self_reflection", "self_consistency", "self_check") if m in self.modules]
+            steps = [self._plan(pending), *(self._steps(module, pending) for module in modules)]
+            return (yield from timed(pending, together(*steps)))
+        yield from timed(pending, self._plan(pending))
         for step in range(len(self.modules)):
             for module in self.modules:
-                self.run(module, [state for state in pending if state.result.order[step] == module])
+                yield from self.run(module, [s for s in pending if s.result.order[step] == module])
             pending = self._pending(pending, None, step + 1)
 
     def evidence(self, state):
         """What has been bought for a question (policy.Evidence)."""
         result, settings, choices = state.result, self.settings, state.sample.choices
         samples = [(extract_answer(r.text, choices), confidence_of(r, settings.reading, settings.window),
-                    r.logprobs.mean().item()) for r in result.rollouts]
+                    r.logprobs.mean().item()) for r in result.rollouts if not r.failure]
         votes = result.by_source()
         return Evidence(samples, {source: votes[source] for source in result.order}, choices)
 
@@ -290,9 +296,9 @@ class Controller:
 
     def _charge(self, state, source, rollouts, views=1):
         """Base-model work on one question: a prefill a view, then a forward pass a view for each token."""
-        lengths = [len(r.tokens) for r in rollouts]
-        state.result.ledger.add(source, tokens=sum(lengths), forward_passes=views * max(lengths),
-                                image_encodings=views * len(state.pictures))
+        if lengths := [len(r.tokens) for r in rollouts if not r.failure]:
+            state.result.ledger.add(source, tokens=sum(lengths), forward_passes=views * max(lengths),
+                                    image_encodings=views * len(state.pictures))
 
     def _seed(self, state):
         return f"{self.settings.seed} {state.sample.id}"
@@ -306,11 +312,10 @@ class Controller:
         """
         first = len(states[0].result.rollouts) if states else 0
         settings = self.settings
-        with timed(states):
-            groups = self.vlm.sample(
-                [s.pictures for s in states], [data.prompt(s.sample) for s in states], n - first, first=first,
-                max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
-                top_k=settings.top_k, seed=[self._seed(s) for s in states])
+        groups = yield from timed(states, sample_from(
+            self.vlm, [s.pictures for s in states], [data.prompt(s.sample) for s in states], n - first,
+            first=first, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+            top_k=settings.top_k, seed=[self._seed(s) for s in states]))
         for state, group in zip(states, groups):
             self._add_samples(state, group)
 
@@ -329,26 +334,28 @@ class Controller:
         """The order of the modules. The Expert as Planner is asked where that was wished: it costs a call."""
         order = self.settings.order
         plans = [names_in(CHEAPEST_FIRST if order == "auto" else order)] * len(states)
-        if order == "planner" and states:
-            with timed(states):
-                plans = consult(self.expert, "planner", states, lambda s: data.planner_prompt(s.sample),
-                                lambda _, text: experts.parse_order(text, MODULES))
+        if order == "planner":
+            plans = yield from consult(self.expert, "planner", states,
+                                       lambda s: data.planner_prompt(s.sample),
+                                       lambda _, text: replies.parse_order(text, MODULES))
         for state, plan in zip(states, plans):
             state.result.order = [module for module in plan or MODULES if module in self.modules]
 
     def run(self, module, states):
         """Let a module add its votes to the questions (states)."""
+        return timed(states, self._steps(module, states))
+
+    def _steps(self, module, states):
         if states:
-            with timed(states):
-                getattr(self, f"_{module}")(states)
+            yield from getattr(self, f"_{module}")(states)
 
     def _self_consistency(self, states):
         """Expert as Voter (Eq. 6, 7): V[k] += tau1 c_k over the samples' answers."""
         states = self._with_answers(states, "voter")
         candidates = {id(s): [c.answer for c in self._candidates(s, True)] for s in states}
-        shares = consult(self.expert, "voter", states,
-                         lambda s: data.voter_prompt(s.sample, candidates[id(s)]),
-                         lambda s, text: experts.parse_probabilities(text, len(candidates[id(s)])))
+        shares = yield from consult(
+            self.expert, "voter", states, lambda s: data.voter_prompt(s.sample, candidates[id(s)]),
+            lambda s, text: replies.parse_probabilities(text, len(candidates[id(s)]), candidates[id(s)]))
         for state, given in zip(states, shares):
             state.result.votes += [Vote("voter", *pair) for pair in zip(candidates[id(state)], given or [])]
 
@@ -356,14 +363,14 @@ class Controller:
         """Expert as Critic; the base model answers again with the critique (Eq. 8): V[A_reflect] += tau2."""
         states = self._with_answers(states, "critic")
         current = {id(s): self._candidates(s, True)[0].answer for s in states}
-        critiques = consult(self.expert, "critic", states,
-                            lambda s: data.critic_prompt(s.sample, current[id(s)]),
-                            lambda _, text: experts.parse_critique(text))
+        critiques = yield from consult(self.expert, "critic", states,
+                                       lambda s: data.critic_prompt(s.sample, current[id(s)]),
+                                       lambda _, text: replies.parse_critique(text))
         pairs = [(state, critique) for state, critique in zip(states, critiques) if critique is not None]
         if pairs:
             prompts = [data.reflect_prompt(s.sample, current[id(s)], critique) for s, critique in pairs]
-            groups = self.vlm.sample([s.pictures for s, _ in pairs], prompts, greedy=True,
-                                     max_new_tokens=self.settings.max_new_tokens)
+            groups = yield from sample_from(self.vlm, [s.pictures for s, _ in pairs], prompts, greedy=True,
+                                            max_new_tokens=self.settings.max_new_tokens)
             for (state, _), (rollout,) in zip(pairs, groups):
                 self._vote(state, "self_reflection", rollout)
 
@@ -383,6 +390,7 @@ class Controller:
             beta=settings.check_beta, max_new_tokens=settings.max_new_tokens)
         for state, rollout in zip(states, rollouts):
             self._vote(state, "self_check", rollout, views=2)
+        yield from ()                                       # a local model is not waited for
 
     def _expert(self, states):
         """The Expert answers the question itself; only a fitted policy asks for that."""
@@ -392,7 +400,7 @@ class Controller:
                 raise ValueError("no answer")
             return answer
 
-        answers = consult(self.expert, "expert", states, lambda s: data.prompt(s.sample), parse)
+        answers = yield from consult(self.expert, "expert", states, lambda s: data.prompt(s.sample), parse)
         for state, answer in zip(states, answers):
             state.result.votes += [] if answer is None else [Vote("expert", answer, 1.0)]
 
@@ -406,6 +414,8 @@ class Controller:
 
     def _vote(self, state, source, rollout, views=1):
         self._charge(state, source, [rollout], views)
+        if rollout.failure:
+            return state.result.note_failure(source, rollout.failure)
         state.result.texts[source] = rollout.text
         answer = extract_answer(rollout.text, state.sample.choices)
         if answer is None:
@@ -422,6 +432,8 @@ class Controller:
             candidates = self._candidates(state)
             if best := winner(candidates):
                 result.answer, result.confidence = best.answer, share_of(best, candidates)
+        for failure in {str(r.failure): r.failure for r in result.rollouts if r.failure}.values():
+            result.note_failure("base", failure)
         unanswered = sum(extract_answer(r.text, state.sample.choices) is None for r in result.rollouts)
         if unanswered:
             result.ledger.notes.append(f"{unanswered} of {len(result.rollouts)} samples gave no answer")
@@ -434,58 +446,12 @@ class Controller:
 
 def build(args, settings, model=None):
     """The Controller that the flags of `add_sources` describe. model: in place of --model."""
-    cli.check_sources(args)
     settings.check()
     for read in (read_threshold, read_policy):
         read(settings, results_file.source_fingerprint(args))
-    model = model or args.model
-
-    def server(url, name, key):
-        return Server(url, name, os.environ.get(key) or None, args.timeout, args.retries, args.cache)
-
-    distributed.start_ranks()                      # before a model is loaded: each rank to a GPU of its own
-    clip = noise.ClipAttention.from_pretrained(args.clip, kind=args.clip_map)
-    expert, is_server = None, re.match("https?:", model)
-    vlm = None if is_server else VLM.load(model)
-    if is_server:
-        vlm = ServerVLM(server(model, args.model_name, "MODEL_API_KEY"), Rollout)
-    if re.match("https?:", args.expert):
-        endpoint = server(args.expert, args.expert_model, "EXPERT_API_KEY")
-        expert = ServerExpert(endpoint, settings.expert_tokens)
-    elif args.expert not in ("self", model):
-        expert = LocalExpert(VLM.load(args.expert), settings.expert_tokens)
-    return Controller(vlm, expert, clip, settings, VLM.load(args.check_model) if args.check_model else None)
-
-
-def answer_one(args, settings):
-    """Answer a question about a picture: print the answer, who voted for what, and its cost."""
-    if not args.question.strip():
-        raise InputError("the question is empty; give the words that ask for something in the picture")
-    sample = Sample(Path(args.image).name, [args.image], args.question.strip(), None, args.choices)
-    sample.pictures()                              # a broken one is refused before a model is loaded
-    controller = build(args, settings)
-    result = controller.answer(sample)
-    if args.json:
-        print(cli.strict_json(record(result, sample, settings.window)))
-    elif controller.policy:
-        print(results_file.describe_purchases(result, args.choices))
-    else:
-        candidates = tally(result.votes, controller.taus, args.choices)
-        print(results_file.describe(result, candidates, args.choices, controller.taus))
-        print("next: python catts.py --data questions.jsonl --output results.jsonl        # many questions")
-
-
-def answer_many(args, settings, defaults):
-    """Answer the questions of --data into --output and print their means. defaults: of the flags
-    (Namespace)."""
-    samples = data.load(args.data, "test", args.limit, args.data_seed, args.strict,
-                        allow_outside=args.allow_outside)
-    controller = build(args, settings)
-
-    def answer_batch(batch):
-        return [record(r, s, settings.window) for s, r in zip(batch, controller.answer_all(batch))]
-
-    results_file.run_questions(answer_batch, samples, args, defaults, controller.threshold)
+    models = answering.load_models(args, settings.expert_tokens, model or args.model, VLM, Rollout,
+                                 noise.ClipAttention)
+    return Controller(models.base, models.expert, models.clip, settings, models.checker)
 
 
 def run(argv=None):
@@ -504,13 +470,24 @@ def run(argv=None):
         raise InputError("give either IMAGE and \"QUESTION\", or --data FILE")
     cli.check_choices(args.choices)
     if args.image:
-        return answer_one(args, settings)
-    answer_many(args, settings, parser.parse_args([]))
-    is_first_rank = distributed.place()[0] == 0
-    if settings.early_exit == "off" and settings.policy == "paper" and not args.json and is_first_rank:
-        exact = Path(args.output).with_name("exact.jsonl")
-        print(f"next: python catts.py {shlex.join([*argv, '--early_exit', 'exact', '--output', str(exact)])}"
-              "        # the same answers, cheaper")
+        if not args.question.strip():
+            raise InputError("the question is empty; give the words that ask for something in the picture")
+        sample = Sample(Path(args.image).name, [args.image], args.question.strip(), None, args.choices)
+        sample.pictures()                              # a broken one is refused before a model is loaded
+        controller = build(args, settings)
+        result = controller.answer(sample)
+        table = None if controller.policy else tally(result.votes, controller.taus, args.choices)
+        return answering.show_answer(result, record(result, sample, settings.window), args, table,
+                                     controller.taus)
+    samples = data.load(args.data, "test", args.limit, args.data_seed, args.strict,
+                        allow_outside=args.allow_outside)
+    controller = build(args, settings)
+
+    def answer_batch(batch):
+        results = yield from controller.steps(batch)
+        return [record(r, s, settings.window) for s, r in zip(batch, results)]
+
+    answering.answer_questions(answer_batch, samples, args, parser.parse_args([]), argv, controller)
 
 
 def main(argv=None):

@@ -16,8 +16,10 @@ import math
 import os
 import re
 import shlex
+import sys
 import zlib
 from collections import defaultdict
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -32,15 +34,17 @@ import noise
 import policy as policies
 from catts import Vote, rollout_record, sample_votes, share_of, tally, winner
 from noise import MODES, ClipAttention, make_pair, make_pairs, parse_t
-from utils import baselines, cli, corruptions, metrics, report, results_file
+from utils import answering, baselines, cli, corruptions, metrics, report, results_file
 from utils.cli import InputError
+from utils.experts import Memo, batches_in_flight, sample_from
 from utils.judge import accepts, extract_answer, is_correct
 from utils.logs import training_log
 from utils.metrics import calibrated
+from utils.overlap import in_background, waited
+from utils.replies import without_thoughts
 from utils.report import draw_probe
 from utils.tables import (
     CALIBRATED,
-    HEADLINE,
     ROUNDS,
     Outcome,
     abstention,
@@ -51,9 +55,11 @@ from utils.tables import (
     columns_of,
     curves_of,
     groups_of,
+    mark_incomplete,
     method_of,
     modules_of,
     paired,
+    print_tables,
     resampled,
     scaling,
     stored_scales,
@@ -62,20 +68,6 @@ from utils.tables import (
     within_skills,
 )
 from vlm import VLM
-
-
-class Memo:
-    """An Expert that is asked the same thing once. What it said before counts as asked anew: costs stay those
-    of a method that runs alone."""
-
-    def __init__(self, expert):
-        self.expert, self.said = expert, {}
-
-    def ask(self, turns, attempt=0):
-        keys = [(attempt, prompt, *(zlib.crc32(p.tobytes()) for p in pictures)) for pictures, prompt in turns]
-        new = {key: turn for key, turn in zip(keys, turns) if key not in self.said}
-        self.said |= dict(zip(new, self.expert.ask(list(new.values()), attempt))) if new else {}
-        return [self.said[key] for key in keys]
 
 
 def collector(controller, sizes, drawn):
@@ -89,28 +81,37 @@ def collector(controller, sizes, drawn):
 
     def collect(batch):
         pictures, prompts = [s.pictures() for s in batch], [data.prompt(s) for s in batch]
-        groups = vlm.sample(pictures, prompts, drawn, temperature=settings.temperature, top_k=settings.top_k,
-                            seed=[f"{settings.seed} {s.id}" for s in batch], **length)
-        greedy = [group[0] for group in vlm.sample(pictures, prompts, greedy=True, **length)]
+        expert, with_memo = Memo(controller.expert), copy(controller)
+        with_memo.expert, requests = expert, list(zip(pictures, prompts))
+        alone = in_background(expert.ask, requests) if expert.remote else None
+        groups = yield from sample_from(
+            vlm, pictures, prompts, drawn, temperature=settings.temperature, top_k=settings.top_k,
+            seed=[f"{settings.seed} {s.id}" for s in batch], **length)
+        greedy = yield from sample_from(vlm, pictures, prompts, greedy=True, **length)
+        greedy = [group[0] for group in greedy]
         cut = checker.contrast(pictures, pictures, prompts, alpha=0, beta=settings.check_beta,
                                **length) if checker else None
-        expert, own = controller.expert, controller.expert.ask(list(zip(pictures, prompts)))
-        controller.expert = Memo(expert)
-        found = {n: controller.answer_all(batch, [group[:n] for group in groups]) for n in sizes}
-        controller.expert = expert
+        expert_replies = (yield from waited(alone)) if alone else expert.ask(requests)
+        results_by_n = {}
+        for n in sizes:
+            results_by_n[n] = yield from with_memo.steps(batch, [group[:n] for group in groups])
         rows = []
         for i, sample in enumerate(batch):
-            row = found[max(sizes)][i].record(sample)
+            results, reply = {n: results[i] for n, results in results_by_n.items()}, expert_replies[i]
+            row = results[max(sizes)].record(sample)
             row = {key: row[key] for key in ("id", "gold", "choices", "question", "source", "meta")}
             row |= {"samples": [rollout_record(r, sample, settings.window) for r in groups[i]],
                     "greedy": rollout_record(greedy[i], sample), "cut_only": rollout_record(cut[i], sample)
                     if cut else None}
-            answer = extract_answer(own[i].text, sample.choices)
-            row["expert"] = {"answer": answer, "correct": accepts(answer, sample), "tokens": own[i].tokens}
+            answer = extract_answer(without_thoughts(reply.text)[0], sample.choices)
+            row["expert"] = {"answer": answer, "correct": accepts(answer, sample), "tokens": reply.tokens}
+            if greedy[i].failure:
+                results[max(sizes)].note_failure("base", greedy[i].failure)
+            row["open"] = {who: why for r in results.values() for who, why in r.open.items()}
+            row["open"] |= {"expert alone": reply.error} if reply.failed else {}
             row["by_n"] = {str(n): {"ran": list(votes), "votes": votes, "parts": r.ledger.parts,
-                                    "notes": r.ledger.notes,
-                                    "said": r.texts, "order": r.order}
-                           for n, results in found.items() for r in [results[i]] for votes in [r.by_source()]}
+                                    "notes": r.ledger.notes, "said": r.texts, "order": r.order}
+                           for n, r in results.items() for votes in [r.by_source()]}
             rows.append(row)
         return rows
     return collect
@@ -139,6 +140,9 @@ def outcomes(row, n, settings):
         return sample_votes([s["answer"] for s in drawn], [s["confidence"][settings.reading] for s in drawn],
                             [math.exp(s["logprob"]) for s in drawn], replace(settings, **change))
 
+    def counted(tokens):
+        return math.nan if tokens is None else tokens           # a server that counts nothing
+
     taus = settings.taus()
     tokens = sum(s["tokens"] for s in drawn)
     found = {"pass@1": [outcome for s in drawn for outcome in single(s)], "greedy": single(row["greedy"])}
@@ -148,14 +152,14 @@ def outcomes(row, n, settings):
               f"weighted@{n}": voted(samples(), tokens),
               f"filtered@{n}": voted(samples(top_share=0.5), tokens),
               "expert alone": [Outcome(row["id"], float("nan"), row["expert"]["correct"],
-                                       row["expert"]["tokens"], 1)]}
+                                       counted(row["expert"]["tokens"]), 1)]}
     if str(n) not in row["by_n"]:
         return found
     run = row["by_n"][str(n)]
     part = defaultdict(lambda: defaultdict(int),
                        {name: defaultdict(int, cost) for name, cost in run["parts"].items()})
-    cost = {"voter": (part["voter"]["expert_tokens"], part["voter"]["expert_calls"]),
-            "self_reflection": (part["critic"]["expert_tokens"] + part["self_reflection"]["tokens"],
+    cost = {"voter": (counted(part["voter"]["expert_tokens"]), part["voter"]["expert_calls"]),
+            "self_reflection": (counted(part["critic"]["expert_tokens"]) + part["self_reflection"]["tokens"],
                                 part["critic"]["expert_calls"]),
             "self_check": (2 * part["self_check"]["tokens"], 0)}
     modules = modules_of(row, n)
@@ -167,9 +171,10 @@ def outcomes(row, n, settings):
                                      f"gone; collect again")
             votes = samples() + [Vote(source, *vote) for source in subset for vote in run["votes"][source]]
             # one module needs no Planner; of several it orders the calls, and is paid for it
-            planned = [(part["planner"]["expert_tokens"], part["planner"]["expert_calls"])] * (size > 1)
+            planned = [(counted(part["planner"]["expert_tokens"]),
+                        part["planner"]["expert_calls"])] * (size > 1)
             more, calls = map(sum, zip(*(cost[source] for source in subset), *planned))
-            found[f"{method_of(subset)}@{n}"] = voted(votes, tokens + more, calls)
+            found[f"{method_of(subset, row.get('incomplete'))}@{n}"] = voted(votes, tokens + more, calls)
             if subset == ("self_check",):
                 check = run["votes"]["self_check"]
                 found["greedy VCD"] = [Outcome(row["id"], float("nan"), bool(check)
@@ -238,7 +243,8 @@ def make_tables(votes, probes, settings, sizes, drawn, regions, ts, risk, scales
     drawn: samples a question; scales: see `methods_of`."""
     n, last, names = settings.samples, max(ts), list(votes)
     methods = methods_of(votes, settings, scales)
-    best = f"{method_of(modules_of(votes[names[-1]][0], n))}@{n}"
+    first_row = votes[names[-1]][0]
+    best = f"{method_of(modules_of(first_row, n), first_row.get('incomplete'))}@{n}"
     shown = list(dict.fromkeys(["pass@1", *([CALIBRATED] if scales[names[-1]] else []), f"majority@{n}",
                                 best]))
     boots = {name: {method: resampled(some) for method, some in found.items()} for name,
@@ -351,6 +357,8 @@ def main(argv=None):
                         "none is named: accuracy and confidence at five severities, on the key region and "
                         "everywhere; takes "
                         "some times as long as the probe")
+    parser.add_argument("--max_failed", type=float, default=0.05,
+                        help="share of questions on which a server may fail before no row is called CA-TTS")
     parser.add_argument("--target_risk", type=float, default=0.1,
                         help="share of wrong answers that abstention aims at")
     parser.add_argument("--output", default="runs/eval", help="folder for what is measured")
@@ -365,10 +373,9 @@ def main(argv=None):
     if settings.policy != "paper":
         raise InputError(f"--policy is {settings.policy!r}; here every module must vote, and a new policy "
                          f"is fitted")
-    if args.probe_samples < 1 or not 0 < args.target_risk < 1:
+    if args.probe_samples < 1 or not 0 < args.target_risk < 1 or not 0 <= args.max_failed <= 1:
         raise InputError(f"--probe_samples {args.probe_samples} must be at least 1, --target_risk "
-                         f"{args.target_risk} between 0 "
-                         "and 1")
+                         f"{args.target_risk} between 0 and 1, --max_failed {args.max_failed} from 0 to 1")
     if args.baseline and os.path.realpath(args.baseline) == os.path.realpath(args.model):
         raise InputError(f"--baseline {args.baseline!r} is --model; name another model, or none")
     built_in = (args.data or "synthetic") == "synthetic"
@@ -384,8 +391,9 @@ def main(argv=None):
                                                    args.data_seed, args.strict,
                                                    answered=True, allow_outside=args.allow_outside)
     paths = list(filter(None, (args.baseline, args.model)))
-    names = [Path(path).name for path in paths] if len({Path(path).name
-                                                        for path in paths}) == len(paths) else paths
+    public = [cli.public_url(path) for path in paths]
+    names = [Path(path).name for path in public]
+    names = names if len({*names}) == len(paths) else public
     votes, probes, corrupted = {}, {}, {}
     for name, path in zip(names, paths):
         controller = catts.build(args, settings, path)
@@ -393,9 +401,11 @@ def main(argv=None):
         frame = results_file.run_fingerprint(args, ("baseline", "target_risk", "corruptions"), model=path)
         defaults = results_file.run_fingerprint(parser.parse_args([]),
                                                 ("baseline", "target_risk", "corruptions"))
+        answering.ask_consent(args, samples, controller, folder / "votes.jsonl", sizes=args.sizes)
         votes[name] = results_file.run_resumable(
             collector(controller, args.sizes, drawn), samples, folder / "votes.jsonl", frame, args.batch_size,
-            f"{name}: votes", args.strict, defaults)
+            f"{name}: votes", args.strict, defaults,
+            batches_in_flight(args.batch_size, controller.vlm, controller.expert))
         if isinstance(controller.vlm, VLM):
             probes[name] = results_file.run_resumable(
                 prober(controller.vlm, controller.clip, args.regions, ts, settings.mass, args.probe_samples,
@@ -423,6 +433,8 @@ def main(argv=None):
                 or controller.checker is not None]
     for rows in votes.values():
         check_rows(rows, args.sizes, drawn, expected)
+        mark_incomplete(rows, args.max_failed)
+    failures = {name: results_file.failures(rows) for name, rows in votes.items()}
     scales = dict(zip(names, stored_scales(paths)))
     tables = make_tables(votes, probes, settings, args.sizes, drawn, args.regions, ts, args.target_risk,
                          scales)
@@ -442,7 +454,8 @@ def main(argv=None):
     threshold = tables["abstention"][names[-1]] | {"settings": results_file.threshold_settings(settings),
                                                    "sources": results_file.source_fingerprint(args)}
     cli.write_atomically(output / "threshold.json", cli.strict_json(threshold, indent=1))
-    policy_text = fit_policy(votes[names[-1]], settings, results_file.source_fingerprint(args),
+    closed = [row for row in votes[names[-1]] if not results_file.is_open(row)]
+    policy_text = fit_policy(closed, settings, results_file.source_fingerprint(args),
                              output / "policy.json")
     clip = controller.clip or ClipAttention.from_pretrained(args.clip, kind=args.clip_map)
     (output / "report.html").write_text(report.build(
@@ -453,33 +466,20 @@ def main(argv=None):
                                           for name, rows in probes.items() for region in args.regions})
     if args.json:
         print(cli.strict_json(tables))
+    else:
+        print_tables(tables, about, failures, drawn)
+        print(f"\nThe policy (catts.py --policy {output}/policy.json)\n{policy_text}")
+    if any(failures.values()):
+        print("; ".join(filter(None, failures.values())), file=sys.stderr)
+        raise SystemExit(results_file.STILL_OPEN)
+    if args.json:
         return
-    for name, found in tables["methods"].items():
-        print(f"\n{name}: {about}")
-        print(cli.table({method: {key: row.get(key, math.nan) for key in (*HEADLINE, "tokens", "calls")}
-                          for method, row in found.items()}, intervals=False))
-        print(f"\n{name}: against majority voting at the same N and at the same tokens")
-        print(cli.table(tables["against majority"][name]))
-        if any(math.isnan(row["majority, same tokens"]) for row in tables["against majority"][name].values()):
-            print(f"nan: more tokens than majority@{drawn}; a larger --sizes draws more samples")
-    if probes:
-        print("\nThe probe")
-        print(cli.table(tables["probe"], intervals=False))
-        print("\nHeadline; mixed: over clean and noised answers together; Platt, isotonic: mapped on the "
-              "other half's answers")
-        print(cli.table(baselines.by_figure({name: tables["headline"][f"{name}, all"] for name in probes})))
-        print("\nReadouts of the frozen model, fitted on the other half of the questions")
-        print(cli.table(tables["free readouts"]))
-    if corrupted:
-        print("\nSeverity; mixed: over clean and corrupted answers together")
-        print(cli.table(tables["severity"]))
-    print(f"\nThe policy (catts.py --policy {output}/policy.json)\n{policy_text}")
     print(f"\nwrote {output}/: report.html, tables.json, threshold.json, probe.png and the stored votes; "
           "the page and tables.json hold every interval")
     changed = [f"--{key} {shlex.quote(str(value))}" for key,
                value in results_file.threshold_settings(settings).items()
                if value != getattr(catts.Settings, key)]
-    changed += [f"--{key} {shlex.quote(getattr(args, key))}"
+    changed += [f"--{key} {shlex.quote(cli.public_url(getattr(args, key)))}"
                 for key in ("expert", "expert_model", "clip", "check_model")
                 if getattr(args, key) != parser.get_default(key)]
     print("next: " + " ".join(["python catts.py tiny/example.png \"How many red crosses are there?\" --model",

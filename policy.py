@@ -194,13 +194,13 @@ class StoredQuestion:
         if purchase == "samples":
             return sum(s["tokens"] for s in self.row["samples"][first:n]), 0, 0
         if purchase == "expert":
-            return 0, self.row["expert"]["tokens"], 1
+            return 0, self.row["expert"]["tokens"] or 0, 1      # None: a server that counts nothing
         parts = self.row["by_n"][str(n)]["parts"]
         role = {"voter": "voter", "self_reflection": "critic"}.get(purchase)
         base = 0 if purchase == "voter" else parts.get(purchase, {}).get("tokens", 0)
         base *= 2 if purchase == "self_check" else 1  # a contrasted token is read twice
         expert = parts.get(role, {})
-        return base, expert.get("expert_tokens", 0), expert.get("expert_calls",
+        return base, expert.get("expert_tokens") or 0, expert.get("expert_calls",
                                                                 0) + expert.get("cached_calls", 0)
 
 
@@ -326,8 +326,9 @@ class Policy:
         return math.inf if value is None else value
 
     def buy(self, controller, states):
-        """Buy evidence for questions (QuestionStates of a catts.Controller) one piece at a time, where it
-        pays. Each result's `purchases` say what was bought, with P after it, and why it stopped."""
+        """A generator: buy evidence for questions (QuestionStates of a catts.Controller) one piece at a time,
+        where it pays. It yields the Futures of servers. Each result's `purchases` say what was bought, with P
+        after it, and why it stopped."""
         while states:
             batches = {}                # {(purchase, number of samples where it matters): questions}
             for state in states:
@@ -344,9 +345,9 @@ class Policy:
                     batches.setdefault((purchase, n if purchase == "samples" else 0), []).append(state)
             for (purchase, n), batch in batches.items():
                 if purchase == "samples":
-                    controller.draw(batch, next_size(self.sizes, n))
+                    yield from controller.draw(batch, next_size(self.sizes, n))
                 else:
-                    controller.run(MODULE_OF.get(purchase, purchase), batch)
+                    yield from controller.run(MODULE_OF.get(purchase, purchase), batch)
                     for state in batch:
                         state.result.order.append(purchase)
             states = [state for batch in batches.values() for state in batch]

@@ -37,12 +37,14 @@ class Rollout:
     """One sampled completion.
 
     tokens (T,) int64, with EOS; logprobs (T,) in nats, of the raw logits at temperature 1; confidences (T,),
-    Eq. 3 for each token; finished: it ended with EOS and was not cut at max_new_tokens."""
+    Eq. 3 for each token; finished: it ended with EOS and was not cut at max_new_tokens; failure: why a server
+    gave no words, None where it did."""
     text: str
     tokens: torch.Tensor
     logprobs: torch.Tensor
     confidences: torch.Tensor
     finished: bool
+    failure: Exception | None = None
 
 
 class Scores(NamedTuple):

@@ -29,6 +29,7 @@ from utils.cli import InputError
 from utils.experts import LocalExpert
 from utils.judge import accepts
 from utils.logit import fit_logit
+from utils.overlap import run_through
 from vlm import VLM
 
 SOURCES = {"model": "base 00000001", "expert": "expert 00000002"}
@@ -378,7 +379,7 @@ def test_the_first_samples_of_many_are_the_same(collected):
     results = control.answer_all(samples[:3])
     states = [policies_state(sample) for sample in samples[:3]]
     for n in (1, 3, 4):
-        control.draw(states, n)
+        run_through(control.draw(states, n))
         for state, full in zip(states, results):
             assert [r.text for r in state.result.rollouts] == [r.text for r in full.rollouts[:n]]
     for state, full in zip(states, results):

@@ -4,10 +4,12 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import stat
 import sys
 import threading
+import urllib.parse
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -54,7 +56,27 @@ def add_sources(parser):
                                                            "EXPERT_API_KEY)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds a server may take for a reply")
     parser.add_argument("--retries", type=int, default=4, help="how often a failed request is sent again")
+    parser.add_argument("--patience", type=float, default=120.0,
+                        help="longest wait in seconds that a server may ask for")
+    parser.add_argument("--workers", type=int, default=8, help="requests to a server at the same time; "
+                                                               "fewer after a 429")
     parser.add_argument("--cache", default="runs/cache", help="folder for servers' replies; '' = none")
+    for who in ("expert", "model"):
+        parser.add_argument(f"--{who}_body", metavar="JSON", help="fields added to each request, such as "
+                            "'{\"enable_thinking\": false}'; null takes one out")
+        parser.add_argument(f"--{who}_header", metavar="NAME=VALUE", action="append",
+                            help="sent with each request; {key} "
+                            "stands for the key; may be given several times")
+    parser.add_argument("--thinking_tokens", type=int, default=4096, help="added to a reply's, where "
+                        "a server's model thinks")
+    parser.add_argument("--max_side", type=int, default=2048,
+                        help="longer side, in pixels, of what a server sees; 0 = any")
+    parser.add_argument("--expert_price", type=float, nargs=2, metavar=("IN", "OUT"),
+                        help="of the Expert, for a million "
+                        "tokens of prompts and of replies; the summary then gives money")
+    parser.add_argument("--ask_above", type=int, default=1000,
+                        help="calls of servers above which a run needs consent")
+    parser.add_argument("--yes", action="store_true", help="consent to any number of calls")
 
 
 def check_sources(args):
@@ -63,6 +85,10 @@ def check_sources(args):
         raise InputError(f"--batch_size {args.batch_size} and --timeout {args.timeout:g} must be above 0 (a "
                          f"time-out at most "
                          f"1e6), --retries {args.retries} not negative")
+    if args.workers < 1 or not 0 <= args.patience <= 1e6 or args.max_side < 0 or args.thinking_tokens < 0:
+        raise InputError(f"--workers {args.workers} must be at least 1; --patience {args.patience:g} (at "
+                         f"most 1e6), --max_side {args.max_side} and --thinking_tokens "
+                         f"{args.thinking_tokens} must not be negative")
 
 
 def check_choices(choices):
@@ -289,8 +315,63 @@ def reason(error):
 
 
 def shown(path):
-    """A model's directory as a user would type it, a hub id or URL as it is."""
-    return os.path.relpath(path) if os.path.isdir(path) else str(path)
+    """A model's directory as a user would type it, a hub id as it is, a URL without secrets."""
+    return os.path.relpath(path) if os.path.isdir(path) else public_url(str(path))
+
+
+def json_object(flag, text):
+    """A flag's JSON object -> dict, empty without the flag. Raises InputError."""
+    try:
+        value = json.loads(text) if text else {}
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(f"{flag} {text!r} is no JSON object; give one such as '{{\"seed\": 1}}'")
+    return value
+
+
+def headers_in(flag, pairs):
+    """["NAME=VALUE", ...] -> {name: value}. Raises InputError, which does not repeat the value: it may be a
+    secret."""
+    for pair in pairs or []:
+        if not pair.partition("=")[0] or "=" not in pair:
+            raise InputError(f"{flag} {pair.partition('=')[0][:20]!r}... is not of the form NAME=VALUE")
+    return dict(pair.split("=", 1) for pair in pairs or [])
+
+
+PUBLIC = ("api-version", "version", "alt",
+          "region")      # what a URL's query may show; all else may be a secret
+
+
+def public_url(url):
+    """A URL as it may be printed and stored: without user:password@, query values hidden. Other words stay as
+    they are."""
+    try:
+        parts = urllib.parse.urlsplit(url.strip() if "://" in url else f"//{url.strip()}")
+        if not parts.query and "@" not in parts.netloc:
+            return url
+        query = "&".join(pair if pair.partition("=")[0].lower() in PUBLIC else pair.partition("=")[0] + "=..."
+                         for pair in parts.query.split("&") if pair)
+        public = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query,
+                                                        fragment=""))
+        return public if "://" in url else public.removeprefix("//")
+    except ValueError:
+        return re.sub(r"//[^/@]*@|\?.*", "//", url)
+
+
+def public_args(argv):
+    """A command's arguments as they may be printed: URLs without secrets, headers without values (list)."""
+    public = []
+    for before, arg in zip(["", *argv], argv):
+        flag, _, value = arg.rpartition("=") if arg.startswith("--") and "=" in arg else ("", "", arg)
+        if re.match("--(expert|model)_h", before) or re.match("--(expert|model)_h", flag):
+            public.append(re.sub(r"(header\w*=)?([^=]*)=.*", r"\1\2=...", arg, flags=re.DOTALL))
+        elif re.match("--(expert|model|baseline)", before) or "://" in value:
+            head = re.match(r"(--\w+=)?", arg)[0]
+            public.append(head + public_url(arg[len(head):]))
+        else:
+            public.append(arg)
+    return public
 
 
 def strict_json(value, **how):

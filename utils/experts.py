@@ -1,53 +1,67 @@
-"""Whom a prompt can be put to besides a local base model: an Expert, local or behind a server, and a base
-behind a server.
+"""The Expert, local or behind a server, its roles, and a base model behind a server.
 
-    LocalExpert(vlm).ask([(pictures, prompt)])                                   # a VLM in the Expert's roles
-    ServerExpert(Server("https://host/v1", "gpt-x", key)).ask([...])             # any OpenAI-compatible
-    endpoint ServerVLM(Server("http://host:8000/v1", "qwen"), Rollout).sample(images, prompts, 8)      # the
-    base, e.g. vLLM
+    LocalExpert(vlm).ask([(pictures, prompt)])                            # a VLM in the Expert's roles
+    ServerExpert(Server("https://host/v1", "gpt-x", key)).ask([...])      # any OpenAI-compatible endpoint
+    ServerVLM(Server("http://host:8000/v1", "qwen"), Rollout).sample(images, prompts, 8)        # e.g. vLLM
 
-HTTP(S) by the standard library: a time-out for the whole reply, retries with back-off, a cache on disk of
-replies that could be used, a cap on what is read, and the key cut out of everything that comes back. What a
-server says is data: it is parsed, never run.
+A reply is read where it is unambiguous (replies.py). What cannot be read is asked for again; then the role
+abstains and says why. A role that failed because of the server leaves its question open, for the same command
+to ask again.
 """
-import base64
-import hashlib
-import http.client
-import io
-import json
-import os
-import queue
+import math
 import random
-import re
-import sys
-import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from dataclasses import dataclass
-from pathlib import Path
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from utils.cli import InputError
+from utils.overlap import at_once, in_background, waited
+from utils.replies import MAX_CRITIQUE, without_thoughts
+from utils.server import Cut, Server, ServerError
 
-MAX_BODY = 4 * 2**20            # bytes of a server's reply that are read
 ALTERNATIVES = 20               # top_logprobs asked for: the k of Eq. 3
+ATTEMPTS = 3                    # how often a role is asked before it abstains
+SENTINEL = -1000.0              # log-probs from here down stand for "unknown": servers send -9999 and -inf
 
+
+# ----------------------------------------------------------------------------------------------------------
+# Who is asked
 
 @dataclass
 class Reply:
-    """What an Expert said; or error, one sentence, and whether asking again is useless (`final`)."""
+    """What an Expert replied; or error, one sentence, and whether asking again is useless (`final`).
+
+    tokens, prompt_tokens: None where nobody counted them. requests: sent for it, 0 = none. failed: the error
+    is the server's, so that the question stays open. cut: at the longest reply. forget: takes the reply out
+    of the cache.
+    """
     text: str = ""
-    tokens: int = 0
+    tokens: int | None = 0
     cached: bool = False
     error: str = ""
     final: bool = False
+    prompt_tokens: int | None = None
+    requests: int = 1
+    failed: bool = False
+    cut: bool = False
+    forget: Callable = lambda: None
+
+    def costs(self):
+        """What it adds to a ledger (dict). A reply from the cache costs nothing."""
+        if self.cached or not self.requests:
+            return {"expert_calls": 0, "cached_calls": int(self.cached), "expert_retries": 0,
+                    "expert_tokens": 0,
+                    "expert_prompt_tokens": 0}
+        return {"expert_calls": 1, "cached_calls": 0, "expert_retries": self.requests - 1,
+                "expert_tokens": self.tokens,
+                "expert_prompt_tokens": self.prompt_tokens}
 
 
 class LocalExpert:
     """A VLM in the Expert's roles. The first attempt is greedy; the others are drawn."""
+
+    remote = False
 
     def __init__(self, vlm, max_new_tokens=256):
         self.vlm, self.max_new_tokens = vlm, max_new_tokens
@@ -60,183 +74,31 @@ class LocalExpert:
                                  greedy=attempt == 0,
                                  seed=[f"expert {attempt} {prompt}" for _, prompt in turns],
                                  max_new_tokens=self.max_new_tokens)
-        return [Reply(r.text, len(r.tokens)) for (r,) in groups]
+        return [Reply(r.text, len(r.tokens), cut=not r.finished) for (r,) in groups]
 
 
-class ServerError(Exception):
-    """A server could not be used: one sentence, without the key."""
+class Memo:
+    """Caches an Expert's replies. A cached reply, also one from the disk, is charged in full: each method's
+    cost is what it would be if it ran alone. Several threads may ask at once, each other things."""
 
+    def __init__(self, expert):
+        self.expert, self.replies, self.remote = expert, {}, getattr(expert, "remote", False)
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
-
-    def redirect_request(self, *_):
-        return None
-
-
-def at_once(function, items, workers):
-    """[function(item), ...] on several threads. They are daemons: Ctrl-C does not wait for a server that
-    hangs."""
-    results, work = [None] * len(items), queue.SimpleQueue()
-    for pair in enumerate(items):
-        work.put(pair)
-
-    def labour():
-        try:
-            while True:
-                i, item = work.get_nowait()
-                try:
-                    results[i] = (True, function(item))
-                except Exception as error:                  # raised below, in the order of the items
-                    results[i] = (False, error)
-        except queue.Empty:
-            pass
-
-    threads = [threading.Thread(target=labour, daemon=True) for _ in range(min(workers, len(items)))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for fine, value in results:
-        if not fine:
-            raise value
-    return [value for _, value in results]
-
-
-class Server:
-    """An OpenAI-compatible chat endpoint over HTTP(S); pictures travel as data URLs.
-
-    url: up to and including /v1. key: sent as a bearer token, and cut out of everything the server says (a
-    key of fewer than 8 characters is no secret, and cutting it would cut words). timeout: seconds for a whole
-    reply. retries: on 429, 5xx, time-outs, broken connections and replies that cannot be used, with
-    exponential back-off. cache: folder of earlier replies, keyed by model, prompt, pictures and options; None
-    = no cache.
-    """
-
-    def __init__(self, url, model, key=None, timeout=60.0, retries=4, cache=None, backoff=0.5, workers=8):
-        try:
-            parts = urllib.parse.urlsplit(url)
-            fine = parts.scheme in ("http", "https") and parts.hostname.encode("idna")
-        except (AttributeError, ValueError):
-            fine = False
-        if not fine:
-            raise InputError(f"server {url!r} is not of the form http(s)://host/v1")
-        if not model:
-            raise InputError(f"server {url!r} needs the name of a model: --expert_model or --model_name")
-        if key is not None and not re.fullmatch(r"[!-~]+", key):
-            raise InputError("the API key holds blanks or other characters that no header can carry; set it "
-                             "again")
-        self.url, self.model, self.key = url.rstrip("/") + "/chat/completions", model, key
-        self.timeout, self.retries, self.backoff, self.workers = timeout, retries, backoff, workers
-        self.cache = Path(cache) if cache else None
-        self.opener = urllib.request.build_opener(_NoRedirect)
-
-    def chat(self, pictures, prompt, read, attempt=0, **options):
-        """One request -> (read(the reply's JSON object), from the cache?). Raises ServerError.
-
-        read: raises KeyError, IndexError, TypeError, ValueError or OverflowError for a reply that cannot be
-        used; that one is asked for again and never cached.
-        """
-        content = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures]
-        body = {"model": self.model,
-                "messages": [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}],
-                **options}
-        payload = json.dumps(body).encode()
-        name = hashlib.sha256(f"{self.url} {attempt} ".encode() + payload).hexdigest()
-        path = self.cache / name[:2] / f"{name}.json" if self.cache else None
-        if path and path.is_file():
-            try:
-                return read(json.loads(path.read_text())), True
-            except (KeyError, IndexError, TypeError, ValueError, OverflowError):
-                pass                # torn by a full disk or a kill: asked again, written again
-        reply, found = self._post(payload, read)
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.{random.getrandbits(32)}.tmp")
-            temporary.write_text(json.dumps(reply))
-            os.replace(temporary, path)
-        return found, False
-
-    def _post(self, payload, read):
-        headers = {"Content-Type": "application/json",
-                   **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
-        why = ""
-        for attempt in range(self.retries + 1):
-            wait = self.backoff * 2**attempt * (0.5 + random.random() / 2)
-            try:
-                reply = self._reply(urllib.request.Request(self.url, payload, headers))
-                return reply, read(reply)
-            except urllib.error.HTTPError as error:
-                why = f"HTTP status {error.code}"
-                if error.code != 429 and error.code < 500:
-                    break
-                after = error.headers.get("Retry-After", "")
-                wait = min(30.0, float(after)) if re.fullmatch(r"\d{1,6}", after) else wait
-            # time-outs and refused connections are OSErrors
-            except (OSError, http.client.HTTPException) as error:
-                why = self._hide(f"{type(error).__name__}: {error}")
-            except RecursionError:
-                why = "a reply that is no JSON object, but a pit of brackets"
-            except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-                why = self._hide(f"a reply that cannot be used ({type(error).__name__}: {str(error)[:80]})")
-            if attempt < self.retries:
-                time.sleep(wait)
-        raise ServerError(f"server {self.url}: {why}")
-
-    def _reply(self, request):
-        """One exchange -> the reply's JSON object. On a thread of its own: a socket's time-out starts anew
-        with every byte, also of the headers, so that only the clock outside bounds a server that drips."""
-        found = []
-
-        def exchange():
-            try:
-                body = b""
-                with self.opener.open(request, timeout=self.timeout) as response:
-                    while chunk := response.read1(2**16):
-                        body += chunk
-                        if len(body) > MAX_BODY:
-                            raise ValueError(f"longer than {MAX_BODY:,} bytes")
-                found.append(body)
-            except Exception as error:                      # raised below, by the thread that asked
-                found.append(error)
-
-        thread = threading.Thread(target=exchange, daemon=True)
-        thread.start()
-        thread.join(self.timeout)
-        if not found:
-            raise TimeoutError(f"no whole reply in {self.timeout:g} s")
-        if isinstance(found[0], Exception):
-            raise found[0]
-        reply = self._hide(json.loads(found[0].decode()))
-        if not isinstance(reply, dict):
-            raise ValueError("not a JSON object")
-        if not isinstance(reply.get("choices"), list) or not reply["choices"]:
-            raise ValueError(f"no choices, but {json.dumps(reply)[:60]}")
-        return reply
-
-    def _hide(self, value):
-        """The key cut out of every string of a JSON value, after decoding: an escaped key is a key."""
-        if not self.key or len(self.key) < 8:
-            return value
-        if isinstance(value, str):
-            return value.replace(self.key, "[key]")
-        if isinstance(value, list):
-            return [self._hide(item) for item in value]
-        if isinstance(value, dict):
-            return {self._hide(name): self._hide(item) for name, item in value.items()}
-        return value
-
-
-def _data_url(picture):
-    buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    def ask(self, turns, attempt=0):
+        """As the Expert's."""
+        keys = [(attempt, prompt, *(zlib.crc32(p.tobytes()) for p in pictures)) for pictures, prompt in turns]
+        new = {key: turn for key, turn in zip(keys, turns) if key not in self.replies}
+        replies = self.expert.ask(list(new.values()), attempt) if new else []
+        self.replies |= {key: replace(reply, cached=False) for key, reply in zip(new, replies)}
+        return [self.replies[key] for key in keys]
 
 
 class ServerExpert:
     """An Expert behind a Server. The first attempt is at temperature 0, the others at 1."""
 
-    def __init__(self, server, max_new_tokens=256):
+    remote = True
+
+    def __init__(self, server: Server, max_new_tokens=256):
         self.server, self.max_new_tokens = server, max_new_tokens
 
     def ask(self, turns, attempt=0):
@@ -245,20 +107,64 @@ class ServerExpert:
 
     def _one(self, pictures, prompt, attempt):
         try:
-            (text, tokens), cached = self.server.chat(pictures, prompt, self._read, attempt,
-                                                      temperature=float(attempt > 0),
-                                                      max_tokens=self.max_new_tokens)
+            answer = self.server.chat(pictures, prompt, self._read, attempt, self.max_new_tokens,
+                                      temperature=float(attempt > 0))
         except ServerError as error:
-            return Reply(error=str(error), final=True)
-        return Reply(text, tokens, cached)
+            return Reply(error=str(error), final=True, prompt_tokens=0, requests=error.requests,
+                         failed=error.kind != "refused")
+        text, tokens, prompt_tokens, cut = answer.value
+        return Reply(text, tokens, answer.cached, prompt_tokens=prompt_tokens, requests=answer.requests,
+                     cut=cut,
+                     forget=answer.forget)
 
-    @staticmethod
-    def _read(reply):
-        text, usage = reply["choices"][0]["message"]["content"], reply.get("usage")
-        if not isinstance(text, str):
-            raise TypeError("choices[0].message.content is no text")
-        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        return text, tokens if isinstance(tokens, int) and 0 <= tokens < 10**7 else 0
+    def _read(self, reply):
+        text, cut = read_choice(self.server, reply["choices"][0])
+        usage = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
+        if _count((usage.get("completion_tokens_details") or {}).get("reasoning_tokens")):
+            self.server.dialect.thinks = True
+        return text, _count(usage.get("completion_tokens")), _count(usage.get("prompt_tokens")), cut
+
+
+def _count(number):
+    """A count of tokens as a server gives it, or None."""
+    return number if isinstance(number, int) and not isinstance(number,
+                                                                bool) and 0 <= number < 10**7 else None
+
+
+def read_choice(server, choice):
+    """One of a reply's choices -> (its text without thoughts, whether it was cut). Raises what `Server.chat`
+    expects."""
+    message, reason = choice["message"], str(choice.get("finish_reason") or choice.get("native_finish_reason")
+                                             or "").lower()
+    content, cut = message.get("content"), reason in ("length", "max_tokens", "max_output_tokens")
+    if isinstance(content, list):           # parts; those of another type are thoughts
+        content = "".join(part if isinstance(part, str) else part.get("text") or "" for part in content
+                          if isinstance(part, str) or part.get("type") in ("text", "output_text"))
+    thoughts = message.get("reasoning_content") or message.get("reasoning") or message.get("thinking")
+    text, tagged, unfinished = without_thoughts(content) if isinstance(content, str) else ("", False, False)
+    if thoughts or tagged:
+        # Where it was cut, `chat` makes room and says so.
+        server.dialect.thinks = server.dialect.thinks or not cut
+    if text:
+        return text, cut
+    if message.get("refusal") or reason in ("content_filter", "safety", "recitation", "prohibited_content",
+                                            "refusal"):
+        words = message.get("refusal") if isinstance(message.get("refusal"),
+                                                     str) else f"finish_reason {reason}"
+        raise ServerError(server.sentence(f"refuses to answer this question: {words[:200]!r}"), "refused")
+    if unfinished or (cut and (thoughts or not content)):
+        raise Cut
+    if not isinstance(content, str):
+        raise TypeError("it calls a tool, " + "and has no text" if message.get("tool_calls") else
+                        f"choices[0].message.content is no text, finish_reason {reason or 'unknown'}")
+    return text, cut
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The base model behind a server
+
+class _OneByOne(Exception):
+    """The server gives fewer answers than were asked for."""
 
 
 class ServerVLM:
@@ -266,153 +172,264 @@ class ServerVLM:
     with `top_logprobs` = 20; a Rollout's token ids are unknown, -1 each.
 
     A completion that is empty or whose numbers make no sense is a Rollout without words and without
-    confidence: unanswered.
+    confidence: unanswered. A question that failed is n of those; their `failure` says why.
 
     rollout: the class of what `sample` returns, `vlm.Rollout`.
     """
 
-    def __init__(self, server, rollout):
-        self.server, self.rollout, self.warned = server, rollout, set()
+    def __init__(self, server: Server, rollout):
+        self.server, self.rollout, self.warned, self.gave_logprobs = server, rollout, set(), False
+        self.few = ""               # what it did when it was asked for several answers
 
     def sample(self, images, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_k=0, greedy=False,
                seed=0,
                first=0):
-        """As VLM.sample. top_k travels as vLLM's parameter of that name. Raises InputError when the server
-        cannot serve."""
+        """As VLM.sample. top_k travels as vLLM's parameter of that name. Raises ServerError when no question
+        was served."""
         seeds = seed if isinstance(seed, (list, tuple)) else [f"{seed} {b}" for b in range(len(prompts))]
-        return at_once(lambda i: self._one(images[i], prompts[i], n, f"{seeds[i]} {first}" if not greedy
-                                           else "greedy",
-                                           max_new_tokens, 0.0 if greedy else temperature, top_k),
-                       range(len(prompts)), self.server.workers)
+        options = {"temperature": 0.0 if greedy else temperature, "logprobs": True,
+                   "top_logprobs": ALTERNATIVES,
+                   **({"top_k": top_k} if top_k else {})}
 
-    def _one(self, pictures, prompt, n, seed, max_new_tokens, temperature, top_k):
-        number = random.Random(seed).getrandbits(31)
+        def ask(i, count, sample=""):
+            seed = "greedy" if greedy else f"{seeds[i]} {first}{sample}"
 
-        def read(reply):
-            if len(reply["choices"]) != n:
-                raise ValueError(f"{len(reply['choices'])} answers where {n} were asked for")
-            return [self._rollout(choice) for choice in reply["choices"]]
+            def read(reply):
+                if count > 1 and len(reply["choices"]) < count:
+                    raise _OneByOne(f"{len(reply['choices'])} answers where {count} were asked for")
+                if len(reply["choices"]) != count:
+                    raise ValueError(f"{len(reply['choices'])} answers where {count} were asked for")
+                return self._read(reply["choices"])
+            try:
+                return self.server.chat(images[i], prompts[i], read, f"sample{sample}" if sample else 0,
+                                        max_new_tokens,
+                                        n=count, seed=random.Random(seed).getrandbits(31), **options).value
+            except ServerError as error:
+                return error
 
+        def together(i):
+            if n > 1 and "n" in self.server.dialect.dropped:
+                return None
+            try:
+                return ask(i, n)
+            except _OneByOne as error:
+                self.few = f"; it gave {error}"
+                self.server.dialect.drop("n")
+                return None
+
+        groups = at_once(together, range(len(prompts)), self.server.workers)
+        single = [(i, j) for i, group in enumerate(groups) if group is None for j in range(n)]
+        replies = dict(zip(single,
+                           at_once(lambda pair: ask(pair[0], 1, f" {pair[1]}"), single, self.server.workers)))
+        for i in {i for i, _ in single}:
+            samples = [replies[i, j] for j in range(n)]
+            failed = [s for s in samples if isinstance(s, ServerError) and s.kind != "refused"]
+            groups[i] = failed[0] if failed else [self._unanswered(s) if isinstance(s, ServerError) else s[0]
+                                                  for s in samples]
+        failures = [group for group in groups if isinstance(group, ServerError) and group.kind != "refused"]
+        if failures and len(failures) == len(prompts):
+            raise ServerError(f"{failures[0]}{self.few}; what was done is kept, the same command goes on",
+                              failures[0].kind)
+        return [self.unanswered(n, group) if isinstance(group, ServerError) else group for group in groups]
+
+    def unanswered(self, n, failure):
+        """n Rollouts without words, of a question that failed."""
+        return [self._unanswered(failure) for _ in range(n)]
+
+    def _unanswered(self, failure=None):
+        return self.rollout("", torch.tensor([-1]), torch.tensor([-100.0]), torch.zeros(1), False,
+                            failure=failure)
+
+    def _read(self, choices):
+        """A reply's choices -> list of Rollout. Raises ServerError, KeyError, TypeError or ValueError where
+        logprobs are missing."""
+        completions = [self._completion(choice) for choice in choices]
+        tops = [token for completion in completions if completion.usable for token in completion.tops]
+        # k alternatives of every token: a mean over more of them would be on another scale
+        k = min(map(len, tops), default=0)
+        numbers = sorted((sum(x is not None for x in token[:k]) for token in tops), reverse=True)
+        if numbers and numbers[len(numbers) // 2] < k:      # most tokens lack some
+            k = numbers[len(numbers) // 2]
+        if tops and 0 < k < ALTERNATIVES and k not in self.warned:
+            self.warned.add(k)
+            self.server.say(f"gives {k} top_logprobs where {ALTERNATIVES} were asked for: C is read from "
+                            f"those, on another "
+                            "scale")
+        return [self._rollout(completion, k) for completion in completions]
+
+    def _completion(self, choice):
+        """One of a reply's choices -> Completion."""
         try:
-            rollouts, _ = self.server.chat(pictures, prompt, read, n=n, max_tokens=max_new_tokens,
-                                           temperature=temperature,
-                                           seed=number, logprobs=True, top_logprobs=ALTERNATIVES,
-                                           **({"top_k": top_k} if top_k else {}))
+            text, _ = read_choice(self.server, choice)
+            failure = None
+        except Cut:
+            if not self.server.dialect.thinks and self.server.thinking_tokens:
+                raise                   # `chat` makes room for its thoughts
+            text, failure = "", ServerError(self.server.sentence("was cut before it answered",
+                                                                 "raise --max_new_tokens or "
+                                                                 "--thinking_tokens"), "refused")
+        except TypeError:
+            text, failure = "", None
         except ServerError as error:
-            raise InputError(f"{error}; a base model's server must return text, logprobs and top_logprobs; "
-                             f"what was done is "
-                             "kept, the same command goes on") from error
-        return rollouts
-
-    def _rollout(self, choice):
-        """One of a reply's choices -> Rollout. Raises KeyError, TypeError or ValueError where logprobs are
-        missing."""
-        content, text = choice["logprobs"]["content"], choice["message"]["content"]
-        counts = {len(token["top_logprobs"]) for token in content}
-        if 0 in counts:
+            text, failure = "", error
+        if failure:
+            return Completion(failure=failure)
+        logprobs = choice.get("logprobs") or {}
+        content = logprobs.get("content") if isinstance(logprobs, dict) else None
+        if content is None:
+            raise ServerError(self.server.sentence(
+                "gives no logprobs", "a base model's server must return logprobs and top_logprobs; choose "
+                                     "another with --model"
+                ), "temporary" if self.gave_logprobs else "run")
+        self.gave_logprobs = self.gave_logprobs or bool(content)
+        if any(not token["top_logprobs"] for token in content):
             raise ValueError("no top_logprobs")
         try:
-            logprobs = torch.tensor([float(token["logprob"]) for token in content])
-            # k alternatives of every token: a mean over more of them would be on another scale
-            tops = torch.tensor([[float(top["logprob"]) for top in token["top_logprobs"][:min(counts)]]
-                                 for token in content])
-            sane = bool(text) and isinstance(text, str) and all(bool((-1e4 <= x).all() and (x <= 1e-3).all())
-                                                               for x in (logprobs, tops))
-        except (ValueError, OverflowError):
-            sane = False
-        if not content or not sane:
-            return self.rollout("", torch.tensor([-1]), torch.tensor([-100.0]), torch.zeros(1), False)
-        if min(counts) < ALTERNATIVES and min(counts) not in self.warned:
-            self.warned.add(min(counts))
-            print(f"server {self.server.url} gives {min(counts)} top_logprobs where {ALTERNATIVES} were "
-                  f"asked for: C is read "
-                  "from those, on another scale", file=sys.stderr)
+            logprobs = [_logprob(token["logprob"]) for token in content]
+            tops = [[_logprob(top["logprob"]) for top in token["top_logprobs"]] for token in content]
+        except OverflowError:
+            return Completion()
+        if content and 2 * sum(x is None for x in logprobs) >= len(logprobs):
+            raise ValueError("half of its logprobs are missing")
         text = text.encode(errors="replace").decode()                   # JSON may hold half a character
-        finished = choice.get("finish_reason") == "stop"
-        return self.rollout(text, torch.full((len(content),), -1), logprobs, -tops.mean(-1), finished)
+        return Completion(text, logprobs, tops, choice.get("finish_reason") == "stop", bool(text and content))
+
+    def _rollout(self, completion, k):
+        full = [[x for x in token if x is not None][:k] for token in completion.tops]
+        confidences = [-math.fsum(token) / k if k and len(token) == k else None for token in full]
+        present = [c for c in confidences if c is not None]
+        if not completion.usable or not present:
+            return self._unanswered(completion.failure)
+        return self.rollout(completion.text, torch.full((len(confidences),), -1),
+                            _filled(completion.logprobs),
+                            _filled(confidences), completion.finished)
 
 
-ATTEMPTS = 3                    # how often a role is asked before it abstains
-MAX_CRITIQUE = 1000             # characters of a critique that the base model is shown
+@dataclass
+class Completion:
+    """A choice of a base model's server: logprobs a token and of its alternatives, None where the server
+    knows none."""
+    text: str = ""
+    logprobs: list = field(default_factory=list)
+    tops: list = field(default_factory=list)
+    finished: bool = False
+    usable: bool = False
+    failure: ServerError | None = None
 
 
-def parse_list(text):
-    """A reply that is one JSON list, perhaps in a code fence -> list. ValueError otherwise; NaN is no
-    JSON."""
-    def refuse(constant):
-        raise ValueError(f"{constant} is no number")
-    text = text.strip()
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text[:10_000], re.DOTALL)
+def _logprob(value):
+    """A log-prob as a server gives it -> float, or None where it stands for "unknown". OverflowError where it
+    is neither."""
     try:
-        value = json.loads(fenced[1] if fenced else text[:10_000], parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("not a JSON list") from error
-    if not isinstance(value, list):
-        raise ValueError("not a JSON list")
-    return value
+        number = -math.inf if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise OverflowError("no number") from error
+    if math.isnan(number) or number > 1e-3 or -math.inf < number < -1e4:
+        raise OverflowError("no log-prob")
+    return None if number <= SENTINEL else number
 
 
-def parse_probabilities(text, n):
-    """The Voter's reply -> n probabilities that sum to 1. It may think aloud first: then the list is its last
-    line. ValueError says what is wrong with it."""
-    try:
-        values = parse_list(text)
-    except ValueError:
-        values = parse_list(text.strip().rsplit("\n", 1)[-1])
-    if len(values) != n:
-        raise ValueError(f"{len(values)} numbers for {n} candidates")
-    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-        raise ValueError("something in the list is no number")
-    if not all(0 <= value < 1e9 for value in values) or not sum(values) > 0:
-        raise ValueError("numbers that are negative, all zero or not finite")
-    return [value / sum(values) for value in values]
+def _filled(values):
+    """Numbers of a completion's tokens -> tensor (T,); what is missing takes the mean of the others."""
+    present = [value for value in values if value is not None]
+    mean = math.fsum(present) / len(present)
+    return torch.tensor([mean if value is None else value for value in values])
 
 
-def parse_order(text, modules):
-    """The Planner's reply -> the names of `modules` in its order. ValueError otherwise."""
-    names = parse_list(text)
-    if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(modules):
-        raise ValueError(f"not each of {', '.join(modules)} once")
-    return names
+
+# ----------------------------------------------------------------------------------------------------------
+# The Expert's roles
+
+@dataclass
+class RoleReply:
+    """What came of one role for one question. value: parsed, None where it abstains; text: the reply; reason:
+    why it abstains; failed: because of the server; costs: one dict for each request, for the ledger."""
+    value: object = None
+    text: str = ""
+    reason: str = ""
+    failed: bool = False
+    costs: list = field(default_factory=list)
 
 
-def parse_critique(text):
-    """The Critic's reply -> one line of at most MAX_CRITIQUE characters. ValueError when it is empty."""
-    line = " ".join(text.split())[:MAX_CRITIQUE]
-    if not line:
-        raise ValueError("an empty critique")
-    return line
+def ask_role(expert, states, make_prompt, parse):
+    """Ask the Expert about every question -> list of RoleReply. Changes no state, so that several roles can
+    be asked at once.
 
-
-def consult(expert, role, turns, make_prompt, parse):
-    """Ask the Expert in a role about every turn -> what `parse(turn, text)` made of each reply, None where it
-    abstains.
-
-    A reply that does not parse is asked for again, ATTEMPTS times in all; every request goes into the ledger.
+    parse(state, text): raises ValueError for a reply that cannot be read; that one is asked for again,
+    ATTEMPTS times in all.
     """
-    found, reasons, pending = {}, {}, list(range(len(turns)))
-    prompts = [make_prompt(turn) for turn in turns]
+    outcomes, pending = [RoleReply() for _ in states], list(range(len(states)))
+    prompts = [make_prompt(state) for state in states]
     for attempt in range(ATTEMPTS):
-        replies = expert.ask([(turns[i].pictures, prompts[i]) for i in pending], attempt)
-        again = []
+        replies = expert.ask([(states[i].pictures, prompts[i]) for i in pending], attempt)
+        to_retry = []
         for i, reply in zip(pending, replies):
-            turns[i].result.ledger.add(role, expert_calls=int(not reply.cached),
-                                       cached_calls=int(reply.cached),
-                                       expert_tokens=reply.tokens)
-            text = reply.text.encode(errors="replace").decode()         # JSON may hold half a character
+            outcome = outcomes[i]
+            outcome.costs.append(reply.costs())
+            # JSON may hold half a character.
+            text, _, is_unfinished = without_thoughts(reply.text.encode(errors="replace").decode())
             try:
                 if reply.error:
                     raise ValueError(reply.error)
-                found[i] = parse(turns[i], text)
-                turns[i].result.texts[role] = text[:MAX_CRITIQUE]
+                if is_unfinished and not text:
+                    raise ValueError("nothing but thoughts")
+                outcome.value, outcome.text, outcome.reason = parse(states[i], text), text, ""
             except ValueError as error:
-                reasons[i] = str(error)
+                reply.forget()
+                outcome.reason, outcome.failed = str(error), reply.failed
+                if not reply.error:
+                    outcome.reason += "; its reply was cut, raise --expert_tokens" if reply.cut else ""
+                    outcome.reason += f"; it began {' '.join(text.split())[:60]!r}" if text.strip() else ""
                 if not reply.final:
-                    again.append(i)
-        pending = again
+                    to_retry.append(i)
+        pending = to_retry
         if not pending:
             break
-    for i in range(len(turns)):
-        if i not in found:
-            turns[i].result.ledger.notes.append(f"{role} abstained: {reasons[i]}")
-    return [found.get(i) for i in range(len(turns))]
+    return outcomes
+
+
+def record_role(role, states, outcomes):
+    """Write what came of a role into its questions' results -> list of values, None where it abstains."""
+    for state, outcome in zip(states, outcomes):
+        for costs in outcome.costs:
+            state.result.ledger.add(role, **costs)
+        if outcome.value is not None:
+            state.result.texts[role] = outcome.text[:MAX_CRITIQUE]
+            continue
+        state.result.ledger.notes.append(f"{role} abstained: {outcome.reason}")
+        if outcome.failed:
+            state.result.open[role] = outcome.reason
+    return [outcome.value for outcome in outcomes]
+
+
+def consult(expert, role, states, make_prompt, parse):
+    """A generator: ask the Expert in a role about every question -> what `parse(state, text)` made of each
+    reply, None where it abstains. A server's reply is waited for.
+
+    Every request goes into the ledger. A server's failure goes into `open` of the question's result.
+    """
+    if getattr(expert, "remote", False) and states:
+        outcomes = yield from waited(in_background(ask_role, expert, states, make_prompt, parse))
+    else:
+        outcomes = ask_role(expert, states, make_prompt, parse) if states else []
+    return record_role(role, states, outcomes)
+
+
+def sample_from(vlm, pictures, prompts, n=1, **how):
+    """A generator: `vlm.sample`. A server's reply is waited for. Where it fails on these questions alone,
+    there are Rollouts that say so. Raises ServerError where it is down."""
+    if not isinstance(vlm, ServerVLM):
+        return vlm.sample(pictures, prompts, n, **how)
+    try:
+        return (yield from waited(in_background(lambda: vlm.sample(pictures, prompts, n, **how))))
+    except ServerError as error:
+        if error.kind == "run" or vlm.server.pace.down:
+            raise
+        return [vlm.unanswered(n, error) for _ in prompts]
+
+
+def batches_in_flight(batch_size, *models):
+    """How many batches to have under way so that no server waits for the base, nor the base for a server
+    (int)."""
+    workers = [model.server.workers for model in models if hasattr(model, "server")]
+    return 2 + math.ceil(max(workers) / batch_size) if workers else 1

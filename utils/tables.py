@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import metrics
+from utils import cli, metrics
+from utils.baselines import by_figure
 from utils.cli import InputError
 from utils.judge import extract_answer
 from utils.metrics import (
@@ -21,6 +22,7 @@ from utils.metrics import (
     interval,
     mean_interval,
 )
+from utils.results_file import is_open
 
 
 @dataclass
@@ -40,10 +42,20 @@ WORKERS = {"voter": ("voter",), "self_reflection": ("critic", "self_reflection")
            "self_check": ("self_check",)}
 
 
-def method_of(modules):
-    """The name of a subset of LETTER's modules, added to the samples' weighted vote."""
-    return {0: "weighted", len(LETTER): "CA-TTS"}.get(len(modules), "+" +
-                                                      "".join(LETTER[source] for source in modules))
+def method_of(modules, is_incomplete=False):
+    """The name of a subset of LETTER's modules, added to the samples' weighted vote. is_incomplete: too many
+    of the Expert's votes are missing for all of them to be called CA-TTS."""
+    letters = "+" + "".join(LETTER[source] for source in modules)
+    if is_incomplete and len(modules) == len(LETTER):
+        return f"{letters}, Expert failed"
+    return {0: "weighted", len(LETTER): "CA-TTS"}.get(len(modules), letters)
+
+
+def mark_incomplete(rows, max_failed):
+    """Where a server failed on more than a share of the questions, no row of theirs is called CA-TTS."""
+    if sum(map(is_open, rows)) > max_failed * len(rows):
+        for row in rows:
+            row["incomplete"] = True
 
 
 def modules_of(row, n):
@@ -352,6 +364,35 @@ def majorities(answers):
         found = [extract_answer(a.text) for a in group]
         right.append(group[found.index(Counter(found).most_common(1)[0][0])].correct)
     return right
+
+
+def print_tables(tables, about, failures, drawn):
+    """Print what eval.make_tables made. about: what was measured. failures: {model: a sentence about its
+    servers' failures, or ""}. drawn: samples a question."""
+    for name, methods in tables["methods"].items():
+        print(f"\n{name}: {about}")
+        if failures[name]:
+            print(failures[name])
+        print(cli.table({method: {key: row.get(key, math.nan) for key in (*HEADLINE, "tokens", "calls")}
+                     for method, row in methods.items()}, intervals=False))
+        against = tables["against majority"][name]
+        print(f"\n{name}: against majority voting at the same N and at the same tokens")
+        print(cli.table(against))
+        if any(math.isnan(row["majority, same tokens"]) for row in against.values()):
+            print(f"nan: more tokens than majority@{drawn}; a larger --sizes draws more samples")
+    if tables["probe"]:
+        print("\nThe probe")
+        print(cli.table(tables["probe"], intervals=False))
+        print("\nHeadline; mixed: over clean and noised answers together; Platt, isotonic: mapped on the "
+              "other half's answers")
+        pooled = {name.removesuffix(", all"): row for name, row in tables["headline"].items()
+                  if name.endswith(", all")}
+        print(cli.table(by_figure(pooled)))
+        print("\nReadouts of the frozen model, fitted on the other half of the questions")
+        print(cli.table(tables["free readouts"]))
+    if "severity" in tables:
+        print("\nSeverity; mixed: over clean and corrupted answers together")
+        print(cli.table(tables["severity"]))
 
 
 def before_after(before, after):

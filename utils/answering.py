@@ -1,0 +1,149 @@
+"""What commands do when they answer questions: open the models that flags name, ask for consent, print.
+
+The root's classes come as arguments.
+"""
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import cli, distributed, results_file
+from utils.cli import InputError
+from utils.experts import LocalExpert, ServerExpert, ServerVLM, batches_in_flight
+from utils.results_file import STILL_OPEN, is_open
+from utils.server import Server, is_url
+
+
+@dataclass
+class Models:
+    """base: a VLM or a ServerVLM. expert: something with `ask`, None = the base. checker: a VLM or None."""
+    base: object
+    expert: object
+    clip: object
+    checker: object
+
+
+def load_models(args, expert_tokens, model, vlm_class, rollout_class, clip_class):
+    """The Models that the flags of `cli.add_sources` name. model: in place of --model. Raises InputError."""
+    cli.check_sources(args)
+
+    def server(url, name, flag):
+        key = os.environ.get(f"{flag.upper()}_API_KEY") or None
+        return Server(url, name, key, args.timeout, args.retries, args.cache, flag=flag, workers=args.workers,
+                      patience=args.patience, max_side=args.max_side, thinking_tokens=args.thinking_tokens,
+                      body=cli.json_object(f"--{flag}_body", getattr(args, f"{flag}_body")),
+                      headers=cli.headers_in(f"--{flag}_header", getattr(args, f"{flag}_header")))
+
+    distributed.start_ranks()                      # before a model is loaded: each rank to a GPU of its own
+    clip, expert = clip_class.from_pretrained(args.clip, kind=args.clip_map), None
+    if is_url(model):
+        base = ServerVLM(server(model, args.model_name, "model"), rollout_class)
+    else:
+        base = vlm_class.load(model)
+    if is_url(args.expert):
+        expert = ServerExpert(server(args.expert, args.expert_model, "expert"), expert_tokens)
+    elif args.expert not in ("self", model):
+        expert = LocalExpert(vlm_class.load(args.expert), expert_tokens)
+    return Models(base, expert, clip, vlm_class.load(args.check_model) if args.check_model else None)
+
+
+def show_answer(result, record, args, candidates, taus):
+    """Print one result, or with --json its record. candidates: None under a fitted policy. Exits with
+    STILL_OPEN where a server failed."""
+    if args.json:
+        print(cli.strict_json(record))
+    elif candidates is None:
+        print(results_file.describe_purchases(result, args.choices))
+    else:
+        print(results_file.describe(result, candidates, args.choices, taus))
+        print("next: python catts.py --data questions.jsonl --output results.jsonl        # many questions")
+    if result.open:
+        print(f"open: {'; '.join(result.open.values())}", file=sys.stderr)
+        raise SystemExit(STILL_OPEN)
+
+
+def answer_questions(answer_batch, samples, args, defaults, argv, controller):
+    """The questions of --data into --output, and their means as a table or as JSON. Exits with STILL_OPEN
+    where a server failed. args, defaults: Namespaces of flags; argv: the command's words."""
+    # The threshold itself: the content of its file may change between a run and its continuation.
+    fingerprint, default_fingerprint = (
+        results_file.run_fingerprint(flags, ("image", "question", "choices"), abstain=str(value))
+        for flags, value in ((args, controller.threshold), (defaults, None)))
+    ask_consent(args, samples, controller, args.output)
+    results = results_file.run_resumable(
+        answer_batch, samples, args.output, fingerprint, args.batch_size, strict=args.strict,
+        defaults=default_fingerprint,
+        in_flight=batches_in_flight(args.batch_size, controller.vlm, controller.expert))
+    if results is None:                     # not the first rank
+        return
+    rows = [results[name] for name in sorted({s.id for s in samples} & set(results))]
+    results_file.print_means(rows, samples, args)
+    if sentence := results_file.failures(rows):
+        print(sentence, file=sys.stderr)
+        raise SystemExit(STILL_OPEN)
+    if args.early_exit == "off" and args.policy == "paper" and not args.json:
+        exact = Path(args.output).with_name("exact.jsonl")
+        words = shlex.join([*cli.public_args(argv), "--early_exit", "exact", "--output", str(exact)])
+        print(f"next: python catts.py {words}        # the same answers, cheaper")
+
+
+# ---- What servers will be asked
+
+def calls_a_question(controller):
+    """{"Expert" or "base": (calls of its server for one question at most, longest reply in tokens)}."""
+    calls, settings, modules = {}, controller.settings, controller.modules
+    roles = {"self_consistency", "voter", "self_reflection", "expert"}
+    if getattr(controller.expert, "remote", False):
+        calls["Expert"] = (len(roles & {*modules}) + (settings.order == "planner"), settings.expert_tokens)
+    if isinstance(controller.vlm, ServerVLM):
+        calls["base"] = (1 + ("self_reflection" in modules), settings.max_new_tokens * settings.samples)
+    return calls
+
+
+def ask_consent(args, samples, controller, output, sizes=()):
+    """Say how many calls of servers a run will make, and ask above --ask_above. InputError where nobody says
+    yes.
+
+    output: file whose answered questions are not counted. sizes: numbers of samples for which eval.py runs
+    every module; there is one call more, for the answer of the Expert, or the greedy one of the base.
+    """
+    calls = calls_a_question(controller)
+    if sizes:
+        calls = {who: (count * len(sizes) + 1, reply) for who, (count, reply) in calls.items()}
+    stored = results_file.read_results(Path(output)) if Path(output).is_file() else {}
+    done = {key for key, row in stored.items() if not is_open(row)}
+    left = sum(sample.id not in done for sample in samples)
+    total = left * sum(count for count, _ in calls.values())
+    if not total:
+        return
+    prompt = _prompt_tokens(samples, args.max_side)
+    replies = {who: left * count * reply for who, (count, reply) in calls.items()}
+    words = "; ".join(f"{who}: up to {left * count:,} calls, some {left * count * prompt:,.0f} tokens of "
+                      f"prompts, at most {replies[who]:,} of replies"
+                      for who, (count, _) in calls.items() if count)
+    if args.expert_price and calls.get("Expert"):
+        money = (args.expert_price[0] * left * calls["Expert"][0] * prompt +
+                 args.expert_price[1] * replies["Expert"]) / 1e6
+        words += f"; at most {money:.2f} at --expert_price"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{left} questions by servers. {words}", file=sys.stderr)
+    if total <= args.ask_above or args.yes:
+        return
+    if sys.stdin is not None and sys.stdin.isatty():
+        print("Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            return
+    raise InputError(f"{total:,} calls of servers are more than --ask_above {args.ask_above:,}; add --yes, "
+                     f"or lower --limit")
+
+
+def _prompt_tokens(samples, max_side):
+    """Of a call, from the first questions (float): one for each 28 x 28 pixels, some 200 for words."""
+    try:
+        sizes = [picture.size for sample in samples[:8] for picture in sample.pictures()]
+    except InputError:                  # a broken picture is another one's to report
+        sizes = []
+    scales = [min(1.0, max_side / max(size)) if max_side else 1.0 for size in sizes]
+    pixels = sum(width * height * scale**2 for (width, height), scale in zip(sizes, scales))
+    return 200 + pixels / 784 / max(1, len(samples[:8]))
