@@ -252,8 +252,8 @@ def trial(vlm):
     opened, closed = (vlm.processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=opens)
                       for opens in (True, False))
     if opened == closed:
-        print(f"the chat template of {type(vlm.model).__name__} has no generation prompt: the model opens its "
-              f"own turn, after {closed[-20:]!r}; if it was trained otherwise, mend the template",
+        print(f"the chat template of {type(vlm.model).__name__} has no generation prompt: the model opens "
+              f"its own turn, after {closed[-20:]!r}; if it was trained otherwise, mend the template",
               file=sys.stderr)
     return images, prompts, inputs
 

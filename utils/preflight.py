@@ -231,8 +231,8 @@ def check_disk(args, parameters, trained, itemsize):
     plan = disk_plan(Path(args.output), saved, trained, itemsize, args.run.keep, copies)
     needed, free = (size / 2**30 for size in plan)
     if needed > free:
-        raise InputError(f"the run writes {needed:.2f} GiB into {args.output}, whose disk has {free:.2f} free; "
-                         f"make room, lower --keep ({args.run.keep}), or choose another --output")
+        raise InputError(f"the run writes {needed:.2f} GiB into {args.output}, whose disk has {free:.2f} "
+                         f"free; make room, lower --keep ({args.run.keep}), or choose another --output")
     return needed, free
 
 
