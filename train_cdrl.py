@@ -206,7 +206,7 @@ def prepare_step(vlm, clip, order, step, name, args):
 
     A pure function of the step: `Ahead` calls it while the step before runs. name: of the step, in seeds.
     """
-    samples, images = open_pictures(order.samples(step), args.run.workers, args.run.skip_broken)
+    samples, images = open_pictures(order.samples(step), args.run.picture_threads, args.run.skip_broken)
     noised_images, is_control = make_image_pairs(images, samples, clip, name, args)
     prompts = [data.prompt(s) for s in samples]
     inputs = vlm.encode(images + (noised_images or []), prompts * (1 if noised_images is None else 2))
@@ -341,7 +341,7 @@ def accumulate_gradients(policy, reference, micro_batches, confidence_map, num_l
     for number, (original, noised, weight) in enumerate(micro_batches):
         policy.sum_gradients(number == len(micro_batches) - 1)             # over ranks, once an update
         loss, sums = cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_tokens, args)
-        (loss * weight).backward()
+        (loss * (weight * policy.loss_scale)).backward()
         totals = {name: totals[name] + float(sums[name]) * weight for name in totals}
     return totals
 
@@ -362,7 +362,7 @@ def fit_map_on_base(policy, clip, order, args):
     return fit_confidence_map(*torch.cat(distributed.gathered(measured), 2).flatten(2))       # (2, 2, N)
 
 
-def probe_held_out(vlm, held_out, clip, args, path, order):
+def probe_held_out(vlm, policy, held_out, clip, args, path, order, ts=()):
     """Answers of the model to the held-out questions at each noise step, split over ranks -> {t: list of
     Answer}.
 
@@ -373,12 +373,13 @@ def probe_held_out(vlm, held_out, clip, args, path, order):
         return None
     if path.exists():
         return report.read_probe(path, eval.Answer)
-    ts = sorted({*eval.PROBE_STEPS, noise.parse_t(args.noise_t)[1]})
+    ts = sorted({*(ts or eval.PROBE_STEPS), noise.parse_t(args.noise_t)[1]})
     rollouts = args.batch_size // order.world * args.group_size * (1 + args.uses_noised)           # of a step
     mine = [held_out[i] for i in range(order.rank, len(held_out), order.world)]
-    answers_by_t = agreed(lambda: eval.probe(
-        vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed, name=path.stem,
-        max_new_tokens=args.max_new_tokens, batch_size=max(1, min(32, rollouts // PROBE_SAMPLES))))
+    with policy.unsharded():
+        answers_by_t = agreed(lambda: eval.probe(
+            vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed, name=path.stem,
+            max_new_tokens=args.max_new_tokens, batch_size=max(1, min(32, rollouts // PROBE_SAMPLES))))
     answers_by_t = {t: distributed.gathered(answers_by_t[t]) for t in ts}
     if order.rank == 0:
         logs.write_json(path, {t: [asdict(a) for a in answers] for t, answers in answers_by_t.items()})
@@ -388,8 +389,7 @@ def probe_held_out(vlm, held_out, clip, args, path, order):
 def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map, args, order):
     """Save the final model, run the probe again, write report.png and the table -> the table's rows (rank 0)
     or None."""
-    with policy.unsharded():
-        after = probe_held_out(vlm, held_out, clip, args, output / "after.json", order)
+    after = probe_held_out(vlm, policy, held_out, clip, args, output / "after.json", order)
     state = distributed.full_state_dict(policy, compute)
     merged = distributed.full_state_dict(policy, compute, frozen=True) if args.run.merge else None
     if order.rank:
@@ -399,8 +399,7 @@ def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map,
         state = lora.merged_state(vlm.model, merged)
     loading.save(vlm, output, state)
     logs.write_json(output / "confidence.json", confidence_map)
-    rows = report.finish_run(output, before, after, confidence_map, args,
-                             noise.parse_t(args.noise_t)[1]) if held_out else None
+    rows = report.finish_run(output, before, after, confidence_map, args, noise.parse_t(args.noise_t)[1])
     print(f"next: {preflight.next_command(output, args)}")
     return rows
 
@@ -411,19 +410,18 @@ def train(args):
     rank, world = distributed.place()
     check(args, world)
     if args.run.dry_run:
-        return None if rank else memory.dry_run(args, VLM.load(args.model, meta=True),
+        return None if rank else memory.dry_run(args, VLM.load(args.model, meta=True).read_as(args.run),
                                                 count_parameters(args.clip),
                                                 data.open_data(args)[0], data.prompt, world)
     device = distributed.start_ranks()[2]
     torch.manual_seed(args.seed)
-    # Every check that one rank may fail is agreed upon: all ranks refuse together, before anything is moved
-    # or written.
+    # What one rank refuses all refuse together, before anything is moved or written.
     train_set, held_out = agreed(lambda: data.open_data(args))
     order = QuestionOrder(train_set, args.batch_size, args.seed, rank, world)
     clip = agreed(lambda: noise.ClipAttention.from_pretrained(args.clip, device, args.run.clip_map,
                                                               args.run.clip_cache))
     compute = distributed.dtype_of(args.run, device)
-    vlm = agreed(lambda: load_model(args.model, device, compute))
+    vlm = agreed(lambda: load_model(args.model, device, compute, args.run))
     if args.run.explain:
         stages = (fit_map_on_base, make_image_pairs, roll_out, add_rewards, cdrl_loss)
         policy = distributed.shard(vlm, device, compute, sharded=False)
@@ -439,13 +437,12 @@ def train(args):
     reference = None
     if args.kl_beta:
         reference = lora.Frozen(policy) if args.run.lora_rank else distributed.prepare(
-            load_model(args.model, device, compute), args, device, compute, world, trains=False)[0]
+            load_model(args.model, device, compute, args.run), args, device, compute, world, trains=False)[0]
     parameters = [p for p in policy.parameters() if p.requires_grad]
     # Fused on a GPU: else an update makes a second copy of the weights for a moment.
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0,
                                   fused=parameters[0].device.type == "cuda")
-    with policy.unsharded():
-        before = probe_held_out(vlm, held_out, clip, args, output / "before.json", order)
+    before = probe_held_out(vlm, policy, held_out, clip, args, output / "before.json", order)
     if newest is None:
         start, confidence_map = 0, fit_map_on_base(policy, clip, order, args)
     else:
@@ -483,16 +480,20 @@ def train(args):
             for _ in range(args.mu):
                 updates.append(accumulate_gradients(policy, reference, passes, confidence_map,
                                                     num_loss_tokens, args))
-                updates[-1]["grad_norm"] = distributed.clip_gradients(parameters, args.max_grad_norm)
+                updates[-1]["grad_norm"] = distributed.clip_gradients(policy, args.max_grad_norm)
                 if is_finite(step, samples, batches, passes, updates[-1]):
                     optimizer.step()
                 optimizer.zero_grad()               # frees their memory for the next rollouts
             # ---- VII. log and save
+            checkpoint.save_weights(output, vlm, policy, step + 1, args.run, compute)
             seconds = {"seconds/sample": sampled - clock, "seconds/learn": time.perf_counter() - sampled,
                        "seconds/pictures_share": pairs.waited / (time.perf_counter() - clock)}
             row = logs.log_row(step, batches, updates, lr) | seconds | {"skipped": is_finite.skipped}
+            if held_out and args.run.eval_every and (step + 1) % args.run.eval_every == 0:
+                row |= report.held_out_row(probe_held_out(vlm, policy, held_out, clip, args,
+                                                          output / f"eval-{step + 1}.json", order, [0]))
             if rank == 0:
-                logs.write_step(output, row, samples, batches)
+                logs.write_step(output, row, samples, batches, args)
                 progress.set_postfix(logs.postfix(row))
             stopped = stop.on_any_rank()
             due = (step + 1) % args.run.save_every == 0 or step + 1 == args.steps

@@ -53,13 +53,16 @@ def write_pairs(folder, samples, twins_of):
     twins_of: function(Q lists of pictures, Q samples) -> Q lists of `noise.NoisedPicture`s.
     """
     path = Path(folder) / "contact_sheet.png"
-    chosen = []
+    chosen, images = [], []
     for sample in (samples[i] for i in range(min(len(samples), 16 * QUESTIONS))):
-        if sample.images and len(chosen) < QUESTIONS:
-            chosen.append(sample)
-    if path.exists() or not chosen:
+        if sample.images and len(chosen) < QUESTIONS and not path.exists():
+            try:
+                images.append(sample.pictures()[:1])
+                chosen.append(sample)
+            except InputError:              # it is refused, or skipped, at its own step
+                pass
+    if not chosen:
         return
-    images = [sample.pictures()[:1] for sample in chosen]
     rows = [_row(sample.question + " (a control: the noise spares it)" * (twins[0].overlap is not None),
                  pictures[0], twins[0])
             for sample, pictures, twins in zip(chosen, images, twins_of(images, chosen))]
@@ -84,7 +87,7 @@ def _row(question, image, twin):
     mask = np.ones((small.height, small.width)) if mask is None else mask
     red = Image.composite(Image.new("RGB", small.size, "red"), small,
                           Image.fromarray(np.rint(mask * 140).astype(np.uint8)))
-    noised = type(twin)(small, twin.t, mask, twin.seed)
+    noised = twin.at_size(small.size)
     words = textwrap.wrap(" ".join(question.split()), 100)[:3]
     top = 14 * (len(words) + 1)
     row = Image.new("RGB", (3 * (SIDE + MARGIN) + MARGIN, top + small.height + MARGIN), "white")

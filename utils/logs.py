@@ -3,6 +3,7 @@ resume."""
 import json
 import math
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -76,9 +77,30 @@ def postfix(row):
             "gap": f"{row.get('gap', math.nan):.2f}"}
 
 
-def write_step(output, row, samples, batches):
-    """Append to metrics.jsonl, and to samples.jsonl all that rebuilds the step's first two questions by
-    hand."""
+@lru_cache(1)
+def tracker(kind, output):
+    """Where a line of metrics.jsonl goes as well -> function(row). kind: "none", "tensorboard" or "wandb"."""
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(str(output / "tensorboard"))
+
+        def track(row):
+            for name, value in row.items():
+                writer.add_scalar(name, value, row["step"])
+            writer.flush()
+        return track
+    if kind == "wandb":
+        import wandb
+        run = wandb.init(project="cdrl", name=output.name, dir=str(output), resume="allow", id=output.name,
+                         config=json.loads((output / "args.json").read_text()))
+        return lambda row: run.log(row, step=row["step"])
+    return lambda row: None
+
+
+def write_step(output, row, samples, batches, args):
+    """Append to metrics.jsonl (and --log), and to samples.jsonl all that rebuilds the step's first two
+    questions by hand."""
+    tracker(args.run.log, output)(row)
     with open(output / "metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
     with open(output / "samples.jsonl", "a") as file:
@@ -130,6 +152,9 @@ def trim_logs(output, step):
 
     Says on stderr where earlier steps are missing.
     """
+    for path in output.glob("eval-*.json"):
+        if path.stem[5:].isdecimal() and int(path.stem[5:]) > step:
+            path.unlink()
     for path in (output / "metrics.jsonl", output / "samples.jsonl"):
         lines, steps = [], set()
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:

@@ -2,6 +2,7 @@
 animation."""
 import hashlib
 import io
+import math
 import os
 import stat
 import warnings
@@ -105,6 +106,21 @@ def open_picture(path):
         raise InputError(f"image {str(path)!r} cannot be read ({reason(error)})") from error
 
 
+def limited_size(size, least=0, most=0):
+    """(width, height) of the same shape with at least and at most so many pixels (0: no bound)."""
+    area = size[0] * size[1]
+    bound = most if most and area > most else least if area < least else area
+    if bound == area:
+        return size
+    scale, rounded = math.sqrt(bound / area), math.floor if bound < area else math.ceil
+    return tuple(max(1, rounded(side * scale)) for side in size)
+
+
+def resized(image, size):
+    """A PIL image at another size, resampled once."""
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
 def _check_shape(file):
     if max(file.size) > MAX_RATIO * min(file.size):
         raise ValueError(f"{file.width} x {file.height} pixels, longer than {MAX_RATIO} times its breadth")
@@ -196,6 +212,11 @@ class LazyTwin(Image.Image):
         if self.mask is None or self.mask.shape == (height, width):
             return self.mask
         return np.asarray(self.mask_picture((width, height)), dtype=np.float64) / 255
+
+    def at_size(self, size):
+        """The same twin of the source at another size."""
+        make, (source, *rest) = self.__reduce__()
+        return make(resized(source, size), *rest)
 
     def load(self):
         if self._im is None:

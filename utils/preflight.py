@@ -4,15 +4,18 @@ Sizes of pictures come from their headers, and tokens from the processor's own a
 ten thousand photos take seconds, and a question whose photo is larger than all others is found before its
 step.
 """
+import importlib.util
 import re
+import shlex
 import shutil
 import sys
+from pathlib import Path
 
 from PIL import Image
 
 from utils import cli
 from utils.cli import InputError
-from utils.distributed import gathered, place
+from utils.distributed import dtype_of, gathered, parameters, place
 
 SHOWN_FAULTS = 20
 # tokens that text and template may share or not; lengths within it of the limit are counted exactly
@@ -48,6 +51,9 @@ def check_settings(args, world):
     if args.batch_size % world:
         raise InputError(f"--batch_size {args.batch_size} does not divide over {world} ranks; use a "
                          f"multiple of {world}")
+    if args.run.log != "none" and importlib.util.find_spec(args.run.log) is None:
+        raise InputError(f"--log {args.run.log} needs a package that is not here; pip install "
+                         f"{args.run.log}, or leave the flag out")
     if args.lr > 1e30:
         raise InputError(f"--lr is {args.lr:g}; AdamW moves every weight by about as much a step, 1e-6 "
                          "suits a 7B model")
@@ -57,7 +63,9 @@ def next_command(output, args):
     """The evaluation that one would want after a training (str)."""
     file = output / "heldout.jsonl"
     unseen = f" --data {file} --allow_outside" if file.exists() else ""
-    return f"python eval.py --model {output} --baseline {cli.shown(args.model)}{unseen}"
+    reading = "".join(f" --{name} {shlex.quote(str(value))}" for name in cli.READING
+                      if (value := getattr(args.run, name)))
+    return f"python eval.py --model {output} --baseline {cli.shown(args.model)}{unseen}{reading}"
 
 
 class PromptLengths:
@@ -79,7 +87,7 @@ class PromptLengths:
     def __call__(self, sizes, prompt):
         """sizes: list of (width, height). -> (tokens of the prompt within MARGIN, those of its pictures)."""
         words = len(self.vlm.tokenizer(re.sub(r"<image ?\d{0,3}>", "", prompt))["input_ids"])
-        pictures = self.picture_tokens(tuple(sizes))
+        pictures = self.picture_tokens(tuple(self.vlm.reading.size(size) for size in sizes))
         return words + pictures, pictures
 
     def picture_tokens(self, sizes):
@@ -170,6 +178,8 @@ def check_run(vlm, train_set, held_out, order, args, prompt_of):
     counts = check_questions(PromptLengths(vlm), questions[order.rank::order.world], prompt_of,
                              args.max_new_tokens, vlm.context, args.run.skip_broken)
     _check_mixture(vlm, questions, prompt_of)
+    total, trained = parameters(vlm, args.freeze_vision, args.run.lora_rank, args.run.lora_target)
+    check_disk(args, total, trained, dtype_of(args.run, vlm.device).itemsize)
     return [sample.id for *_, sample in counts]
 
 
@@ -199,15 +209,31 @@ def _check_mixture(vlm, questions, prompt_of):
                          f"one kind") from error
 
 
-def disk_plan(folder, parameters, trained, itemsize, keep):
-    """Bytes that a run writes, and what is free -> (needed, free).
+def disk_plan(folder, parameters, trained, itemsize, keep, copies=0):
+    """Bytes that a run writes, and what is free for them -> (needed, free).
 
     A checkpoint holds the model (itemsize bytes a parameter), fp32 weights and two moments of AdamW for what
-    trains. `keep` of them stay while one more is written, and the final model comes on top.
+    trains. `keep` of them stay while one more is written. copies: of the weights alone, likewise. The final
+    model comes on top. What the folder holds already is free for them, too.
     """
     checkpoint = itemsize * parameters + 4 * parameters + 8 * trained
+    models = 1 + (copies + 1) * bool(copies)
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return (keep + 1) * checkpoint + itemsize * parameters, shutil.disk_usage(folder).free
+    return (keep + 1) * checkpoint + models * itemsize * parameters, shutil.disk_usage(folder).free + held
+
+
+def check_disk(args, parameters, trained, itemsize):
+    """-> (needed, free) GiB of the disk under --output. parameters: all of a model. Raises InputError where
+    a run needs more than is free."""
+    saved = trained if args.run.lora_rank and not args.run.merge else parameters
+    copies = args.run.keep_weights * bool(args.run.weights_every)
+    plan = disk_plan(Path(args.output), saved, trained, itemsize, args.run.keep, copies)
+    needed, free = (size / 2**30 for size in plan)
+    if needed > free:
+        raise InputError(f"the run writes {needed:.2f} GiB into {args.output}, whose disk has {free:.2f} "
+                         f"free; make room, lower --keep ({args.run.keep}), or choose another --output")
+    return needed, free
 
 
 class HopelessTraining:
