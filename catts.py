@@ -35,6 +35,7 @@ from utils import answering, cli, replies, results_file
 from utils.cli import InputError, names_in, option
 from utils.experts import LocalExpert, ServerExpert, ServerVLM, consult, sample_from
 from utils.judge import accepts, equivalent, extract_answer
+from utils.model_defaults import fill_in
 from utils.overlap import run_through, timed, together
 from utils.results_file import SOURCE, SOURCES, Candidate, QuestionState, Result, Vote, read_threshold
 from vlm import VLM, Rollout
@@ -402,7 +403,8 @@ class Controller:
 
         answers = yield from consult(self.expert, "expert", states, lambda s: data.prompt(s.sample), parse)
         for state, answer in zip(states, answers):
-            state.result.votes += [] if answer is None else [Vote("expert", answer, 1.0)]
+            if answer is not None:
+                state.result.votes.append(Vote("expert", answer, state.result.probabilities["expert"]))
 
     def _with_answers(self, states, role):
         """The questions with an answer among their samples; the others have nothing to show to the Expert."""
@@ -462,9 +464,12 @@ def run(argv=None):
     parser.add_argument("--output", default="runs/catts/results.jsonl", help="file for the results of --data")
     parser.add_argument("--json", action="store_true", help="print the result, or the means, as JSON")
     cli.add_sources(parser)
+    answering.add_choices(parser)
     cli.add_options(parser, Settings)
+    parser.set_defaults(max_new_tokens=None)
     argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
+    args = answering.parse_with_preset(parser, argv)
+    fill_in(args)
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     if (args.data is None) == (args.image is None) or (args.image is None) != (args.question is None):
         raise InputError("give either IMAGE and \"QUESTION\", or --data FILE")
@@ -480,8 +485,10 @@ def run(argv=None):
         return answering.show_answer(result, record(result, sample, settings.window), args, table,
                                      controller.taus)
     samples = data.load(args.data, "test", args.limit, args.data_seed, args.strict,
-                        allow_outside=args.allow_outside)
+                        allow_outside=args.allow_outside, wording=args.prompt)
     controller = build(args, settings)
+    if args.dry_run:
+        return answering.show_cost(samples, data.prompt, args, controller)
 
     def answer_batch(batch):
         results = yield from controller.steps(batch)

@@ -27,6 +27,7 @@ from utils.cli import InputError, reason, strict_json, write_atomically
 from utils.formats import File, open_rows
 from utils.judge import is_correct
 from utils.pictures import UNREADABLE, groups_by_picture, load_picture, shown_size
+from utils.prompts import PROMPTS, project_prompt
 from utils.rows import ANSWER, LETTERS
 
 
@@ -87,6 +88,7 @@ class Sample:
     several is right, None when unknown. meta: whatever the source knows; the built-in questions carry
     "skill", "level", "evidence", "rows" and "solution". where: its place in a file, for messages. enough:
     pixels of a picture that the model can use; larger JPEGs are decoded at a reduced size.
+    wording: of the prompt, of PROMPTS.
     """
     id: str
     images: list
@@ -97,6 +99,7 @@ class Sample:
     meta: dict = field(default_factory=dict)
     where: str = ""
     enough: int | None = None
+    wording: str = "project"
 
     def pictures(self):
         """The images as RGB PIL images, as a viewer shows them (`utils/pictures.py`). Raises InputError,
@@ -141,9 +144,8 @@ def ask(sample):
 
 
 def prompt(sample):
-    """The user turn that asks for reasoning and one boxed answer (str)."""
-    what = "the letter of the answer" if sample.choices else "the answer"
-    return f"{ask(sample)}\nThink step by step, then put {what} in \\boxed{{}}."
+    """The user turn (str), in the sample's wording: by default it asks for reasoning and one boxed answer."""
+    return PROMPTS[sample.wording](ask(sample), sample)
 
 
 def voter_prompt(sample, candidates):
@@ -161,8 +163,8 @@ def critic_prompt(sample, answer):
 
 def reflect_prompt(sample, answer, critique):
     """The base model answers again with the critique (paper 3.3, Self-Reflection)."""
-    return f"{ask(sample)}\nEarlier answer: {answer}\nCritique: {critique}\n" + prompt(sample).rsplit("\n",
-                                                                                                      1)[1]
+    instruction = project_prompt("", sample)
+    return f"{ask(sample)}\nEarlier answer: {answer}\nCritique: {critique}{instruction}"
 
 
 def golds(sample):
@@ -182,16 +184,16 @@ def planner_prompt(sample):
 class Samples(Sequence):
     """The rows of a source, each made a Sample when it is asked for. broken: how many rows were left out."""
 
-    def __init__(self, rows):
-        self.rows, self.broken = rows, getattr(rows, "broken", 0)
+    def __init__(self, rows, wording):
+        self.rows, self.broken, self.wording = rows, getattr(rows, "broken", 0), wording
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return [Sample(**row) for row in self.rows[index]]
-        return Sample(**self.rows[index])
+            return [Sample(**row, wording=self.wording) for row in self.rows[index]]
+        return Sample(**self.rows[index], wording=self.wording)
 
 
 def synthetic(split, seed, index, skill=None):
@@ -199,7 +201,8 @@ def synthetic(split, seed, index, skill=None):
     return Sample(**questions.synthetic(split, seed, index, skill))
 
 
-def load(source, split="train", limit=None, seed=0, strict=True, answered=False, allow_outside=False):
+def load(source, split="train", limit=None, seed=0, strict=True, answered=False, allow_outside=False,
+         wording="project"):
     """Open a set of questions -> Sequence[Sample].
 
     source: "synthetic", or a file, or a folder that holds one. Files: .jsonl, .json, .csv, .tsv (VLMEvalKit),
@@ -209,17 +212,17 @@ def load(source, split="train", limit=None, seed=0, strict=True, answered=False,
     files. limit: at most so many. strict: broken rows raise one InputError that names lines and ids. Else
     each is named on stderr, left out and counted in the result's `broken`. answered: a row without a gold
     answer, or with one that no response can match, is broken. allow_outside: pictures may lie outside the
-    file's folder. A .tsv is read row by row; some 200 bytes a row are held.
+    file's folder. wording: of the prompts. A .tsv is read row by row; some 200 bytes a row are held.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; it must be at least 1")
     if str(source) == "synthetic":
         if split not in SPLITS:
             raise InputError(f"split {split!r} is unknown; the built-in questions have {', '.join(SPLITS)}")
-        return Samples(Synthetic(split, seed, SIZES[split] if limit is None else limit))
+        return Samples(Synthetic(split, seed, SIZES[split] if limit is None else limit), wording)
     path, rows = open_rows(source)
-    samples = Samples(File(path, rows, limit, strict, _training_fault if answered else lambda fields: None,
-                           allow_outside))
+    check = _training_fault if answered else lambda fields: None
+    samples = Samples(File(path, rows, limit, strict, check, allow_outside), wording)
     if not len(samples):
         raise InputError(f"data file {str(source)!r} holds no question")
     return samples

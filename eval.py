@@ -1,30 +1,26 @@
 """Does the model know when it does not know? Methods, metrics, scaling, the probe of the paper's Figure 1.
 
     python eval.py --model runs/cdrl --baseline tiny/base          # before and after: tables, report.html
-    python eval.py --model runs/qwen7b --data MMStar.tsv --expert https://host/v1 --expert_model NAME
+    python eval.py --only probe --model M --data mine.jsonl        # is it overconfident? in words
+    python eval.py --model runs/qwen7b --data MMStar.tsv --dry_run # what it would cost
 
 Two files are stored for each model, a line a question, resumable and split over torchrun's ranks: votes.jsonl
 (samples, and every module's votes) and probe.jsonl (answers under noise). Every table is recomputed from
 them: a row is measured, never inferred. Unanswered counts as wrong. Intervals are bootstrapped by question,
-differences are paired. A file gets at least twice --samples answers a question, so that majority voting can
-be held against CA-TTS at the same number of tokens.
+differences are paired. results.jsonl has each method's answers with the question's subsets.
 
 Left out on purpose: an LLM as the judge; the rules of judge.py decide.
 """
-import argparse
 import math
-import os
 import re
-import shlex
 import sys
 import zlib
 from collections import defaultdict
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -33,8 +29,20 @@ import data
 import noise
 import policy as policies
 from catts import Vote, rollout_record, sample_votes, share_of, tally, winner
-from noise import MODES, ClipAttention, make_pair, make_pairs, parse_t
-from utils import answering, baselines, cli, corruptions, metrics, report, results_file
+from noise import MODES, make_pair, make_pairs, parse_t
+from utils import (
+    answering,
+    baselines,
+    cli,
+    corruptions,
+    cost,
+    distributed,
+    evaluation,
+    locks,
+    report,
+    results_file,
+    stored,
+)
 from utils.cli import InputError
 from utils.experts import Memo, batches_in_flight, sample_from
 from utils.judge import accepts, extract_answer, is_correct
@@ -42,39 +50,32 @@ from utils.logs import training_log
 from utils.metrics import calibrated
 from utils.overlap import in_background, waited
 from utils.replies import without_thoughts
-from utils.report import draw_probe
 from utils.tables import (
     CALIBRATED,
-    ROUNDS,
+    STATES,
+    Answer,
     Outcome,
-    abstention,
-    against_majority,
-    arrays,
-    calibration,
     check_rows,
-    columns_of,
-    curves_of,
-    groups_of,
     mark_incomplete,
     method_of,
     modules_of,
-    paired,
-    print_tables,
-    resampled,
-    scaling,
+    probe_tables,
+    probed,
+    severity_table,
     stored_scales,
-    summarise,
-    summary_intervals,
-    within_skills,
+    vote_tables,
 )
 from vlm import VLM
 
+PROBE_STEPS = (0, 300, 500, 700, 850, 999)
 
-def collector(controller, sizes, drawn):
+# ---- The methods, from stored votes
+
+def collector(controller, sizes, drawn, methods=evaluation.METHODS):
     """-> a function: batch of samples -> rows for `run_resumable`, with all that the methods need.
 
-    `drawn` samples a question; the votes of every module for the first n of them, for each n of `sizes`; the
-    greedy answer, the one with the plausibility cut alone (alpha = 0), and the Expert's own.
+    `drawn` samples a question; the votes of every module for the first n of them, for each n of `sizes`; of
+    `methods` the greedy answer, the one with the plausibility cut alone (alpha = 0), and the Expert's alone.
     """
     vlm, settings, checker = controller.vlm, controller.settings, controller.checker
     length = {"max_new_tokens": settings.max_new_tokens}
@@ -83,32 +84,39 @@ def collector(controller, sizes, drawn):
         pictures, prompts = [s.pictures() for s in batch], [data.prompt(s) for s in batch]
         expert, with_memo = Memo(controller.expert), copy(controller)
         with_memo.expert, requests = expert, list(zip(pictures, prompts))
-        alone = in_background(expert.ask, requests) if expert.remote else None
+        asked = in_background(expert.ask, requests) if "expert" in methods and expert.remote else None
         groups = yield from sample_from(
             vlm, pictures, prompts, drawn, temperature=settings.temperature, top_k=settings.top_k,
             seed=[f"{settings.seed} {s.id}" for s in batch], **length)
-        greedy = yield from sample_from(vlm, pictures, prompts, greedy=True, **length)
-        greedy = [group[0] for group in greedy]
-        cut = checker.contrast(pictures, pictures, prompts, alpha=0, beta=settings.check_beta,
-                               **length) if checker else None
-        expert_replies = (yield from waited(alone)) if alone else expert.ask(requests)
+        greedy, cut, replies = [[None] * len(batch) for _ in range(3)]
+        if "greedy" in methods:
+            greedy = yield from sample_from(vlm, pictures, prompts, greedy=True, **length)
+            greedy = [group[0] for group in greedy]
+        if "cut" in methods and checker:
+            cut = checker.contrast(pictures, pictures, prompts, alpha=0, beta=settings.check_beta, **length)
+        if "expert" in methods:
+            replies = (yield from waited(asked)) if asked else expert.ask(requests)
         results_by_n = {}
         for n in sizes:
             results_by_n[n] = yield from with_memo.steps(batch, [group[:n] for group in groups])
         rows = []
         for i, sample in enumerate(batch):
-            results, reply = {n: results[i] for n, results in results_by_n.items()}, expert_replies[i]
+            results, reply = {n: results[i] for n, results in results_by_n.items()}, replies[i]
             row = results[max(sizes)].record(sample)
-            row = {key: row[key] for key in ("id", "gold", "choices", "question", "source", "meta")}
+            columns = ("id", "images", "gold", "choices", "question", "source", "meta")
+            row = {key: row[key] for key in columns}
             row |= {"samples": [rollout_record(r, sample, settings.window) for r in groups[i]],
-                    "greedy": rollout_record(greedy[i], sample), "cut_only": rollout_record(cut[i], sample)
-                    if cut else None}
-            answer = extract_answer(without_thoughts(reply.text)[0], sample.choices)
-            row["expert"] = {"answer": answer, "correct": accepts(answer, sample), "tokens": reply.tokens}
-            if greedy[i].failure:
+                    "expert": None}
+            row |= {name: rollout and rollout_record(rollout, sample)
+                    for name, rollout in (("greedy", greedy[i]), ("cut_only", cut[i]))}
+            if greedy[i] and greedy[i].failure:
                 results[max(sizes)].note_failure("base", greedy[i].failure)
             row["open"] = {who: why for r in results.values() for who, why in r.open.items()}
-            row["open"] |= {"expert alone": reply.error} if reply.failed else {}
+            if reply:
+                answer = extract_answer(without_thoughts(reply.text)[0], sample.choices)
+                row["expert"] = {"answer": answer, "correct": accepts(answer, sample), "tokens": reply.tokens,
+                                 "probability": reply.probability}
+                row["open"] |= {"expert alone": reply.error} if reply.failed else {}
             row["by_n"] = {str(n): {"ran": list(votes), "votes": votes, "parts": r.ledger.parts,
                                     "notes": r.ledger.notes, "said": r.texts, "order": r.order}
                            for n, r in results.items() for votes in [r.by_source()]}
@@ -125,43 +133,48 @@ def outcomes(row, n, settings):
     """
     sample = data.Sample(row["id"], [], row["question"], row["gold"], row["choices"], row["source"],
                          row["meta"])
-    drawn = row["samples"][:n]
+    drawn, taus = row["samples"][:n], settings.taus()
+    tokens = sum(s["tokens"] for s in drawn)
+    cut = sum(not s["finished"] for s in drawn) / len(drawn)
 
-    def single(said):
-        return [Outcome(row["id"], math.exp(said["logprob"]), said["correct"], said["tokens"])]
+    def single(answers):
+        return [Outcome(row["id"], math.exp(answer["logprob"]), answer["correct"], answer["tokens"],
+                        cut=float(not answer["finished"])) for answer in answers if answer]
 
     def voted(votes, tokens, calls=0):
         rows = tally(votes, taus, sample.choices)
         best = winner(rows)
         return [Outcome(row["id"], share_of(best, rows), best is not None and accepts(best.answer, sample),
-                        tokens, calls)]
+                        tokens, calls, cut)]
+
+    def unrated(correct, tokens, calls=0):
+        return [Outcome(row["id"], math.nan, correct, tokens, calls)]
+
+    def counted(tokens):
+        return math.nan if tokens is None else tokens           # a server that counts nothing
 
     def samples(**change):
         return sample_votes([s["answer"] for s in drawn], [s["confidence"][settings.reading] for s in drawn],
                             [math.exp(s["logprob"]) for s in drawn], replace(settings, **change))
 
-    def counted(tokens):
-        return math.nan if tokens is None else tokens           # a server that counts nothing
-
-    taus = settings.taus()
-    tokens = sum(s["tokens"] for s in drawn)
-    found = {"pass@1": [outcome for s in drawn for outcome in single(s)], "greedy": single(row["greedy"])}
-    if row["cut_only"]:
-        found["greedy, cut only"] = single(row["cut_only"])
-    found |= {f"majority@{n}": voted(samples(weight="equal"), tokens),
-              f"weighted@{n}": voted(samples(), tokens),
-              f"filtered@{n}": voted(samples(top_share=0.5), tokens),
-              "expert alone": [Outcome(row["id"], float("nan"), row["expert"]["correct"],
-                                       counted(row["expert"]["tokens"]), 1)]}
+    methods = {"pass@1": single(drawn), "greedy": single([row["greedy"]]),
+               "greedy, cut only": single([row["cut_only"]]),
+               f"majority@{n}": voted(samples(weight="equal", top_share=1.0), tokens),
+               f"weighted@{n}": voted(samples(), tokens),
+               f"filtered@{n}": voted(samples(top_share=0.5), tokens)}
+    if row["expert"]:
+        methods["expert alone"] = unrated(row["expert"]["correct"], counted(row["expert"]["tokens"]), 1)
+    methods = {name: results for name, results in methods.items() if results}
     if str(n) not in row["by_n"]:
-        return found
+        return methods
     run = row["by_n"][str(n)]
-    part = defaultdict(lambda: defaultdict(int),
-                       {name: defaultdict(int, cost) for name, cost in run["parts"].items()})
-    cost = {"voter": (counted(part["voter"]["expert_tokens"]), part["voter"]["expert_calls"]),
-            "self_reflection": (counted(part["critic"]["expert_tokens"]) + part["self_reflection"]["tokens"],
-                                part["critic"]["expert_calls"]),
-            "self_check": (2 * part["self_check"]["tokens"], 0)}
+    parts = defaultdict(lambda: defaultdict(int),
+                        {name: defaultdict(int, costs) for name, costs in run["parts"].items()})
+    critic = counted(parts["critic"]["expert_tokens"])
+    price = {"voter": (counted(parts["voter"]["expert_tokens"]), parts["voter"]["expert_calls"]),
+             "self_reflection": (critic + parts["self_reflection"]["tokens"],
+                                 parts["critic"]["expert_calls"]),
+             "self_check": (2 * parts["self_check"]["tokens"], 0)}
     modules = modules_of(row, n)
     for size in range(1, len(modules) + 1):
         for subset in combinations(modules, size):
@@ -171,123 +184,39 @@ def outcomes(row, n, settings):
                                      f"gone; collect again")
             votes = samples() + [Vote(source, *vote) for source in subset for vote in run["votes"][source]]
             # one module needs no Planner; of several it orders the calls, and is paid for it
-            planned = [(counted(part["planner"]["expert_tokens"]),
-                        part["planner"]["expert_calls"])] * (size > 1)
-            more, calls = map(sum, zip(*(cost[source] for source in subset), *planned))
-            found[f"{method_of(subset, row.get('incomplete'))}@{n}"] = voted(votes, tokens + more, calls)
+            planned = [(counted(parts["planner"]["expert_tokens"]),
+                        parts["planner"]["expert_calls"])] * (size > 1)
+            more, calls = map(sum, zip(*(price[source] for source in subset), *planned))
+            methods[f"{method_of(subset, row.get('incomplete'))}@{n}"] = voted(votes, tokens + more, calls)
             if subset == ("self_check",):
                 check = run["votes"]["self_check"]
-                found["greedy VCD"] = [Outcome(row["id"], float("nan"), bool(check)
-                                               and accepts(check[0][0], sample),
-                                               cost["self_check"][0])]
-    return found
+                methods["greedy VCD"] = unrated(bool(check) and accepts(check[0][0], sample),
+                                                price["self_check"][0])
+    return methods
 
 
 def by_method(rows, n, settings):
     """Stored rows -> {method: list of Outcome over all questions}."""
-    found = defaultdict(list)
+    methods = defaultdict(list)
     for row in rows:
-        for method, some in outcomes(row, n, settings).items():
-            found[method] += some
-    return dict(found)
+        for method, results in outcomes(row, n, settings).items():
+            methods[method] += results
+    return dict(methods)
 
 
 def methods_of(votes, settings, scales):
     """{model name: stored rows} -> {model name: `by_method`}. scales: {model name: a map of `stored_scales`};
     with one, `CALIBRATED` is pass@1 once more, its confidence c = sigmoid(slope * C + intercept): the
     probability that a run trained."""
-    found = {}
+    by_model = {}
     for name, rows in votes.items():
-        found[name] = by_method(rows, settings.samples, settings)
+        by_model[name] = by_method(rows, settings.samples, settings)
         if scales.get(name):
-            drawn = [(row["id"], s) for row in rows for s in row["samples"][:settings.samples]]
-            c = calibrated([s["confidence"]["mean"] for _, s in drawn], scales[name])
-            found[name][CALIBRATED] = [Outcome(i, p, s["correct"], s["tokens"]) for (i, s),
-                                       p in zip(drawn, c.tolist())]
-    return found
-
-
-def headline_tables(probes, regions, t, scales):
-    """Whether confidence says when the evidence is gone, and what a reading costs that needs no training ->
-    "headline": {model, part: `baselines.headline_intervals`}, pooled and within skill; "free readouts":
-    {model, readout: figures}.
-
-    The noised answers are those at step t on the first region (key, where it was asked for).
-    """
-    tables = {"headline": {}, "free readouts": {}}
-    for name, rows in probes.items():
-        clean, noised = (probed(rows, regions[0], step) for step in (0, t))
-        for part in ("all", *sorted({a.skill for a in clean if a.skill})):
-            views = [columns_of([a for a in view if part in ("all", a.skill)]) for view in (clean, noised)]
-            tables["headline"][f"{name}, {part}"] = baselines.headline_intervals(*views, scales[name], ROUNDS)
-        states = {view: {row["id"]: baselines.unpacked(row["states"][view]) for row in rows}
-                  for view in STATES}
-        tables["free readouts"] |= {f"{name}, {readout}": row for readout, row in baselines.readouts(
-            columns_of(clean), columns_of(noised), states).items()}
-    return tables
-
-
-def severity_table(rows, scale):
-    """Rows of `corrupter` of one model -> {"corruption, region, severity": `baselines.severity_row`}."""
-    clean = columns_of([Answer(**a) for row in rows for a in row["found"]["clean"]])
-    names = [name for name in rows[0]["found"] if name != "clean"]
-    return {name: baselines.severity_row(clean,
-                                         columns_of([Answer(**a) for row in rows
-                                                     for a in row["found"][name]]), scale)
-            for name in names}
-
-
-def make_tables(votes, probes, settings, sizes, drawn, regions, ts, risk, scales):
-    """Everything that is reported, from stored rows. votes, probes: {model name: rows}; sizes: where every
-    module voted;
-    drawn: samples a question; scales: see `methods_of`."""
-    n, last, names = settings.samples, max(ts), list(votes)
-    methods = methods_of(votes, settings, scales)
-    first_row = votes[names[-1]][0]
-    best = f"{method_of(modules_of(first_row, n), first_row.get('incomplete'))}@{n}"
-    shown = list(dict.fromkeys(["pass@1", *([CALIBRATED] if scales[names[-1]] else []), f"majority@{n}",
-                                best]))
-    boots = {name: {method: resampled(some) for method, some in found.items()} for name,
-             found in methods.items()}
-    tables = {"methods": {name: {method: summarise(some, boots[name][method]) for method,
-                                 some in found.items()}
-                          for name, found in methods.items()}}
-    if len(names) == 2:
-        both = [method for method in methods[names[1]] if method in methods[names[0]]]
-        tables["difference"] = {method: paired(*(methods[name][method] for name in names),
-                                               [boots[name][method] for name in names]) for method in both}
-    sampled = {2**i for i in range(drawn.bit_length())} | {*sizes, drawn}
-    by_n = {name: {size: by_method(rows, size, settings) for size in sorted(sampled)} for name,
-            rows in votes.items()}
-    tables["against majority"] = {name: against_majority(found, n) for name, found in by_n.items()}
-    tables["scaling"] = {name: scaling(found) for name, found in by_n.items()}
-    tables["within"] = {}
-    for name, rows in votes.items():
-        labels = groups_of(rows)
-        for label in sorted({label for some in labels.values() for label in some}):
-            for method in shown:
-                part = [o for o in methods[name][method] if label in labels[o.id]]
-                row = summarise(part, resampled(part))
-                tables["within"][f"{name}, {label}, {method}"] = {"n": len({o.id for o in part})} | {
-                    key: row.get(key, math.nan) for key in ("accuracy", "auroc", "ece", "brier")}
-    tables["calibration"] = {name: calibration(found, shown) for name, found in methods.items()}
-    for heading, points in (("reliability", metrics.reliability_points),
-                            ("risk and coverage", metrics.risk_coverage)):
-        tables[heading] = {method: {name: points(*arrays(found[method])[1:]) for name,
-                                    found in methods.items()
-                                    if method in found} for method in shown if method != f"majority@{n}"
-                                    or method == best}
-    tables["abstention"] = {name: {"method": best} | abstention(found[best], risk) for name,
-                            found in methods.items()
-                            if best in found}
-    tables["probe"] = {f"{name}, {region}, {part}": row for name, rows in probes.items() for region in regions
-                       for part, row in within_skills(probed(rows, region, 0), probed(rows, region, last),
-                                                            scales[name], summary_intervals).items()}
-    tables |= headline_tables(probes, regions, last, scales)
-    tables["curves"] = {name: {region: curves_of({t: probed(rows, region, t) for t in ts})
-                               for region in regions}
-                        for name, rows in probes.items()}
-    return tables
+            drawn = [s for row in rows for s in row["samples"][:settings.samples]]
+            c = calibrated([s["confidence"]["mean"] for s in drawn], scales[name])
+            by_model[name][CALIBRATED] = [replace(outcome, confidence=p) for outcome, p
+                                          in zip(by_model[name]["pass@1"], c.tolist())]
+    return by_model
 
 
 def cases(rows, settings, samples, clip, method, number=12):
@@ -296,232 +225,51 @@ def cases(rows, settings, samples, clip, method, number=12):
     where a kind has fewer."""
     n, taus, kinds = settings.samples, settings.taus(), defaultdict(list)
     for row in rows:
-        found = outcomes(row, n, settings)
-        kinds[(found[method][0].correct, found[f"majority@{n}"][0].correct)].append(row)
+        results = outcomes(row, n, settings)
+        kinds[(results[method][0].correct, results[f"majority@{n}"][0].correct)].append(row)
     kinds = [kinds[kind] for kind in ((True, False), (False, True), (False, False), (True, True))]
-    picked = [row for some in kinds for row in some[:3]]
-    picked += [row for some in kinds for row in some[3:]][:max(0, number - len(picked))]
-    wanted, found = {row["id"] for row in picked}, []
-    by_id = {sample.id: sample for sample in samples if sample.id in wanted}
+    picked = [row for kind in kinds for row in kind[:3]]
+    picked += [row for kind in kinds for row in kind[3:]][:max(0, number - len(picked))]
+    ids, shown = {row["id"] for row in picked}, []
+    by_id = {sample.id: sample for sample in samples if sample.id in ids}
     for row in picked:
         sample, pictures = by_id[row["id"]], by_id[row["id"]].pictures()
-        noised = make_pair(pictures, sample.question, clip, parse_t(settings.noise_t), settings.region,
-                           settings.mass,
-                           f"{settings.seed} {sample.id}")
-        table = tally([Vote(source, *vote) for source, some in row["by_n"][str(n)]["votes"].items()
-                       for vote in some], taus,
+        noised = []
+        if clip or settings.region == "all":
+            noised = make_pair(pictures, sample.question, clip, parse_t(settings.noise_t), settings.region,
+                               settings.mass, f"{settings.seed} {sample.id}")
+        votes = row["by_n"][str(n)]["votes"].items()
+        table = tally([Vote(source, *vote) for source, given in votes for vote in given], taus,
                       sample.choices)
         best = winner(table)
-        found.append({
+        shown.append({
             "images": [*pictures[:1], *noised[:1]], "question": data.ask(sample), "gold": sample.answer,
             "samples": [(s["text"], math.exp(s["logprob"]), s["correct"]) for s in row["samples"][:4]],
             "votes": {r.answer: {source: taus[source] * r.shares.get(source, 0.0) for source in taus} |
-                      {"total": r.total}
-                      for r in table}, "method": method, "verdict": best.answer if best else "nothing",
+                      {"total": r.total} for r in table},
+            "method": method, "verdict": best.answer if best else "nothing",
             "right": best is not None and accepts(best.answer, sample)})
-    return found
+    return shown
 
 
-def fit_policy(rows, settings, sources, path):
-    """Fit what evidence to buy on stored votes, and keep it in policy.json -> its tables and frontier
-    (str)."""
-    def judge(answer, row):
-        return accepts(answer, data.Sample(row["id"], [], row["question"], row["gold"], row["choices"]))
-    try:
-        policy = policies.fit_on_votes(rows, settings, judge, sources)
-    except InputError as error:                 # too few questions
-        return f"not fitted: {error}"
-    policy.save(path)
-    shown = ("accuracy", "ece", "auroc", "calls", "tokens")
-    frontier = {f"rate {point['rate']:.2f}": {key: point[key] for key in shown}
-                for point in policy.frontier[::4]}
-    return f"{policy.tables()}\n\nits frontier, cross-fitted\n{cli.table(frontier)}"
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Methods, calibration, scaling and the probe, for one "
-                                                 "model or two.")
-    cli.add_sources(parser)
-    parser.add_argument("--baseline", help="a second model to hold it against")
-    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of samples for which every module "
-                                                             "votes; default "
-                        "1 2 4 8 16 32 on the built-in questions, else --samples alone")
-    parser.add_argument("--regions", nargs="+", default=["key", "random", "inverse"], choices=MODES,
-                        help="of the probe")
-    parser.add_argument("--t", type=int, nargs="+", default=list(PROBE_STEPS),
-                        help="noise steps of the probe; 0 is always run")
-    parser.add_argument("--probe_samples", type=int, default=4,
-                        help="answers a question at each step of the probe")
-    parser.add_argument("--corruptions", nargs="*", choices=corruptions.NAMES,
-                        help="severity curves under these, all where "
-                        "none is named: accuracy and confidence at five severities, on the key region and "
-                        "everywhere; takes "
-                        "some times as long as the probe")
-    parser.add_argument("--max_failed", type=float, default=0.05,
-                        help="share of questions on which a server may fail before no row is called CA-TTS")
-    parser.add_argument("--target_risk", type=float, default=0.1,
-                        help="share of wrong answers that abstention aims at")
-    parser.add_argument("--output", default="runs/eval", help="folder for what is measured")
-    parser.add_argument("--json", action="store_true", help="print tables.json")
-    cli.add_options(parser, catts.Settings)
-    parser.set_defaults(batch_size=50)
-    args = parser.parse_args(argv)
-    settings = catts.Settings(**{name: getattr(args, name) for name in catts.Settings.__dataclass_fields__})
-    if settings.early_exit != "off":
-        raise InputError(f"--early_exit is {settings.early_exit!r}; here every module must vote, leave it "
-                         "off")
-    if settings.policy != "paper":
-        raise InputError(f"--policy is {settings.policy!r}; here every module must vote, and a new policy "
-                         f"is fitted")
-    if args.probe_samples < 1 or not 0 < args.target_risk < 1 or not 0 <= args.max_failed <= 1:
-        raise InputError(f"--probe_samples {args.probe_samples} must be at least 1, --target_risk "
-                         f"{args.target_risk} between 0 and 1, --max_failed {args.max_failed} from 0 to 1")
-    if args.baseline and os.path.realpath(args.baseline) == os.path.realpath(args.model):
-        raise InputError(f"--baseline {args.baseline!r} is --model; name another model, or none")
-    built_in = (args.data or "synthetic") == "synthetic"
-    args.limit = 200 if built_in and args.limit is None else args.limit
-    args.sizes = sorted({*(args.sizes or ([1, 2, 4, 8, 16, 32] if built_in else [])), settings.samples})
-    if args.sizes[0] < 1:
-        raise InputError(f"--sizes {args.sizes[0]} must be at least 1")
-    drawn = max(args.sizes[-1], 2 * settings.samples, settings.samples +
-                8)        # what CA-TTS costs, in samples
-    args.t = ts = sorted({0, *(parse_t(t)[0] for t in args.t)})
-    args.regions = [region for region in MODES if region in args.regions]
-    output, samples = Path(args.output), data.load(args.data or "synthetic", "test", args.limit,
-                                                   args.data_seed, args.strict,
-                                                   answered=True, allow_outside=args.allow_outside)
-    paths = list(filter(None, (args.baseline, args.model)))
-    public = [cli.public_url(path) for path in paths]
-    names = [Path(path).name for path in public]
-    names = names if len({*names}) == len(paths) else public
-    votes, probes, corrupted = {}, {}, {}
-    for name, path in zip(names, paths):
-        controller = catts.build(args, settings, path)
-        folder = output / re.sub(r"[^\w.-]+", "_", name)
-        frame = results_file.run_fingerprint(args, ("baseline", "target_risk", "corruptions"), model=path)
-        defaults = results_file.run_fingerprint(parser.parse_args([]),
-                                                ("baseline", "target_risk", "corruptions"))
-        answering.ask_consent(args, samples, controller, folder / "votes.jsonl", sizes=args.sizes)
-        votes[name] = results_file.run_resumable(
-            collector(controller, args.sizes, drawn), samples, folder / "votes.jsonl", frame, args.batch_size,
-            f"{name}: votes", args.strict, defaults,
-            batches_in_flight(args.batch_size, controller.vlm, controller.expert))
-        if isinstance(controller.vlm, VLM):
-            probes[name] = results_file.run_resumable(
-                prober(controller.vlm, controller.clip, args.regions, ts, settings.mass, args.probe_samples,
-                             settings.seed, max_new_tokens=settings.max_new_tokens),
-                samples, folder / "probe.jsonl", frame | {"states": list(STATES)}, args.batch_size,
-                f"{name}: probe",
-                args.strict, defaults)
-            if args.corruptions is not None:
-                kinds = args.corruptions or corruptions.NAMES
-                corrupted[name] = results_file.run_resumable(
-                    corrupter(controller.vlm, controller.clip, kinds, settings.mass, args.probe_samples,
-                              settings.seed,
-                              max_new_tokens=settings.max_new_tokens),
-                    samples, folder / "corruptions.jsonl", frame | {"corruptions": list(kinds)},
-                    args.batch_size,
-                    f"{name}: corruptions", args.strict, defaults)
-    if votes[names[0]] is None:             # not the first rank
-        return
-    ids = [s.id for s in samples]
-    votes, probes, corrupted = ({name: [rows[i] for i in ids if i in rows] for name, rows in found.items()}
-                                for found in (votes, probes, corrupted))
-    if not all(votes.values()):
-        raise InputError(f"no question of {args.data!r} could be answered; every picture is broken")
-    expected = [catts.SOURCE[m] for m in controller.modules if m != "self_check"
-                or controller.checker is not None]
-    for rows in votes.values():
-        check_rows(rows, args.sizes, drawn, expected)
-        mark_incomplete(rows, args.max_failed)
-    failures = {name: results_file.failures(rows) for name, rows in votes.items()}
-    scales = dict(zip(names, stored_scales(paths)))
-    tables = make_tables(votes, probes, settings, args.sizes, drawn, args.regions, ts, args.target_risk,
-                         scales)
-    if corrupted:
-        tables["severity"] = {f"{name}, {row}": figures for name, rows in corrupted.items()
-                              for row, figures in severity_table(rows, scales[name]).items()}
-    kept, left_out = len(votes[names[-1]]), len(ids) - len(votes[names[-1]]) + getattr(samples, "broken", 0)
-    source = args.data or "the built-in test split"
-    about = (f"{kept} questions of {source}{f' ({left_out} left out)' if left_out else ''}, "
-             f"N = {settings.samples}, noise at t = {max(ts)}, seed {settings.seed}; "
-             f"{' and '.join(map(cli.shown, paths))}; "
-             f"Expert {cli.shown(args.expert)}; torch {torch.__version__}.")
-    about += "".join(f" {name}: c = sigmoid({scale['slope']:.3g} C {scale['intercept']:+.3g}), fixed before "
-                     f"the training began."
-                     for name, scale in scales.items() if scale)
-    cli.write_atomically(output / "tables.json", cli.strict_json({"about": about, **tables}, indent=1))
-    threshold = tables["abstention"][names[-1]] | {"settings": results_file.threshold_settings(settings),
-                                                   "sources": results_file.source_fingerprint(args)}
-    cli.write_atomically(output / "threshold.json", cli.strict_json(threshold, indent=1))
-    closed = [row for row in votes[names[-1]] if not results_file.is_open(row)]
-    policy_text = fit_policy(closed, settings, results_file.source_fingerprint(args),
-                             output / "policy.json")
-    clip = controller.clip or ClipAttention.from_pretrained(args.clip, kind=args.clip_map)
-    (output / "report.html").write_text(report.build(
-        tables, cases(votes[names[-1]], settings, samples, clip, threshold["method"]),
-        {name: training_log(path) for name, path in zip(names, paths)}, about), encoding="utf-8")
-    if probes:
-        draw_probe(output / "probe.png", {f"{name}, {region}": {t: probed(rows, region, t) for t in ts}
-                                          for name, rows in probes.items() for region in args.regions})
-    if args.json:
-        print(cli.strict_json(tables))
-    else:
-        print_tables(tables, about, failures, drawn)
-        print(f"\nThe policy (catts.py --policy {output}/policy.json)\n{policy_text}")
-    if any(failures.values()):
-        print("; ".join(filter(None, failures.values())), file=sys.stderr)
-        raise SystemExit(results_file.STILL_OPEN)
-    if args.json:
-        return
-    print(f"\nwrote {output}/: report.html, tables.json, threshold.json, probe.png and the stored votes; "
-          "the page and tables.json hold every interval")
-    changed = [f"--{key} {shlex.quote(str(value))}" for key,
-               value in results_file.threshold_settings(settings).items()
-               if value != getattr(catts.Settings, key)]
-    changed += [f"--{key} {shlex.quote(cli.public_url(getattr(args, key)))}"
-                for key in ("expert", "expert_model", "clip", "check_model")
-                if getattr(args, key) != parser.get_default(key)]
-    print("next: " + " ".join(["python catts.py tiny/example.png \"How many red crosses are there?\" --model",
-                               cli.shown(args.model), *changed, f"--abstain {output}/threshold.json"]))
-
-
-PROBE_STEPS = (0, 300, 500, 700, 850, 999)
-STATES = ("clean", "noised", "blank")               # on which pictures a frozen model's hidden state is read
-
-
-@dataclass
-class Answer:
-    """One sampled answer. confidence: C (Eq. 3, mean); probability: exp of the mean log-prob, in (0, 1];
-    token_probability: mean probability of the sampled tokens (the paper's Figure 1)."""
-    id: str
-    skill: str
-    level: str
-    text: str
-    correct: bool
-    confidence: float
-    probability: float
-    token_probability: float
-    length: int
-    finished: bool
-
+# ---- The probe: answers under noise (paper Figure 1)
 
 def answer(vlm, samples, images, n=4, *, seed=0, batch_size=32, progress=None, **sampling):
     """n sampled answers for each question about given images (lists of PIL images) -> list of Answer, in
     order."""
     answers = []
     for start in range(0, len(samples), batch_size):
-        part = samples[start:start + batch_size]
-        rollouts = vlm.sample(images[start:start + batch_size], [data.prompt(s) for s in part], n, seed=[
-            f"{seed} {s.id}" for s in part], **sampling)
-        for sample, group in zip(part, rollouts):
+        batch = samples[start:start + batch_size]
+        rollouts = vlm.sample(images[start:start + batch_size], [data.prompt(s) for s in batch], n,
+                              seed=[f"{seed} {s.id}" for s in batch], **sampling)
+        for sample, group in zip(batch, rollouts):
             for r in group:
                 answers.append(Answer(
                     sample.id, str(sample.meta.get("skill", "")), str(sample.meta.get("level", "")), r.text,
                     is_correct(r.text, sample), r.confidences.mean().item(), r.logprobs.mean().exp().item(),
                     r.logprobs.exp().mean().item(), len(r.tokens), r.finished))
         if progress is not None:
-            progress.update(len(part))
+            progress.update(len(batch))
     return answers
 
 
@@ -554,7 +302,7 @@ def prober(vlm, clip, regions, ts, mass, n, seed, **sampling):
         noised = make_pairs(pictures, [s.question for s in batch], clip, (max(ts),) * 2,
                             [regions[0]] * len(batch), mass,
                             [f"{seed} {s.id}" for s in batch])
-        blank = [[Image.new("RGB", image.size) for image in some] for some in pictures]
+        blank = [[Image.new("RGB", image.size) for image in images] for images in pictures]
         for name, images in zip(STATES, (pictures, noised, blank)):
             for sample, state in zip(batch, vlm.states(images, prompts)):
                 rows[sample.id].setdefault("states", {})[name] = baselines.packed(state)
@@ -568,17 +316,22 @@ def corrupter(vlm, clip, names, mass, n, seed, **sampling):
     def collect(batch):
         rows = {s.id: {"id": s.id, "found": {}} for s in batch}
         pictures = [s.pictures() for s in batch]
-        maps = clip.maps([(image, s.question) for s, some in zip(batch, pictures) for image in some])
-        keys = [[noise.region(next(maps), mass, "key") for _ in some] for some in pictures]
-        for place, masks in (("key", keys), ("all", [[None] * len(some) for some in pictures])):
+        maps = clip.maps([(image, s.question) for s, images in zip(batch, pictures) for image in images])
+        keys = [[noise.region(next(maps), mass, "key") for _ in images] for images in pictures]
+        everywhere = [[None] * len(images) for images in pictures]
+
+        def corrupted(name, severity, masks):
+            return [[corruptions.corrupt(image, name, severity, noise.NoisedPicture, mask=mask,
+                                         seed=zlib.crc32(f"{seed} {s.id} {i}".encode()))
+                     for i, (image, mask) in enumerate(zip(images, image_masks))]
+                    for s, images, image_masks in zip(batch, pictures, masks)]
+
+        for place, masks in (("key", keys), ("all", everywhere)):
             for name in names:
                 for severity in corruptions.SEVERITIES:
-                    images = [[corruptions.corrupt(image, name, severity, noise.NoisedPicture, mask=mask,
-                                                   seed=zlib.crc32(
-                        f"{seed} {s.id} {i}".encode())) for i, (image, mask) in enumerate(zip(some, own))]
-                        for s, some, own in zip(batch, pictures, masks)]
                     label = f"{name}, {place}, {severity}"
-                    for a in answer(vlm, batch, images, n, seed=f"{seed} {label}", **sampling):
+                    for a in answer(vlm, batch, corrupted(name, severity, masks), n, seed=f"{seed} {label}",
+                                    **sampling):
                         rows[a.id]["found"].setdefault(label, []).append(asdict(a))
         for a in answer(vlm, batch, pictures, n, seed=seed, **sampling):
             rows[a.id]["found"].setdefault("clean", []).append(asdict(a))
@@ -586,10 +339,133 @@ def corrupter(vlm, clip, names, mass, n, seed, **sampling):
     return collect
 
 
-def probed(rows, region, t):
-    """Rows of `prober` -> list of Answer on a region at step t."""
-    region, t = (region, t) if t else ("clean", 0)
-    return [Answer(**a) for row in rows for a in row["found"][region][str(t)]]
+# ---- The command
+
+def fit_policy(rows, settings, sources, path):
+    """Fit what evidence to buy on stored votes, and keep it in policy.json -> its tables and frontier
+    (str)."""
+    def judged(answer, row):
+        return accepts(answer, data.Sample(row["id"], [], row["question"], row["gold"], row["choices"]))
+    try:
+        policy = policies.fit_on_votes(rows, settings, judged, sources)
+    except InputError as error:                 # too few questions
+        return f"not fitted: {error}"
+    policy.save(path)
+    columns = ("accuracy", "ece", "auroc", "calls", "tokens")
+    frontier = {f"rate {point['rate']:.2f}": {key: point[key] for key in columns}
+                for point in policy.frontier[::4]}
+    return f"{policy.tables()}\n\nits frontier, cross-fitted\n{cli.table(frontier)}"
+
+
+def measure(name, controller, samples, args, settings):
+    """Everything that is asked of one model, stored in its folder -> {part: {id: row}}; None on other ranks
+    than the first."""
+    folder = Path(args.output) / re.sub(r"[^\w.-]+", "_", name)
+    sampling = {"max_new_tokens": settings.max_new_tokens}
+    probing = (settings.mass, args.probe_samples, settings.seed)
+    kinds = args.corruptions or corruptions.NAMES
+    vlm, clip = controller.vlm, controller.clip
+    collectors = {
+        "votes": (lambda: collector(controller, args.sizes, args.drawn, args.methods), {}, stored.COLLECTED),
+        "probe": (lambda: prober(vlm, clip, args.regions, args.t, *probing, **sampling),
+                  {"states": list(STATES)}, stored.probe_row(Answer, args, STATES)),
+        "corruptions": (lambda: corrupter(vlm, clip, kinds, *probing, **sampling),
+                        {"corruptions": list(kinds)}, stored.corruption_row(Answer, args))}
+    rows = {}
+    for part in args.parts:
+        if part == "votes" or isinstance(vlm, VLM):             # a server answers, and shows no logits
+            collect, more, shape = collectors[part]
+            frame, defaults = evaluation.stored_settings(args, part, evaluation.model_names(args)[name])
+            path, in_flight = folder / f"{part}.jsonl", 1
+            if part == "votes":
+                answering.ask_consent(args, samples, controller, path, sizes=args.sizes)
+                in_flight = batches_in_flight(args.batch_size, vlm, controller.expert)
+            rows[part] = results_file.run_resumable(
+                collect(), samples, path, frame | more, args.batch_size, f"{name}: {part}", args.strict,
+                defaults, in_flight, shape)
+    return rows
+
+
+@locks.released_after
+def main(argv=None):
+    args, settings = evaluation.parse(argv, catts.Settings, MODES, PROBE_STEPS, parse_t)
+    samples = evaluation.of_split(data.load(args.data or "synthetic", "test", args.limit, args.data_seed,
+                                            args.strict, answered=True, allow_outside=args.allow_outside,
+                                            wording=args.prompt), args.split)
+    models, measured = evaluation.model_names(args), {}
+    for name, path in models.items():
+        controller = catts.build(args, settings, path)
+        if args.dry_run:
+            parts = cost.eval_parts(args, controller.modules, controller.checker is not None)
+            answering.show_cost(samples, data.prompt, args, controller, name, args.drawn, parts)
+        else:
+            measured[name] = measure(name, controller, samples, args, settings)
+    if args.dry_run or distributed.place()[0]:
+        return
+    write_report(measured, controller, samples, args, settings)
+
+
+def write_report(measured, controller, samples, args, settings):
+    """Every table, figure and file from what is stored. measured: {model name: rows of `measure`}."""
+    output, models = Path(args.output), evaluation.model_names(args)
+    ids = [s.id for s in samples]
+    votes, probes, corrupted = (
+        {name: [rows[part][i] for i in ids if i in rows[part]] for name, rows in measured.items()
+         if part in rows} for part in evaluation.PARTS)
+    counts = [len(rows) for rows in [*votes.values(), *probes.values(), *corrupted.values()]]
+    if not all(counts):
+        raise InputError(f"no question of {args.data!r} could be answered; every picture is broken")
+    scales = dict(zip(models, stored_scales(models.values())))
+    tables, method, policy_text, shown_cases = {"findings": {}}, None, "", []
+    if votes:
+        sources = [catts.SOURCE[m] for m in controller.modules if m != "self_check" or controller.checker]
+        for rows in votes.values():
+            check_rows(rows, args.sizes, args.drawn, sources)
+            mark_incomplete(rows, args.max_failed)
+        methods = methods_of(votes, settings, scales)
+        sizes = sorted({2**i for i in range(args.drawn.bit_length())} | {*args.sizes, args.drawn})
+        by_n = {name: {n: by_method(rows, n, settings) for n in sizes} for name, rows in votes.items()}
+        tables |= vote_tables(votes, methods, by_n, settings.samples, args.target_risk,
+                              [name for name, scale in scales.items() if scale])
+        last = list(votes)[-1]
+        method = tables["abstention"][last]["method"]
+        for name, rows in votes.items():
+            evaluation.write_results(output / re.sub(r"[^\w.-]+", "_", name) / "results.jsonl", rows,
+                                     methods[name], {"model": name})
+        threshold = tables["abstention"][last] | {"settings": results_file.threshold_settings(settings),
+                                                  "sources": results_file.source_fingerprint(args)}
+        cli.write_atomically(output / "threshold.json", cli.strict_json(threshold, indent=1))
+        closed = [row for row in votes[last] if not results_file.is_open(row)]
+        policy_text = fit_policy(closed, settings, results_file.source_fingerprint(args),
+                                 output / "policy.json")
+        shown_cases = cases(votes[last], settings, samples, controller.clip, method)
+    if probes:
+        tables |= probe_tables(probes, args.regions, args.t, scales)
+        report.draw_probe(output / "probe.png", {f"{name}, {region}": {t: probed(rows, region, t)
+                                                                       for t in args.t}
+                                                 for name, rows in probes.items() for region in args.regions})
+    if corrupted:
+        tables["severity"] = {f"{name}, {row}": figures for name, rows in corrupted.items()
+                              for row, figures in severity_table(rows, scales[name]).items()}
+    failures = list(filter(None, map(results_file.failures, votes.values())))
+    about = evaluation.describe_run(args, settings, samples, counts[-1], scales)
+    tables["notes"] = failures + evaluation.sentences_of(tables, args)
+    cli.write_atomically(output / "tables.json", cli.strict_json({"about": about, **tables}, indent=1))
+    logs = {name: training_log(path) for name, path in models.items()}
+    page = report.build(tables, shown_cases, logs, about)
+    cli.write_atomically(output / "report.html", page)
+    if args.json:
+        print(cli.strict_json(tables))
+    else:
+        evaluation.show(tables, about, args, policy_text)
+    if failures:
+        print("; ".join(failures), file=sys.stderr)
+        raise SystemExit(results_file.STILL_OPEN)
+    if args.json:
+        return
+    print(f"\nwrote {output}/: report.html, tables.json and what was measured; the page and tables.json hold "
+          f"every interval")
+    print(f"next: {evaluation.next_command(args, settings, catts.Settings())}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from utils import cli
+from utils import cli, inputs
 from utils.cli import TINY, InputError
 from utils.clip_files import MapCache, contributions, open_clip
 from utils.loading import ATTENTION
@@ -248,11 +248,11 @@ def overlap(mask, attention, mass):
 
 def parse_t(text):
     """"500" -> (500, 500); "300-999" -> (300, 999). Raises InputError."""
-    parts = str(text).split("-")
-    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) <= STEPS for part in parts):
+    bounds = str(text).split("-")
+    if len(bounds) > 2 or not all(t.strip().isdecimal() and int(t) <= STEPS for t in bounds):
         raise InputError(f"noise step {text!r} is not a whole number from 0 to {STEPS}, nor a range such as "
                          f"300-999")
-    low, high = int(parts[0]), int(parts[-1])
+    low, high = int(bounds[0]), int(bounds[-1])
     if low > high:
         raise InputError(f"noise range {text!r} runs backwards; write {high}-{low}")
     return low, high
@@ -315,6 +315,7 @@ def main(argv=None):
         raise InputError(f"--mass is {args.mass}; a number above 0 and at most 1 is expected")
     for t in args.t:
         parse_t(t)
+    inputs.refuse_as_output(args.output, image=args.image)
     image = open_picture(args.image)
     attention = ClipAttention.from_pretrained(args.clip, kind=args.clip_map).map(image, args.question)
     contact_sheet(image, args.question, attention, args.mass, args.t, args.output, args.seed, region, diffuse)

@@ -1,41 +1,36 @@
 """Which question deserves which computation: a posterior over answers, and a controller that buys evidence.
 
-    python eval.py --model runs/cdrl --baseline tiny/base                        # fits policy.json on stored
-    votes python catts.py photo.png "How many red circles?" --policy policy.json       # what was bought, and
-    why it stopped python catts.py --data questions.jsonl --policy policy.json --budget 0.5     # Expert calls
-    a question, on average
+    python eval.py --model runs/cdrl --baseline tiny/base                  # fits policy.json on stored votes
+    python catts.py photo.png "How many red circles?" --policy policy.json # what was bought, why it stopped
+    python catts.py --data questions.jsonl --policy policy.json --budget 0.5       # mean Expert calls
 
 The paper runs every module with fixed weights. Here evidence is bought one piece at a time: more samples,
 Visual Self-Check, the Voter, Self-Reflection, the Expert's own answer.
 
-1. *Posterior*: P(right) of each candidate answer, and of "none of these", from what has been bought so far.
-It is a
+1. *Posterior*: P(right) of each candidate answer, and of "none of these", from what has been bought so far: a
    conditional logit with the coefficients of FEATURES, fitted by maximum likelihood with a ridge.
 2. *Outcomes*: how each purchase changed P of the leading answer on the fitted questions, a table by P.
-3. *Controller*: it buys what promises the largest P in the end, less `rate` times all prices on the way
-there. It stops
-   when nothing promises more than the P at hand. The promises follow from the table, by backward induction.
+3. *Controller*: it buys what promises the largest P in the end, less `rate` times all prices on the way. It
+   stops when nothing promises more than the P at hand. Promises follow from the table, by backward induction.
 
 All three are fitted on stored votes of answered questions, and kept in policy.json. A piece of evidence that
 was not bought is absent: it changes no candidate's score. One that was bought and is silent about a candidate
 counts against it. Left out on purpose: features of the picture or the question; a learned value function.
 """
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
-from utils import cli
+from utils import frontier, policy_file
 from utils.cli import InputError
-from utils.frontier import Spent, certified_threshold, confidences, means
+from utils.frontier import Spent, StoredVotes
 from utils.judge import equivalent
 from utils.logit import fit_logit, softmax
-from utils.results_file import SOURCE, changed_settings, threshold_settings
+from utils.results_file import SOURCE
 
 # What can be bought, in the order in which equal bargains are taken. A purchase is filed under its votes'
 # source.
@@ -56,7 +51,8 @@ class Evidence:
     """What is known of one question.
 
     samples: (answer or None, C, mean log-prob) of each. votes: {source: [[answer, share], ...]} of what was
-    bought. A source that is not in it was not bought; one with an empty list was, and gave no answer.
+    bought; the Expert's share is the probability of the least probable token of its reply. A source that is
+    not in it was not bought; one with an empty list was, and gave no answer.
     """
     samples: list
     votes: dict = field(default_factory=dict)
@@ -99,6 +95,7 @@ FEATURES = {
     "voter": "log of the Voter's probability over an even split",
     "self_reflection": "Self-Reflection arrives at it",
     "expert": "the Expert answers it",
+    "expert, p": "log-odds of the least probable token of the Expert's reply",
     "share, Expert heard": "share, once the Expert has spoken in any role",
     "voter, Expert's answer": "voter, once the Expert's own answer is known: one model, asked twice",
     "none": "none of these",
@@ -130,8 +127,9 @@ def features(evidence, scale):
         # 0.02 bounds the weight of a Voter that is certain.
         voter = math.log((shares["voter"] + 0.02) / (1 / num_voted + 0.02)) if "voter" in shares else 0.0
         row[5:8] = voter, "self_reflection" in shares, "expert" in shares
-        row[8:10] = share * heard, voter * ("expert" in evidence.votes)
-    rows[-1, 10:] = (1.0, sum(c) / max(1, n), sum(p) / max(1, n), math.log(max(1, n)),
+        surest = min(max(shares.get("expert", 0.5), 0.01), 0.999)           # 0.5: log-odds 0
+        row[8:11] = math.log(surest / (1 - surest)), share * heard, voter * ("expert" in evidence.votes)
+    rows[-1, 11:] = (1.0, sum(c) / max(1, n), sum(p) / max(1, n), math.log(max(1, n)),
                     math.log(max(1, len(candidates))), heard)
     return [answer for answer, _, _ in candidates], rows
 
@@ -164,22 +162,17 @@ class Posterior:
 
 # ---- 2. Stored votes, as questions on which anything can be bought
 
-class StoredQuestion:
-    """A row of `eval.collector`: all evidence that could be bought, its costs, and which answers are right.
-    accepts: (answer, row) -> bool. reading: of C."""
-
-    def __init__(self, row, accepts, reading="mean"):
-        self.id, self.row, self.choices, self.cache = row["id"], row, row["choices"], {}
-        self.samples = [(s["answer"], s["confidence"][reading], s["logprob"]) for s in row["samples"]]
-        self.accepts = lru_cache(None)(lambda answer: bool(answer is not None and accepts(answer, row)))
+class StoredQuestion(StoredVotes):
+    """A row of `eval.collector`: all evidence that could be bought, its costs, and which answers are
+    right."""
 
     def evidence(self, n, sources=()):
         """The first n samples and the votes of some sources (Evidence)."""
-        votes, expert = self.row["by_n"][str(n)]["votes"], self.row["expert"]["answer"]
-        votes = votes | {"expert": [] if expert is None else [[expert, 1.0]]}
+        votes = self.votes(n)
         return Evidence(self.samples[:n], {source: votes[source] for source in sources}, self.choices)
 
     def features(self, n, sources, scale):
+        """-> candidates, their features, which are right (K + 1,); the last is "none of these"."""
         key = (n, frozenset(sources), scale)
         if key not in self.cache:
             answers, x = features(self.evidence(n, sources), scale)
@@ -187,21 +180,6 @@ class StoredQuestion:
             right[-1] = not right.any()
             self.cache[key] = answers, x, right
         return self.cache[key]
-
-    def cost(self, purchase, n, first=0):
-        """Of a purchase at n samples (or of samples first to n) -> (base tokens, Expert tokens, Expert
-        calls)."""
-        if purchase == "samples":
-            return sum(s["tokens"] for s in self.row["samples"][first:n]), 0, 0
-        if purchase == "expert":
-            return 0, self.row["expert"]["tokens"] or 0, 1      # None: a server that counts nothing
-        parts = self.row["by_n"][str(n)]["parts"]
-        role = {"voter": "voter", "self_reflection": "critic"}.get(purchase)
-        base = 0 if purchase == "voter" else parts.get(purchase, {}).get("tokens", 0)
-        base *= 2 if purchase == "self_check" else 1  # a contrasted token is read twice
-        expert = parts.get(role, {})
-        return base, expert.get("expert_tokens") or 0, expert.get("expert_calls",
-                                                                0) + expert.get("cached_calls", 0)
 
 
 def next_size(sizes, n):
@@ -224,7 +202,6 @@ def affordable(n, sources, sizes, modules, num_candidates=2):
 
 # ---- 3. The policy
 
-RISKS = (0.05, 0.1, 0.2)            # target risks for which thresholds are certified
 GRID = np.linspace(0, 1, 41)        # values of P at which promises are computed
 
 
@@ -255,8 +232,7 @@ class Policy:
     def after(self, purchase, p, heard):
         """Equally likely values of P after a purchase, where the leading answer has P = p: (N,) -> (S, N)."""
         points = self.outcomes.get(purchase, {}).get("after" if heard else "before", [])
-        changes = np.array([changes for _, changes in points]) if points else np.zeros((1,
-                                                                                        1))  # (bins, S)
+        changes = np.array([changes for _, changes in points] or [[0.0]])           # (bins, S)
         at = [point for point, _ in points] or [0.0]
         return np.clip([p + np.interp(p, at, column) for column in changes.T], 0, 1)
 
@@ -275,8 +251,7 @@ class Policy:
             self._offers[key], heard = {}, bool(HEARS_EXPERT & set(sources))
             for m in affordable(n, sources, self.sizes, self.modules):
                 state = (next_size(self.sizes, n), sources) if m == "samples" else (n, {*sources, m})
-                promise = np.max([GRID, *self.offers(*state, rate).values()],
-                                 0)        # stop there, or go on buying
+                promise = np.max([GRID, *self.offers(*state, rate).values()], 0)    # stop there, or go on
                 expected = np.interp(self.after(m, GRID, heard), GRID, promise).mean(0)
                 self._offers[key][m] = expected - rate * self.price(m, n)
         return self._offers[key]
@@ -298,32 +273,13 @@ class Policy:
         return best, rise, price
 
     def choose_rate(self, budget=None, accuracy=None):
-        """Set the rate for a budget (mean Expert calls a question) or a target accuracy, by the frontier ->
-        self."""
-        if budget is not None:
-            rates = [point["rate"] for point in self.frontier if point["calls"] <= budget + 1e-9]
-            if not rates:
-                least = min(point["calls"] for point in self.frontier)
-                raise InputError(f"--budget {budget:g} is below {least:.2f} calls, the least of this "
-                                 f"policy; raise it")
-            self.rate = min(rates)
-        elif accuracy is not None:
-            rates = [point["rate"] for point in self.frontier if point["accuracy"] >= accuracy]
-            if not rates:
-                best = max(point["accuracy"] for point in self.frontier)
-                raise InputError(f"--accuracy {accuracy:g} is above {best:.3f}, the best of this policy; "
-                                 f"lower it")
-            self.rate = max(rates)
+        """Set the rate for a budget (mean Expert calls a question) or a target accuracy -> self."""
+        self.rate = frontier.rate_for(self.frontier, budget, accuracy) or self.rate
         return self
 
     def threshold(self, risk):
         """The confidence from which on an answer is given at a target risk of the file; inf: never."""
-        point = next(point for point in self.frontier if point["rate"] == self.rate)
-        if f"{risk:g}" not in point["thresholds"]:
-            certified = ", ".join(point["thresholds"])
-            raise InputError(f"--risk {risk:g} was not certified; choose one of {certified}")
-        value = point["thresholds"][f"{risk:g}"]
-        return math.inf if value is None else value
+        return frontier.threshold_for(self.frontier, self.rate, risk)
 
     def buy(self, controller, states):
         """A generator: buy evidence for questions (QuestionStates of a catts.Controller) one piece at a time,
@@ -378,20 +334,15 @@ class Policy:
     def save(self, path):
         """policy.json, which `read_policy` opens."""
         stored = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "posterior"}
-        record = {"coefficients": dict(zip(FEATURES, self.posterior.coefficients.tolist())),
-                  "scale": self.posterior.scale, **stored}
-        cli.write_atomically(Path(path), cli.strict_json(record, indent=1))
+        coefficients = dict(zip(FEATURES, self.posterior.coefficients.tolist()))
+        policy_file.write(path, {"coefficients": coefficients, "scale": self.posterior.scale, **stored})
 
     def tables(self):
         """The coefficients in words, and the mean rise of P by each purchase, by P (str)."""
-        coefficients = cli.table({name: {"coefficient": float(w), "": words} for (name, words), w in zip(
-            FEATURES.items(), self.posterior.coefficients)})
         at = np.array([0.2, 0.4, 0.6, 0.8, 0.95])
         rises = {f"{m}, {when}": self.after(m, at, when == "after").mean(0) - at
                  for m in self.outcomes for when in self.outcomes[m]}
-        title = "\n\nrise of P by a purchase, before and after the Expert was heard\n"
-        return coefficients + title + cli.table(
-            {name: {f"P {p}": float(rise) for p, rise in zip(at, row)} for name, row in rises.items()})
+        return policy_file.tables(FEATURES, self.posterior.coefficients, at, rises)
 
 
 def fit_posterior(questions, sizes, modules, ridge=1.0, visits=None):
@@ -432,32 +383,20 @@ def states_of(sizes, modules):
 
 
 def fit_outcomes(questions, posterior, sizes, modules, bins=6, changes=5):
-    """The table of outcomes: in bins of equal mass of P, the mean change of P in each fifth of the questions.
-
-    More evidence cannot lower the expected P(right) of the best answer. Where the mean change is negative, it
-    is noise of the fit, and the changes are shifted to mean 0.
-    """
+    """The table of outcomes (see Policy): in bins of P, the mean change of P in each fifth of the states."""
     pairs = {}
     for q in questions:
-        x_of = {(n, frozenset(sources)): q.features(n, sources, posterior.scale)[1] for n,
-                sources in states_of(sizes, modules)}
+        x_of = {(n, frozenset(sources)): q.features(n, sources, posterior.scale)[1]
+                for n, sources in states_of(sizes, modules)}
         p_of = {state: posterior.probabilities(x).max(initial=0.0) for state, x in x_of.items()}
         for (n, sources), x in x_of.items():
             for purchase in affordable(n, sources, sizes, modules, num_sampled(x)):
                 after = (next_size(sizes, n), sources) if purchase == "samples" else (n, sources | {purchase})
                 when = "after" if HEARS_EXPERT & sources else "before"
-                pairs.setdefault(purchase, {}).setdefault(when, []).append((p_of[n, sources], p_of[after]))
+                pairs.setdefault((purchase, when), []).append((p_of[n, sources], p_of[after]))
     outcomes = {}
-    for purchase, by_when in pairs.items():
-        for when, values in by_when.items():
-            before, after = np.array(values).T
-            table = outcomes.setdefault(purchase, {}).setdefault(when, [])
-            for group in np.array_split(np.argsort(before, kind="stable"), min(bins, len(before))):
-                change = np.sort(after[group] - before[group])
-                change = change - min(0.0, change.mean())
-                fifths = np.repeat(change, changes).reshape(changes,
-                                                            -1)        # equal parts, also of few values
-                table.append([float(before[group].mean()), [float(fifth.mean()) for fifth in fifths]])
+    for (purchase, when), values in pairs.items():
+        outcomes.setdefault(purchase, {})[when] = frontier.outcome_table(values, bins, changes)
     return outcomes
 
 
@@ -485,13 +424,9 @@ def fit_policy(questions, sizes, modules, prices=None, ridge=1.0, rates=None):
                        for part in (questions, halves[1], halves[0]))
     for rate in map(float, rates):
         policy.rate = fitted[0].rate = fitted[1].rate = rate
-        spent = [judge.replay(q) for half, judge in zip(halves, fitted) for q in half]
-        costs = means([policy.replay(q)
-                       for q in questions])            # they need no labels, so no cross-fitting
-        costs = {name: costs[name] for name in ("calls", "tokens", "base_tokens")}
-        thresholds = {f"{risk:g}": certified_threshold(*confidences(spent), risk) for risk in RISKS}
-        policy.frontier.append({"rate": rate, **means(spent), **costs, "thresholds": {
-            risk: None if value == math.inf else value for risk, value in thresholds.items()}})
+        judged = [judge.replay(q) for half, judge in zip(halves, fitted) for q in half]
+        # Costs need no labels, so no cross-fitting.
+        policy.frontier.append(frontier.point(rate, judged, [policy.replay(q) for q in questions]))
     policy.about = {"questions": len(questions)}
     return policy.choose_rate(budget=max(0.5, min(point["calls"] for point in policy.frontier)))
 
@@ -501,11 +436,11 @@ def fit_on_votes(rows, settings, accepts, sources, prices=None, rates=None):
     bool."""
     sizes = sorted(size for size in map(int, rows[0]["by_n"]) if size <= settings.samples)
     sizes = [size for size in sizes if size > 1] or sizes           # one sample has no share
-    modules = [m for m in PURCHASES[1:] if m == "expert" or m in rows[0]["by_n"][str(sizes[-1])]["ran"]]
-    policy = fit_policy([StoredQuestion(row, accepts, settings.reading) for row in rows], sizes, modules,
-                        prices,
-                        rates=rates)
-    policy.about |= {"settings": policy_settings(settings), "sources": sources}
+    available = {*rows[0]["by_n"][str(sizes[-1])]["ran"], *(["expert"] if rows[0]["expert"] else [])}
+    modules = [m for m in PURCHASES[1:] if m in available]
+    questions = [StoredQuestion(row, accepts, settings.reading) for row in rows]
+    policy = fit_policy(questions, sizes, modules, prices, rates=rates)
+    policy.about |= {"settings": policy_file.settings_of(settings), "sources": sources}
     return policy
 
 
@@ -518,40 +453,11 @@ def read_policy(settings, sources=None, can_check=True):
     Raises InputError, also for a policy that was fitted under other settings, or with another model or
     Expert.
     """
-    path = settings.policy
-    if path == "paper":
-        if settings.budget or settings.accuracy or settings.risk:
-            raise InputError("--budget, --accuracy and --risk need a fitted policy; add --policy policy.json")
+    fields = [name for name in Policy.__dataclass_fields__ if name != "posterior"]
+    stored = policy_file.read(settings, sources, list(FEATURES), fields)
+    if stored is None:
         return None
-    for flag, unset, instead in (("early_exit", "off", "a fitted policy stops by itself"),
-                                 ("abstain", "", "give --risk, which the policy certifies")):
-        if getattr(settings, flag) != unset:
-            raise InputError(f"--{flag} {getattr(settings, flag)} belongs to --policy paper; {instead}")
-    try:
-        stored = json.loads(Path(path).read_text())
-        coefficients = np.array([stored["coefficients"][name] for name in FEATURES], float)
-        scale = tuple(tuple(map(float, pair)) for pair in stored["scale"])
-        fields = {name: stored[name] for name in Policy.__dataclass_fields__ if name != "posterior"}
-        policy = Policy(Posterior(coefficients, scale), **fields)
-        fitted = {**policy.about.get("settings", {}), **policy.about.get("sources", {})}
-        if not np.isfinite(coefficients).all() or len(scale) != 2:
-            raise ValueError("a coefficient is not finite")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"--policy {path!r} is neither 'paper' nor a file that eval.py has written "
-                         f"({type(error).__name__}); give its policy.json") from error
-    current = policy_settings(settings) | (sources or {})
-    defaults = policy_settings(type(settings)()) | dict.fromkeys(sources or {})
-    if changed := changed_settings(fitted, {k: v for k, v in current.items() if fitted}, defaults):
-        then, now = (", ".join(f"{key} {side.get(key, defaults.get(key))}" for key in changed)
-                     for side in (fitted, current))
-        raise InputError(f"--policy {path!r} was fitted with {then}, this run has {now}; use the same, or "
-                         f"fit it again")
+    coefficients, scale, fields = stored
+    policy = Policy(Posterior(coefficients, scale), **fields)
     policy.modules = [m for m in policy.modules if can_check or m != "self_check"]
     return policy.choose_rate(settings.budget or None, settings.accuracy or None)
-
-
-def policy_settings(settings):
-    """The settings under which a policy's evidence is bought (dict). The votes' fixed weights do not matter
-    to it."""
-    free = ("policy", "budget", "accuracy", "risk", "tau1", "tau2", "tau3", "weight", "top_share")
-    return {key: value for key, value in threshold_settings(settings).items() if key not in free}

@@ -28,6 +28,7 @@ import argparse
 import random
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -46,14 +47,15 @@ from reward import (
     rollout_confidence,
     sequence_confidence,
 )
-from utils import checkpoint, cli, distributed, explain, loading, locks, logs, lora, memory, preflight, report
+from utils import checkpoint, cli, distributed, explain, locks, logs, lora, memory, preflight, report
 from utils.cli import TINY, RunOptions, option
 from utils.clip_files import count_parameters
 from utils.contact_sheet import write_pairs
 from utils.distributed import QuestionOrder, micro_batches
 from utils.finite import FiniteSteps
-from utils.prefetch import Ahead, open_pictures, reader_of
+from utils.prefetch import Ahead, has_pictures, reader_of, step_pictures
 from utils.preflight import agreed
+from utils.resample import replace_tied
 from vlm import VLM, load_model
 
 PROBE_SAMPLES = 4               # answers to each held-out question, before and after
@@ -81,6 +83,8 @@ class Args:
     max_grad_norm: float = option(1.0, "the gradient's norm is clipped here", above=0)
     temperature: float = option(1.0, "of sampling; the log-probs of the loss are divided alike", above=0)
     mu: int = option(1, "updates on the same rollouts", least=1)
+    resample: int = option(0, "times that other questions are drawn for groups with equal rewards (DAPO)",
+                           least=0)
     clip_low: float = option(0.2, "the probability ratio is clipped below 1 - clip_low", least=0, most=1)
     clip_high: float = option(0.28, "and above 1 + clip_high", least=0)
     adv_norm: str = option("std", "reward minus the group's mean, divided by its std (std, GRPO) or not "
@@ -115,8 +119,7 @@ class Args:
 
     @property
     def uses_noised(self):
-        """Whether pictures are noised at all: for the perception term, or because the noised answers
-        learn."""
+        """Whether pictures are noised: for the perception term, or because the noised answers learn."""
         return self.alpha > 0 or self.noised_learns
 
 
@@ -168,27 +171,22 @@ class RolloutBatch:
     advantage_divisor: float = 1.0               # what they were divided by, batch mean
     old_logprobs: torch.Tensor | None = None     # (Q*G, T), of the first of --mu updates
 
-    @property
-    def has_picture(self):
-        """(Q, 1) bool. A question without one has no noised twin: its noised answers teach nothing."""
-        return torch.tensor([[bool(pictures)] for pictures in self.images])
-
     def select(self, questions):
         """The same for some of the questions (a list of indices)."""
         lists = {name: [getattr(self, name)[q] for q in questions]
                  for name in ("images", "prompts", "rollouts", "rows")}
         tensors = {name: getattr(self, name)[questions]
-                   for name in ("confidence", "correct", "is_control", "advantages")}
+                   for name in ("confidence", "correct", "is_control", "advantages")
+                   if getattr(self, name) is not None}
         return replace(self, **lists, **tensors,
                        rewards={name: term[questions] for name, term in self.rewards.items()})
 
 
 def make_image_pairs(images, samples, clip, step, args):
-    """Noise each question's pictures where the evidence is -> the noised pictures (Q lists), is_control (Q,)
-    bool.
+    """Noise each question's pictures where the evidence is -> Q lists of pictures, is_control (Q,) bool.
 
     Controls have the noise on a random region of the same area. A question without a picture counts as one.
-    The pictures are None where no term needs them.
+    None where no term needs noised pictures.
     """
     if not args.uses_noised:
         return None, torch.zeros(len(samples), dtype=torch.bool)
@@ -201,16 +199,7 @@ def make_image_pairs(images, samples, clip, step, args):
     return noised_images, torch.tensor(is_control)
 
 
-def prepare_step(vlm, clip, order, step, name, args):
-    """A step's questions, their pictures, the noised ones, which are controls, and both views encoded.
-
-    A pure function of the step: `Ahead` calls it while the step before runs. name: of the step, in seeds.
-    """
-    samples, images = open_pictures(order.samples(step), args.run.picture_threads, args.run.skip_broken)
-    noised_images, is_control = make_image_pairs(images, samples, clip, name, args)
-    prompts = [data.prompt(s) for s in samples]
-    inputs = vlm.encode(images + (noised_images or []), prompts * (1 if noised_images is None else 2))
-    return samples, images, noised_images, is_control, inputs
+prepare_step = partial(step_pictures, make_image_pairs, data.prompt)
 
 
 def roll_out(policy, samples, images, noised_images, is_control, step, args, inputs=None):
@@ -242,8 +231,7 @@ def roll_out(policy, samples, images, noised_images, is_control, step, args, inp
 # IV. Rewards (Eq. 4 and 3.2.2). V. Advantages
 
 def add_rewards(original, noised, confidence_map, args):
-    """Fill in each view's reward terms and advantages. The perception term of a pair is in the rewards of
-    both views."""
+    """Fill in each view's reward terms. The perception term of a pair is in the rewards of both views."""
     c_noised = None if noised is None else noised.confidence
     perception, calibration = confidence_reward(original.confidence, c_noised, original.correct,
                                                 original.is_control, confidence_map, args)
@@ -252,14 +240,21 @@ def add_rewards(original, noised, confidence_map, args):
             continue
         if batch is noised:
             calibration = calibration_reward(c_noised, noised.correct, confidence_map, args)
-            calibration = calibration * noised.has_picture
+            calibration = calibration * has_pictures(noised.images)
         formats = torch.tensor([[format_reward(r.text, r.finished) for r in group]
                                 for group in batch.rollouts])                                         # (Q, G)
         batch.rewards = {"perception": perception, "calibration": calibration, "outcome": batch.correct,
                          "format": formats}
-        batch.advantages, divisor = group_advantages(sum(batch.rewards.values()), args.adv_norm)
+
+
+def add_advantages(original, noised, adv_norm):
+    """Fill in each view's advantages, and what divided them on average over all ranks."""
+    for batch in (original, noised):
+        if batch is None:
+            continue
+        batch.advantages, divisor = group_advantages(sum(batch.rewards.values()), adv_norm)
         if batch is noised:
-            batch.advantages = batch.advantages * noised.has_picture
+            batch.advantages = batch.advantages * has_pictures(noised.images)
         total, groups = distributed.summed([divisor.sum(), len(divisor)])
         batch.advantage_divisor = max(MIN_DIVISOR, total / groups)
 
@@ -268,8 +263,7 @@ def add_rewards(original, noised, confidence_map, args):
 # VI. Loss and update
 
 def policy_loss(logprobs, old_logprobs, advantages, clip_low, clip_high):
-    """-min(ratio A, clip(ratio) A) per token: (B, T), (B, T), (B, 1) -> (B, T), and which ratios were clipped
-    (B, T)."""
+    """-min(ratio A, clip(ratio) A): (B, T) twice, (B, 1) -> (B, T), and which ratios were clipped (B, T)."""
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -torch.minimum(ratio * advantages, clipped * advantages), (ratio != clipped).float()
@@ -329,7 +323,7 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
         pathwise = -args.pathwise * (sum(terms) / original.advantage_divisor).sum() / num_loss_tokens
         if args.noised_learns:
             term = calibration_reward(c_noised, noised.correct.to(c_noised.device), confidence_map, args)
-            term = term * noised.has_picture.to(term.device)
+            term = term * has_pictures(noised.images).to(term.device)
             pathwise = pathwise - args.pathwise * (term / noised.advantage_divisor).sum() / num_loss_tokens
         loss, sums["pathwise"] = loss + pathwise, pathwise.detach()
     return loss, sums | {"loss": loss.detach()}
@@ -355,25 +349,22 @@ def fit_map_on_base(policy, clip, order, args):
     pairs = Args(**{**vars(args), "alpha": 1.0, "controls": 0.0})
     measured, steps = [], range(max(1, args.scale_questions // args.batch_size))
     for step in tqdm(steps, desc="base confidence", unit="batch", leave=False, disable=order.rank > 0):
-        name = f"scale {step}"
-        *parts, inputs = agreed(prepare_step, policy, clip, order, step, name, pairs)
-        views = roll_out(policy, *parts, name, pairs, inputs)
+        *parts, inputs = agreed(prepare_step, policy, clip, order, step, f"scale {step}", pairs)
+        views = roll_out(policy, *parts, f"scale {step}", pairs, inputs)
         measured.append(torch.stack([torch.stack([view.confidence, view.correct]) for view in views]))
     return fit_confidence_map(*torch.cat(distributed.gathered(measured), 2).flatten(2))       # (2, 2, N)
 
 
 def probe_held_out(vlm, policy, held_out, clip, args, path, order, ts=()):
-    """Answers of the model to the held-out questions at each noise step, split over ranks -> {t: list of
-    Answer}.
+    """The model's answers to the held-out questions at each noise step, by all ranks -> {t: list of Answer}.
 
-    They are stored at `path`, and read from there if the run was stopped after them. None without held-out
-    questions.
+    They are stored at `path`, and read from there if the run was stopped after them. None without questions.
     """
     if not held_out:
         return None
-    if path.exists():
-        return report.read_probe(path, eval.Answer)
     ts = sorted({*(ts or eval.PROBE_STEPS), noise.parse_t(args.noise_t)[1]})
+    if path.exists():
+        return report.read_probe(path, eval.Answer, ts)
     rollouts = args.batch_size // order.world * args.group_size * (1 + args.uses_noised)           # of a step
     mine = [held_out[i] for i in range(order.rank, len(held_out), order.world)]
     with policy.unsharded():
@@ -387,17 +378,11 @@ def probe_held_out(vlm, policy, held_out, clip, args, path, order, ts=()):
 
 
 def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map, args, order):
-    """Save the final model, run the probe again, write report.png and the table -> the table's rows (rank 0)
-    or None."""
+    """Save the final model, probe it again, write report.png and the table -> its rows (rank 0) or None."""
     after = probe_held_out(vlm, policy, held_out, clip, args, output / "after.json", order)
-    state = distributed.full_state_dict(policy, compute)
-    merged = distributed.full_state_dict(policy, compute, frozen=True) if args.run.merge else None
+    checkpoint.save_model(output, vlm, policy, compute, args.run.merge)
     if order.rank:
         return None
-    if args.run.merge:
-        loading.save(vlm, output / "adapter", state)
-        state = lora.merged_state(vlm.model, merged)
-    loading.save(vlm, output, state)
     logs.write_json(output / "confidence.json", confidence_map)
     rows = report.finish_run(output, before, after, confidence_map, args, noise.parse_t(args.noise_t)[1])
     print(f"next: {preflight.next_command(output, args)}")
@@ -423,7 +408,7 @@ def train(args):
     compute = distributed.dtype_of(args.run, device)
     vlm = agreed(lambda: load_model(args.model, device, compute, args.run))
     if args.run.explain:
-        stages = (fit_map_on_base, make_image_pairs, roll_out, add_rewards, cdrl_loss)
+        stages = (fit_map_on_base, make_image_pairs, roll_out, add_rewards, add_advantages, cdrl_loss)
         policy = distributed.shard(vlm, device, compute, sharded=False)
         return explain.print_step(args, vlm, policy, clip, order, held_out, stages)
     sound = agreed(lambda: preflight.check_run(vlm, train_set, held_out, order, args, data.prompt))
@@ -452,6 +437,13 @@ def train(args):
         print(f"{args.recipe}: {cli.shown(args.model)}, {sum(p.numel() for p in parameters):,} parameters "
               f"on {device}, {choices}, steps {start} to {args.steps}")
 
+    def roll_out_others(others, name):                  # I to IV, for --resample
+        pictures = [s.pictures() for s in others]
+        twins = make_image_pairs(pictures, others, clip, name, args)
+        views = roll_out(policy, others, pictures, *twins, name, args)
+        add_rewards(*views, confidence_map, args)
+        return views
+
     hopeless, is_finite = preflight.HopelessTraining(args.run.patience), FiniteSteps(args)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="step", disable=rank > 0)
     reader = reader_of(vlm)
@@ -467,8 +459,13 @@ def train(args):
             # ---- II. rollouts y on i and y' on i'; III. their confidences C and C' (Eq. 3)
             original, noised = roll_out(policy, samples, images, noised_images, is_control, step, args,
                                         inputs)
-            # ---- IV. rewards (Eq. 4, 3.2.2); V. advantages within the group
+            # ---- IV. rewards (Eq. 4, 3.2.2)
             add_rewards(original, noised, confidence_map, args)
+            if args.resample:
+                samples, original, noised, resampled = replace_tied(samples, original, noised, order, step,
+                                                                    roll_out_others, args.resample)
+            # ---- V. advantages within the group
+            add_advantages(original, noised, args.adv_norm)
             sampled = time.perf_counter()
             # ---- VI. loss and update. The noised words are scored only where a gradient reaches them.
             scores_noised = args.noised_learns or args.pathwise > 0 and args.alpha > 0
@@ -489,6 +486,8 @@ def train(args):
             seconds = {"seconds/sample": sampled - clock, "seconds/learn": time.perf_counter() - sampled,
                        "seconds/pictures_share": pairs.waited / (time.perf_counter() - clock)}
             row = logs.log_row(step, batches, updates, lr) | seconds | {"skipped": is_finite.skipped}
+            if args.resample:
+                row["resampled"] = distributed.summed([resampled])[0]
             if held_out and args.run.eval_every and (step + 1) % args.run.eval_every == 0:
                 row |= report.held_out_row(probe_held_out(vlm, policy, held_out, clip, args,
                                                           output / f"eval-{step + 1}.json", order, [0]))

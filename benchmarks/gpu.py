@@ -137,6 +137,7 @@ def training(vlm, size, args, lora_rank=0):
             return train_cdrl.roll_out(policy, [sample], images, twins, is_control, step, settings)
         sampled, peak_sampled, (original, noised) = clock(device, rollouts)
         train_cdrl.add_rewards(original, noised, confidence_map, settings)
+        train_cdrl.add_advantages(original, noised, settings.adv_norm)
         passes = distributed.micro_batches(vlm, original, noised, settings.run)
         num_loss_tokens = sum(len(r.tokens) for view in (original, noised) for r in view.rollouts[0])
         optimizer.zero_grad()

@@ -99,6 +99,7 @@ def profile(rounds, spy):
         twins, is_control = train_cdrl.make_image_pairs(images, samples, clip, number, args)
         original, noised = train_cdrl.roll_out(vlm, samples, images, twins, is_control, number, args)
         train_cdrl.add_rewards(original, noised, confidence_map, args)
+        train_cdrl.add_advantages(original, noised, args.adv_norm)
         rolled = time.perf_counter()
         passes = distributed.micro_batches(vlm, original, noised, args.run)
         num_loss_tokens = sum(len(r.tokens) for view in (original, noised) for group in view.rollouts

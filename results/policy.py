@@ -38,8 +38,8 @@ def collect(name, path, split, seed, number):
     expert = LocalExpert(VLM.load(ROOT / "tiny" / "expert"), settings.expert_tokens)
     controller = catts.Controller(VLM.load(path), expert, ClipAttention.from_pretrained(), settings)
     samples = list(data.load("synthetic", split, number, seed))
-    rows = run_resumable(eval.collector(controller, SIZES, SIZES[-1]), samples, f"runs/policy/{name}-{split}-{seed}.jsonl",
-                         {"model": name, "seed": seed, "sizes": SIZES}, 50, f"{name}, {split} {seed}")
+    rows = run_resumable(eval.collector(controller, SIZES, SIZES[-1], ["expert"]), samples, f"runs/policy/{name}-{split}-{seed}.jsonl",
+                         {"model": name, "seed": seed, "sizes": SIZES}, 100, f"{name}, {split} {seed}")
     store(list(rows.values()), name, split, seed)
 
 

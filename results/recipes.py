@@ -125,8 +125,8 @@ def train(row, seed, flags):
 def scale_of(seed, folder):
     """The map from C to a probability, fixed before the first step, by which a run's c is read: the one that it was trained
     with, or, where it was not trained, the one fitted on the base with this seed."""
-    if own := tables.stored_scales([folder])[0]:
-        return own
+    if trained_scale := tables.stored_scales([folder])[0]:
+        return trained_scale
     file = RUNS / f"scale-{seed}.json"
     if not file.exists():
         args = train_cdrl.parse(["--seed", str(seed), "--eval_size", "0"])
@@ -141,11 +141,11 @@ def ask(path, samples, file):
     """Answers of a model on clean and on noised pictures -> {"clean" or region: list of Answer}, kept in a file."""
     if not file.exists():
         vlm, clip, mass = VLM.load(path), noise.ClipAttention.from_pretrained(), train_cdrl.Args.mass
-        found = {"clean": eval.answer(vlm, samples, [s.pictures() for s in samples], ANSWERS, max_new_tokens=64)}
+        answers_by_view = {"clean": eval.answer(vlm, samples, [s.pictures() for s in samples], ANSWERS, max_new_tokens=64)}
         for region in REGIONS:
-            found[region] = eval.noised_answers(vlm, samples, clip, NOISE_T, region, mass, NOISED_ANSWERS, 0,
+            answers_by_view[region] = eval.noised_answers(vlm, samples, clip, NOISE_T, region, mass, NOISED_ANSWERS, 0,
                                                  max_new_tokens=64)
-        cli.write_atomically(file, json.dumps({key: [vars(a) for a in answers] for key, answers in found.items()}))
+        cli.write_atomically(file, json.dumps({key: [vars(a) for a in answers] for key, answers in answers_by_view.items()}))
     return {key: [eval.Answer(**a) for a in answers] for key, answers in json.loads(file.read_text()).items()}
 
 
@@ -170,7 +170,8 @@ def weighed(rows, n, taus):
 def choose_taus(voted, samples):
     """{model: rows of its votes} on samples -> the weights of TAUS with the highest accuracy, on average over models."""
     def table(row):
-        votes = [Vote(source, *vote) for source, some in row["by_n"][str(ANSWERS)]["votes"].items() for vote in some]
+        by_source = row["by_n"][str(ANSWERS)]["votes"]
+        votes = [Vote(source, *vote) for source, of_source in by_source.items() for vote in of_source]
         answers = tally(votes, Settings().taus(), row["choices"])
         return (np.array([[a.shares.get(source, 0) for source in SOURCES] for a in answers]),         # (answers, sources)
                 [accepts(a.answer, by_id[row["id"]]) for a in answers])
@@ -190,44 +191,44 @@ def voted_columns(rows, sizes, taus):
     by_n = {n: eval.by_method(rows, n, Settings(samples=ANSWERS)) for n in sorted({*sizes, 2 * ANSWERS})}
     for n in sizes if taus else ():
         by_n[n][f"CA-TTS, tuned@{n}"] = weighed(rows, n, taus)
-    methods = {name: tables.method_row(some) for name, some in by_n[ANSWERS].items()}
+    methods = {name: tables.method_row(outcomes) for name, outcomes in by_n[ANSWERS].items()}
     voting = {name: by_n[ANSWERS][f"{name}@{ANSWERS}"] for name in VOTERS if f"{name}@{ANSWERS}" in by_n[ANSWERS]}
     skill = {row["id"]: row["meta"]["skill"] for row in rows}
 
-    def figures(some):
-        ids, share, right = tables.arrays(some)
-        return tables.method_row(some) | {"ece mapped": calibration_error(metrics.cross_fitted(ids, share, right), right)}
+    def figures(outcomes):
+        ids, share, right = tables.arrays(outcomes)
+        return tables.method_row(outcomes) | {"ece mapped": calibration_error(metrics.cross_fitted(ids, share, right), right)}
 
-    votes = {part: {name: figures([o for o in some if part in ("all", skill[o.id])]) for name, some in voting.items()}
-             for part in ("all", *questions.SKILLS)}
+    votes = {group: {name: figures([o for o in outcomes if group in ("all", skill[o.id])])
+                     for name, outcomes in voting.items()} for group in ("all", *questions.SKILLS)}
     against = tables.against_majority(by_n, ANSWERS)
     return {"methods": methods, "votes": votes,
-            "right": {name: [int(o.correct) for o in some] for name, some in voting.items()},
+            "right": {name: [int(o.correct) for o in outcomes] for name, outcomes in voting.items()},
             "scaling": tables.scaling(by_n) if len(sizes) > 1 else {},
             "against majority": {name.split("@")[0]: row for name, row in against.items() if name.startswith("CA-TTS")}}
 
 
-def columns(found, scale):
+def columns(answers_by_view, scale):
     """Answers by view -> one row of numbers."""
-    views = {view: tables.columns_of(answers) for view, answers in found.items()}
+    views = {view: tables.columns_of(answers) for view, answers in answers_by_view.items()}
     clean, key = views["clean"], views["key"]
     c, p, right = clean["confidence"], clean["probability"], clean["correct"].astype(float)
-    mean = {view: float(own["confidence"].mean()) for view, own in views.items()}
+    mean = {view: float(view_columns["confidence"].mean()) for view, view_columns in views.items()}
     by_p, by_c, ranked = (confidence_metrics(x, right) for x in (p, metrics.calibrated(c, scale), c))
-    seen, blind = metrics.calibrated(c, scale), metrics.calibrated(key["confidence"], scale)
+    c_clean, blind = metrics.calibrated(c, scale), metrics.calibrated(key["confidence"], scale)
     head = {name: value for name, value in baselines.headline(clean, key, scale).items()
             if name.startswith(("AUROC mixed", "AUROC within")) or name.endswith(("platt", "isotonic"))}
-    return {**tables.headroom(found["clean"]), "C": mean["clean"],
+    return {**tables.headroom(answers_by_view["clean"]), "C": mean["clean"],
             **{f"gap {region}": mean["clean"] - mean[region] for region in REGIONS},
             "AUROC": ranked["auroc"], "ECE c": by_c["ece"], "Brier c": by_c["brier"],
             "AUROC p": by_p["auroc"], "ECE p": by_p["ece"], "Brier p": by_p["brier"],
             "ECE mapped": calibration_error(metrics.cross_fitted(clean["id"], c, right), right), "AURC": ranked["aurc"],
-            "accuracy@80": ranked["accuracy@80"], "abstains": float((seen < 0.5).mean()),
+            "accuracy@80": ranked["accuracy@80"], "abstains": float((c_clean < 0.5).mean()),
             "noised": float(key["correct"].mean()), **head,
             "accuracy@80, noised": confidence_metrics(key["confidence"], key["correct"])["accuracy@80"],
             "abstains, noised": float((blind < 0.5).mean()),
             "entropy": -float(np.log(p).mean()), "length": float(clean["length"].mean()),
-            "words": len({word for a in found["clean"] for word in a.text.split()})}
+            "words": len({word for a in answers_by_view["clean"] for word in a.text.split()})}
 
 
 def asked(args):
@@ -252,15 +253,16 @@ def record_of(row, seed, args, samples):
     if file.exists() and frame.items() <= (old := json.loads(file.read_text())).items():
         return old
     path, folder, seconds = train(row, seed, args.flags.split())
-    found, scale = ask(path, samples, folder / f"{asked(args)}-{args.questions}.json"), scale_of(seed, folder)
-    skills = {"all": found} | {skill: {view: [a for a in answers if a.skill == skill] for view, answers in found.items()}
-                               for skill in questions.SKILLS}
-    clean, key = tables.columns_of(found["clean"]), tables.columns_of(found["key"])
-    views = {view: tables.grouped(answers) for view, answers in found.items()}
+    answers_by_view, scale = ask(path, samples, folder / f"{asked(args)}-{args.questions}.json"), scale_of(seed, folder)
+    skills = {"all": answers_by_view} | {
+        skill: {view: [a for a in answers if a.skill == skill] for view, answers in answers_by_view.items()}
+        for skill in questions.SKILLS}
+    clean, key = tables.columns_of(answers_by_view["clean"]), tables.columns_of(answers_by_view["key"])
+    views = {view: tables.grouped(answers) for view, answers in answers_by_view.items()}
     mean = {view: np.array([np.mean([a.confidence for a in group]) for group in groups]) for view, groups in views.items()}
     log = logs.training_log(folder)
     record = frame | {
-        "seconds": seconds, "scale": scale, **{skill: columns(some, scale) for skill, some in skills.items()},
+        "seconds": seconds, "scale": scale, **{skill: columns(answers, scale) for skill, answers in skills.items()},
         **(voted_columns(votes_of(path, voters, folder / votes_name(args), sizes), sizes, taus) if voters else NO_VOTES),
         "log": {key: [round(float(np.mean([step[key] for step in log[i:i + 10] if key in step] or [np.nan])), 4)
                       for i in range(0, len(log), 10)] for key in LOGGED if any(key in step for step in log)},
@@ -269,7 +271,7 @@ def record_of(row, seed, args, samples):
         "noised answers": {"C": key["confidence"].round(4).tolist(), "p": key["probability"].round(4).tolist(),
                            "correct": key["correct"].astype(int).tolist()},
         "of a question": {"skill": [group[0].skill for group in views["clean"]],
-                          f"majority@{ANSWERS}": [int(right) for right in tables.majorities(found["clean"])],
+                          f"majority@{ANSWERS}": [int(right) for right in tables.majorities(answers_by_view["clean"])],
                           **{f"gap {region}": (mean["clean"] - mean[region]).round(4).tolist() for region in REGIONS}}}
     cli.write_atomically(file, cli.strict_json(record))
     return json.loads(file.read_text())
@@ -290,14 +292,14 @@ def by_question(record):
     right (Q,), nan for questions without votes."""
     _, right, value = arrays(record)
     count = len(record["of a question"]["skill"])
-    found = {name: some.reshape(count, -1) for name, some in {"correct": right, **value}.items()}
-    found |= {name: np.array(some) for name, some in record["of a question"].items()}
-    found |= {f"noised {name}": np.array(some, float).reshape(count, -1)
-              for name, some in record.get("noised answers", {}).items()}
-    for name, some in record["right"].items():
+    arrays_by_name = {name: values.reshape(count, -1) for name, values in {"correct": right, **value}.items()}
+    arrays_by_name |= {name: np.array(values) for name, values in record["of a question"].items()}
+    arrays_by_name |= {f"noised {name}": np.array(values, float).reshape(count, -1)
+              for name, values in record.get("noised answers", {}).items()}
+    for name, values in record["right"].items():
         if name.startswith("CA-TTS"):
-            found[f"{name}@{ANSWERS}"] = np.array(some + [np.nan] * (count - len(some)))
-    return found
+            arrays_by_name[f"{name}@{ANSWERS}"] = np.array(values + [np.nan] * (count - len(values)))
+    return arrays_by_name
 
 
 def compared(q):
@@ -307,35 +309,35 @@ def compared(q):
     ranked = confidence_metrics(rank, right)
     within = []
     for skill in questions.SKILLS:
-        own = {name: q[name][q["skill"] == skill].ravel() for name in ("correct", "c", "C")}
-        within.append((auroc(own["C"], own["correct"]), calibration_error(own["c"], own["correct"])))
+        of_skill = {name: q[name][q["skill"] == skill].ravel() for name in ("correct", "c", "C")}
+        within.append((auroc(of_skill["C"], of_skill["correct"]), calibration_error(of_skill["c"], of_skill["correct"])))
     within = np.nanmean(within, 0)
-    found = {"pass@1": right.mean(), **{name: np.nanmean(q[name]) for name in q if "@" in name or name.startswith("gap")},
+    statistics = {"pass@1": right.mean(), **{name: np.nanmean(q[name]) for name in q if "@" in name or name.startswith("gap")},
              "AUROC": ranked["auroc"], "AUROC within": within[0], "AURC": ranked["aurc"],
              "ECE c": calibration_error(c, right), "ECE c within": within[1], "Brier c": ((c - right)**2).mean(),
              "AUROC p": auroc(p, right), "ECE p": calibration_error(p, right), "Brier p": ((p - right)**2).mean()}
     for name in ("C", "p"):
         if f"noised {name}" in q:
-            found[f"AUROC mixed, {name}"] = baselines.auroc_over_views(
+            statistics[f"AUROC mixed, {name}"] = baselines.auroc_over_views(
                 (q[name].ravel(), right), (q[f"noised {name}"].ravel(), q["noised correct"].ravel()))
         higher = 0.5 + 0.5 * np.sign(q[name][:, :, None] - q[name][:, None])                        # (Q, 8, 8)
         pairs = q["correct"][:, :, None] > q["correct"][:, None]
-        found[f"AUROC within questions, {name}"] = higher[pairs].mean()
-    if "AUROC mixed, C" in found:
-        found["AUROC mixed, the better"] = max(found["AUROC mixed, C"], found["AUROC mixed, p"])
-    return {name: float(value) for name, value in found.items()}
+        statistics[f"AUROC within questions, {name}"] = higher[pairs].mean()
+    if "AUROC mixed, C" in statistics:
+        statistics["AUROC mixed, the better"] = max(statistics["AUROC mixed, C"], statistics["AUROC mixed, p"])
+    return {name: float(value) for name, value in statistics.items()}
 
 
 def resampled(records, rounds=1000):
     """{row: [record of a seed]} -> {row: [(`compared`, {statistic: (rounds,)}) of a seed]}; the same questions for all."""
-    found = {}
-    for row, some in records.items():
-        for record in some:
+    drawn = {}
+    for row, records_of_row in records.items():
+        for record in records_of_row:
             q, rng = by_question(record), np.random.default_rng(0)
             count = len(q["skill"])
             boot = [compared({name: v[g] for name, v in q.items()}) for g in rng.integers(count, size=(rounds, count))]
-            found.setdefault(row, []).append((compared(q), {name: np.array([b[name] for b in boot]) for name in boot[0]}))
-    return found
+            drawn.setdefault(row, []).append((compared(q), {name: np.array([b[name] for b in boot]) for name in boot[0]}))
+    return drawn
 
 
 def with_interval(drawn, minus=None):
@@ -344,8 +346,8 @@ def with_interval(drawn, minus=None):
     table = {}
     pairs = list(zip(drawn, minus or drawn))
     for name in (name for name in pairs[0][0][0] if all(name in other[0] for _, other in pairs)):
-        value = [own[0][name] - (other[0][name] if minus else 0) for own, other in pairs]
-        boot = [own[1][name] - (other[1][name] if minus else 0) for own, other in pairs]
+        value = [mine[0][name] - (other[0][name] if minus else 0) for mine, other in pairs]
+        boot = [mine[1][name] - (other[1][name] if minus else 0) for mine, other in pairs]
         table[name] = baselines.interval_over_seeds(value, np.array(boot))
     return table
 
@@ -377,49 +379,49 @@ def mean_of(records, *path):
 
 
 def headline_of(records):
-    return {row: found for row, found in records.items() if row in HEADLINE and found[0]["scaling"]}
+    return {row: records_of_row for row, records_of_row in records.items() if row in HEADLINE and records_of_row[0]["scaling"]}
 
 
 def make_tables(records):
     """-> {title: rows for `data.table`}."""
     tables = {}
-    for part in ("all", *questions.SKILLS):
-        tables[f"{part}: mean over the seeds in brackets"] = {
-            f"{row} ({len(found)})": {**{name: mean_of(found, part, name) for name in found[0][part]},
-                                      **({"seconds": mean_of(found, "seconds")} if part == "all" else {})}
-            for row, found in records.items()}
-    bound = {row: [bounds(record) for record in found] for row, found in records.items()}
-    tables["what bounds the AUROC of C"] = {row: {name: mean_of(found, name) for name in found[0]}
-                                            for row, found in bound.items()}
+    for skill in ("all", *questions.SKILLS):
+        tables[f"{skill}: mean over the seeds in brackets"] = {
+            f"{row} ({len(of_row)})": {**{name: mean_of(of_row, skill, name) for name in of_row[0][skill]},
+                                      **({"seconds": mean_of(of_row, "seconds")} if skill == "all" else {})}
+            for row, of_row in records.items()}
+    bound = {row: [bounds(record) for record in of_row] for row, of_row in records.items()}
+    tables["what bounds the AUROC of C"] = {row: {name: mean_of(of_row, name) for name in of_row[0]}
+                                            for row, of_row in bound.items()}
     tables["standard deviation over seeds"] = {
-        row: {name: float(np.std([mean_of([r], "all", name) for r in found], ddof=1)) for name in found[0]["all"]}
-        for row, found in records.items() if len(found) > 1} or {"-": {"-": 0}}
-    voted = {row: found for row, found in records.items() if found[0]["votes"]}
+        row: {name: float(np.std([mean_of([r], "all", name) for r in of_row], ddof=1)) for name in of_row[0]["all"]}
+        for row, of_row in records.items() if len(of_row) > 1} or {"-": {"-": 0}}
+    voted = {row: of_row for row, of_row in records.items() if of_row[0]["votes"]}
     tables[f"votes, N = {ANSWERS}; the confidence is the winner's share"] = {
-        f"{row}, {name}": {key: mean_of(found, "methods", f"{name}@{ANSWERS}", key) for key in (*COLUMNS, "tokens")}
-        for row, found in voted.items() for name in VOTERS if f"{name}@{ANSWERS}" in found[0]["methods"]}
+        f"{row}, {name}": {key: mean_of(of_row, "methods", f"{name}@{ANSWERS}", key) for key in (*COLUMNS, "tokens")}
+        for row, of_row in voted.items() for name in VOTERS if f"{name}@{ANSWERS}" in of_row[0]["methods"]}
     headline = headline_of(records)
     tables[f"votes within skill, N = {ANSWERS}; ece mapped: after a map fitted on the other half of the questions"] = {
-        f"{row}, {name}, {part}": {key: mean_of(found, "votes", part, name, key)
+        f"{row}, {name}, {skill}": {key: mean_of(of_row, "votes", skill, name, key)
                                    for key in (*COLUMNS, "ece mapped")}
-        for row, found in (headline or voted).items() for name in found[0]["votes"]["all"] if name.startswith("CA-TTS")
-        for part in ("all", *questions.SKILLS)}
+        for row, of_row in (headline or voted).items() for name in of_row[0]["votes"]["all"] if name.startswith("CA-TTS")
+        for skill in ("all", *questions.SKILLS)}
     if headline:
         tables["scaling: points of accuracy per log2 N"] = {
-            row: {name: mean_of(found, "scaling", name, "slope") for name in VOTERS if name in found[0]["scaling"]}
-            for row, found in headline.items()}
+            row: {name: mean_of(of_row, "scaling", name, "slope") for name in VOTERS if name in of_row[0]["scaling"]}
+            for row, of_row in headline.items()}
         tables[f"CA-TTS, N = {ANSWERS}, against majority at the same N and at the same tokens"] = {
-            f"{row}, {name}": {key: mean_of(found, "against majority", name, key) for key in found[0]["against majority"][name]}
-            for row, found in headline.items() for name in found[0]["against majority"]}
+            f"{row}, {name}": {key: mean_of(of_row, "against majority", name, key) for key in of_row[0]["against majority"][name]}
+            for row, of_row in headline.items() for name in of_row[0]["against majority"]}
         tables["four ways: neither, training, CA-TTS, both"] = {
-            row: {method: mean_of(found, "methods", method, "accuracy")
-                  for method in ("pass@1", *(f"{name}@{ANSWERS}" for name in VOTERS)) if method in found[0]["methods"]}
-            for row, found in headline.items()}
+            row: {method: mean_of(of_row, "methods", method, "accuracy")
+                  for method in ("pass@1", *(f"{name}@{ANSWERS}" for name in VOTERS)) if method in of_row[0]["methods"]}
+            for row, of_row in headline.items()}
     drawn = resampled(records)
     tables["mean over seeds, 95% interval of the questions"] = {row: with_interval(drawn[row]) for row in headline or records}
     if "ours" in records and len(records) > 1:
         tables["ours minus each row: mean over seeds, 95% interval paired by question"] = {
-            row: with_interval(drawn["ours"], some) for row, some in drawn.items() if row != "ours"}
+            row: with_interval(drawn["ours"], of_other) for row, of_other in drawn.items() if row != "ours"}
     return {title: rows for title, rows in tables.items() if rows}
 
 
@@ -430,27 +432,28 @@ def draw(records, folder):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(2, 3, figsize=(19, 13), height_ratios=(1, 1.5))      # the lower left one names every row
-    headline, parts = {row: records[row] for row in HEADLINE if row in records}, ("all", *questions.SKILLS)
+    headline, skills = {row: records[row] for row in HEADLINE if row in records}, ("all", *questions.SKILLS)
     axes[0, 0].plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    for i, (row, found) in enumerate(headline.items()):
-        known = [arrays(record) for record in found]
-        right, c, rank = (np.concatenate(some) for some in zip(*((right, v["c"], v["C"]) for _, right, v in known)))
+    for i, (row, of_row) in enumerate(headline.items()):
+        triples = [arrays(record) for record in of_row]
+        pooled = zip(*((right, v["c"], v["C"]) for _, right, v in triples))
+        right, c, rank = (np.concatenate(values) for values in pooled)
         axes[0, 0].plot(*zip(*metrics.reliability_points(c, right)), marker="o",
-                        label=f"{row}, ECE {mean_of(found, 'all', 'ECE c'):.3f}")
-        axes[0, 1].plot(*zip(*metrics.risk_coverage(rank, right)), label=f"{row}, AURC {mean_of(found, 'all', 'AURC'):.3f}")
-        axes[0, 2].bar(np.arange(5) + 0.2 * i - 0.3, [mean_of(found, part, "AUROC") for part in parts], 0.18, label=row)
-        for name in (name for name in STYLES if name in found[0]["scaling"]):
-            axes[1, 1].plot(SIZES, [mean_of(found, "scaling", name, str(n)) for n in SIZES], STYLES[name], marker="o",
+                        label=f"{row}, ECE {mean_of(of_row, 'all', 'ECE c'):.3f}")
+        axes[0, 1].plot(*zip(*metrics.risk_coverage(rank, right)), label=f"{row}, AURC {mean_of(of_row, 'all', 'AURC'):.3f}")
+        axes[0, 2].bar(np.arange(5) + 0.2 * i - 0.3, [mean_of(of_row, skill, "AUROC") for skill in skills], 0.18, label=row)
+        for name in (name for name in STYLES if name in of_row[0]["scaling"]):
+            axes[1, 1].plot(SIZES, [mean_of(of_row, "scaling", name, str(n)) for n in SIZES], STYLES[name], marker="o",
                             markersize=4, color=f"C{i}", label=f"{row}, {name}")
-        ways = [way for way in ("pass@1", "majority@8", "CA-TTS@8", "CA-TTS, tuned@8") if way in found[0]["methods"]]
-        heights = [mean_of(found, "methods", way, "accuracy") for way in ways]
+        ways = [way for way in ("pass@1", "majority@8", "CA-TTS@8", "CA-TTS, tuned@8") if way in of_row[0]["methods"]]
+        heights = [mean_of(of_row, "methods", way, "accuracy") for way in ways]
         axes[1, 2].bar(np.arange(len(ways)) + 0.2 * i - 0.3, heights, 0.18, label=row)
     for i, region in enumerate(REGIONS):
-        axes[1, 0].barh(np.arange(len(records)) + 0.27 * (i - 1), [mean_of(found, "all", f"gap {region}")
-                                                                  for found in records.values()], 0.25, label=region)
+        axes[1, 0].barh(np.arange(len(records)) + 0.27 * (i - 1), [mean_of(of_row, "all", f"gap {region}")
+                                                                  for of_row in records.values()], 0.25, label=region)
     axes[0, 0].set(xlabel="c", ylabel="accuracy", title="Reliability of c", xlim=(0, 1), ylim=(0, 1))
     axes[0, 1].set(xlabel="coverage, highest C first", ylabel="share of wrong answers", title="Risk and coverage")
-    axes[0, 2].set(title="AUROC of C, pooled and within skill", xticks=range(5), xticklabels=parts, ylim=(0.5, 1))
+    axes[0, 2].set(title="AUROC of C, pooled and within skill", xticks=range(5), xticklabels=skills, ylim=(0.5, 1))
     axes[1, 0].set(xlabel="C - C', nats", yticks=range(len(records)), yticklabels=records, title="Gap under noise, by region")
     axes[1, 0].tick_params("y", labelsize=9)
     axes[1, 0].invert_yaxis()

@@ -76,11 +76,11 @@ def main():
                      for row, figures in by_seed[0].items()}
         for kind in corruptions.NAMES:
             for place in ("key", "all"):
-                found = [mixed(rows, kind, place, draws) for rows in seeds]
-                best = max(FIELDS, key=lambda field: np.mean([f[field][0] for f in found]))
+                aurocs = [mixed(rows, kind, place, draws) for rows in seeds]
+                best = max(FIELDS, key=lambda field: np.mean([a[field][0] for a in aurocs]))
                 overall[f"{name}, {kind}, {place}"] = row = {
-                    **{field: float(np.mean([f[field][0] for f in found])) for field in FIELDS}, "the better": best}
-                values = np.array([f[best] for f in found])                                     # (S, 1 + R)
+                    **{field: float(np.mean([a[field][0] for a in aurocs])) for field in FIELDS}, "the better": best}
+                values = np.array([a[best] for a in aurocs])                                     # (S, 1 + R)
                 values = values - baseline.setdefault((kind, place), values.mean(0))            # the first model's own: 0
                 row["minus the baseline"] = baselines.interval_over_seeds(values[:, 0], values[:, 1:])
     titles = {"Accuracy and confidence by severity": baselines.by_figure(baselines.by_figure(severity)),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import reward
-from train_cdrl import RolloutBatch, accumulate_gradients, add_rewards, parse
+from train_cdrl import RolloutBatch, accumulate_gradients, add_advantages, add_rewards, parse
 from vlm import Rollout, Scores
 
 VIEWS = ("original", "noised")
@@ -76,6 +76,7 @@ def expected_gradient(toy, args, longest):
                                   torch.zeros(len(drawn), dtype=torch.bool), None, list(range(len(drawn))),
                                   policy_weight=1.0 if v == 0 else args.noised_policy * args.noised_learns))
     add_rewards(*views, SCALE, args)
+    add_advantages(*views, args.adv_norm)
     half = len(drawn) // 2
     halves = [range(half), range(half, len(drawn))]
     passes = [(views[0].select(list(indices)), views[1].select(list(indices)), 1.0) for indices in halves]

@@ -761,7 +761,7 @@ def test_odd_numbers_neither_hang_nor_raise(answer):
 def test_random_text_never_raises_and_equivalence_is_symmetric():
     pieces = [*"0123456789.,()[]{}^+-*/ %$ABCabcx=:;!?°√π²\n", "\\frac", "\\sqrt", "\\boxed{", "answer is", " and "]
     rng = random.Random(0)
-    for _ in range(600):
+    for _ in range(300):
         a, b = ("".join(rng.choices(pieces, k=rng.randrange(12))) for _ in "ab")
         for choices in (None, CHOICES):
             assert equivalent(a, b, choices) == equivalent(b, a, choices), (a, b)
@@ -779,7 +779,7 @@ FUZZ = [*"0123456789.,()[]{}^+-*/ %$ABCIabcxyz=:;!?°√π²<>≤≥≠∈∪±\
 def test_fuzzed_text_is_quick_and_never_raises():
     """Short, long and repeated; each verdict is symmetric. Stops after 8 seconds."""
     rng, start, slow = random.Random(1), time.process_time(), []
-    for _ in range(2000):
+    for _ in range(500):
         a, b = ("".join(rng.choices(FUZZ, k=rng.randrange(1, 9))) * rng.choice((1, 1, 3, 30, 300)) for _ in "ab")
         choices = rng.choice((None, CHOICES, POWERS, NAN, ONE))
         before = time.process_time()

@@ -24,7 +24,7 @@ from policy import (
     fit_on_votes,
     read_policy,
 )
-from utils import frontier
+from utils import frontier, policy_file
 from utils.cli import InputError
 from utils.experts import LocalExpert
 from utils.judge import accepts
@@ -86,7 +86,7 @@ def random_evidence(rng):
     samples = [(rng.choice(["1", "2", "3", None]), rng.gauss(10, 2), -rng.random()) for _ in range(rng.randint(1, 8))]
     votes = {"voter": [[a, rng.random()] for a in dict.fromkeys(s[0] for s in samples) if a],
              "self_check": [[rng.choice("1234"), 1.0]], "self_reflection": [[rng.choice("1235"), 1.0]],
-             "expert": [[rng.choice("126"), 1.0]]}
+             "expert": [[rng.choice("126"), rng.random()]]}
     return Evidence(samples, {source: votes[source] for source in votes if rng.random() < 0.5})
 
 
@@ -114,6 +114,9 @@ def test_the_posterior_is_the_definition_written_out():
             score += beta["C"] * max(c[i] for i in given) + beta["p"] * max(p[i] for i in given) if given else beta["unsampled"]
             for source in ("self_check", "self_reflection", "expert"):
                 score += beta[source] * any(a == answer for a, _ in votes.get(source, []))
+            if answer in dict(map(tuple, votes.get("expert", []))):
+                least = min(max(dict(map(tuple, votes["expert"]))[answer], 0.01), 0.999)
+                score += beta["expert, p"] * (math.log(least) - math.log(1 - least))
             if answer in dict(map(tuple, votes.get("voter", []))):
                 probability = dict(map(tuple, votes["voter"]))[answer]
                 log_ratio = math.log((probability + 0.02) / (1 / len(votes["voter"]) + 0.02))
@@ -350,7 +353,7 @@ def file(fitted, tmp_path_factory):
     """The invented world's policy, as if it had been fitted on such questions."""
     path = tmp_path_factory.mktemp("policy") / "policy.json"
     scale = ((12.0, 1.0), (-0.4, 0.3))
-    about = {"questions": 120, "settings": policies.policy_settings(Settings(samples=4, expert_tokens=96)), "sources": {}}
+    about = {"questions": 120, "settings": policy_file.settings_of(Settings(samples=4, expert_tokens=96)), "sources": {}}
     Policy(Posterior(fitted.posterior.coefficients, scale), fitted.outcomes, fitted.costs, [2, 4], fitted.modules, 0.1,
            frontier=fitted.frontier, about=about).save(path)
     return str(path)

@@ -11,6 +11,7 @@ from conftest import ROOT, ahead
 
 import train_cdrl
 from utils import explain
+from utils.cli import InputError
 
 README = (ROOT / "README.md").read_text()
 # Two machines differ in rounding, and in what they call the same.
@@ -117,7 +118,7 @@ def test_the_page_adds_up(flags, tmp_path, capsys):
 
 
 def test_an_unknown_question_is_named(tmp_path):
-    with pytest.raises(train_cdrl.InputError, match="'nope': no question has this id"):
+    with pytest.raises(InputError, match="'nope': no question has this id"):
         train_cdrl.train(train_cdrl.parse(["--explain", "nope", "--output", str(tmp_path / "run")]))
 
 

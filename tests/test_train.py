@@ -131,6 +131,7 @@ def step_views(vlm, clip, recipe="ours", **settings):
     views = views_of(vlm, clip, [data.synthetic("train", 5, i) for i in range(4)], args)
     confidence_map = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}
     train_cdrl.add_rewards(*views, confidence_map, args)
+    train_cdrl.add_advantages(*views, args.adv_norm)
     return args, views, confidence_map
 
 

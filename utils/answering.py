@@ -8,11 +8,45 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import cli, distributed, results_file
+from utils import cli, cost, distributed, inputs, judge, results_file, stored
 from utils.cli import InputError
 from utils.experts import LocalExpert, ServerExpert, ServerVLM, batches_in_flight
+from utils.prompts import PROMPTS
 from utils.results_file import STILL_OPEN, is_open
 from utils.server import Server, is_url
+
+# Settings by name. deepconf: DeepConf's lowest-group filter (arXiv 2508.15260, window scaled to VLM answers).
+# authors: the released inference code of the paper: 8 samples at T = 1, top-k 40, every module.
+PRESETS = {
+    "paper": {"samples": 8, "temperature": 1.0, "top_k": 40, "reading": "mean", "weight": "confidence",
+              "top_share": 1.0, "check_alpha": 0.5, "check_beta": 0.1, "tau1": 0.5, "tau2": 0.5, "tau3": 0.5},
+    "deepconf": {"samples": 8, "temperature": 0.6, "top_k": 0, "reading": "bottom", "weight": "confidence",
+                 "top_share": 0.9, "modules": ""}}
+
+
+def add_choices(parser):
+    """Flags of eval.py and catts.py alike: wording, presets, the judge, and what it would cost."""
+    parser.add_argument("--prompt", default="project", choices=PROMPTS,
+                        help="project: think, then one box; bare: the question alone; official: the "
+                             "benchmark's own hint")
+    parser.add_argument("--preset", choices=PRESETS, help="settings of a paper; flags beside it count")
+    parser.add_argument("--math_verify", action="store_true", default=None,
+                        help="let the package math-verify accept answers that the rules refuse")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="print generations, tokens, Expert calls and hours by part, and stop")
+
+
+def parse_with_preset(parser, argv):
+    """Parse flags; those of --preset are defaults -> Namespace. The judge does as --math_verify says, whose
+    value becomes the package's version."""
+    preset = parser.parse_args(argv).preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
+    args = parser.parse_args(argv)
+    try:
+        args.math_verify = judge.use_math_verify(bool(args.math_verify))
+    except ImportError as error:
+        raise InputError(f"--math_verify: {error}") from None
+    return args
 
 
 @dataclass
@@ -36,7 +70,7 @@ def load_models(args, expert_tokens, model, vlm_class, rollout_class, clip_class
                       headers=cli.headers_in(f"--{flag}_header", getattr(args, f"{flag}_header")))
 
     distributed.start_ranks()                      # before a model is loaded: each rank to a GPU of its own
-    clip, expert = clip_class.from_pretrained(args.clip, kind=args.clip_map), None
+    clip, expert = args.clip and clip_class.from_pretrained(args.clip, kind=args.clip_map), None
     if is_url(model):
         if flags := [f"--{name}" for name in cli.READING if getattr(args, name)]:
             raise InputError(f"{' and '.join(flags)}: for a model that is loaded here, and --model is a "
@@ -46,7 +80,7 @@ def load_models(args, expert_tokens, model, vlm_class, rollout_class, clip_class
         base = vlm_class.load(model).read_as(args)
     if is_url(args.expert):
         expert = ServerExpert(server(args.expert, args.expert_model, "expert"), expert_tokens)
-    elif args.expert not in ("self", model):
+    elif args.expert not in ("self", "none", model):
         expert = LocalExpert(vlm_class.load(args.expert), expert_tokens)
     checker = vlm_class.load(args.check_model).read_as(args) if args.check_model else None
     return Models(base, expert, clip, checker)
@@ -63,28 +97,49 @@ def show_answer(result, record, args, candidates, taus):
         print(results_file.describe(result, candidates, args.choices, taus))
         print("next: python catts.py --data questions.jsonl --output results.jsonl        # many questions")
     if result.open:
-        print(f"open: {'; '.join(result.open.values())}", file=sys.stderr)
+        cli.warn(f"open: {'; '.join(result.open.values())}")
         raise SystemExit(STILL_OPEN)
+
+
+def show_cost(samples, prompt, args, controller, name=None, drawn=None, parts=None):
+    """--dry_run: what one model's run would cost, at the speed of the first batch's samples.
+
+    prompt: function of a sample -> its prompt. drawn: samples a question. parts: {name: `cost.Part`}, by
+    default those of CA-TTS.
+    """
+    settings, batch = controller.settings, samples[:args.batch_size]
+    name, drawn = name or cli.shown(args.model), drawn or settings.samples
+    parts = parts or {"samples": cost.Part(drawn)} | cost.module_parts(
+        controller.modules, has_checker=controller.checker is not None, planner=settings.order == "planner")
+    length, rate, cut = cost.measure(lambda count: controller.vlm.sample(
+        [s.pictures() for s in batch[:count]], [prompt(s) for s in batch[:count]], drawn,
+        temperature=settings.temperature, top_k=settings.top_k, max_new_tokens=settings.max_new_tokens))
+    rows = cost.table(parts, len(samples), length, rate, settings.max_new_tokens, settings.expert_tokens,
+                      distributed.place()[1])
+    if distributed.place()[0] == 0:
+        cost.show(f"{name}, {len(samples)} questions", rows, length, rate, cut, len(batch))
 
 
 def answer_questions(answer_batch, samples, args, defaults, argv, controller):
     """The questions of --data into --output, and their means as a table or as JSON. Exits with STILL_OPEN
     where a server failed. args, defaults: Namespaces of flags; argv: the command's words."""
+    inputs.refuse_as_output(args.output, data=args.data, policy=args.policy, abstain=args.abstain)
     # The threshold itself: the content of its file may change between a run and its continuation.
     fingerprint, default_fingerprint = (
-        results_file.run_fingerprint(flags, ("image", "question", "choices"), abstain=str(value))
+        results_file.run_fingerprint(flags, ("image", "question", "choices", "preset", "dry_run"),
+                                     abstain=str(value))
         for flags, value in ((args, controller.threshold), (defaults, None)))
     ask_consent(args, samples, controller, args.output)
     results = results_file.run_resumable(
         answer_batch, samples, args.output, fingerprint, args.batch_size, strict=args.strict,
-        defaults=default_fingerprint,
+        defaults=default_fingerprint, shape=stored.RESULT,
         in_flight=batches_in_flight(args.batch_size, controller.vlm, controller.expert))
     if results is None:                     # not the first rank
         return
     rows = [results[name] for name in sorted({s.id for s in samples} & set(results))]
     results_file.print_means(rows, samples, args)
     if sentence := results_file.failures(rows):
-        print(sentence, file=sys.stderr)
+        cli.warn(sentence)
         raise SystemExit(STILL_OPEN)
     if args.early_exit == "off" and args.policy == "paper" and not args.json:
         exact = Path(args.output).with_name("exact.jsonl")
@@ -115,8 +170,8 @@ def ask_consent(args, samples, controller, output, sizes=()):
     calls = calls_a_question(controller)
     if sizes:
         calls = {who: (count * len(sizes) + 1, reply) for who, (count, reply) in calls.items()}
-    stored = results_file.read_results(Path(output)) if Path(output).is_file() else {}
-    done = {key for key, row in stored.items() if not is_open(row)}
+    answered = results_file.read_results(Path(output)) if Path(output).is_file() else {}
+    done = {key for key, row in answered.items() if not is_open(row)}
     left = sum(sample.id not in done for sample in samples)
     total = left * sum(count for count, _ in calls.values())
     if not total:
@@ -131,7 +186,7 @@ def ask_consent(args, samples, controller, output, sizes=()):
                  args.expert_price[1] * replies["Expert"]) / 1e6
         words += f"; at most {money:.2f} at --expert_price"
     if os.environ.get("RANK", "0") == "0":
-        print(f"{left} questions by servers. {words}", file=sys.stderr)
+        cli.warn(f"{left} questions by servers. {words}")
     if total <= args.ask_above or args.yes:
         return
     if sys.stdin is not None and sys.stdin.isatty():

@@ -41,9 +41,8 @@ def auroc_over_views(clean, noised):
     if not right.sum() or not wrong.sum():
         return math.nan
     _, place = np.unique(confidence, return_inverse=True)
-    right, wrong = np.bincount(place, right), np.bincount(place,
-                                                          wrong)             # by distinct value, rising
-    below = np.cumsum(wrong) - wrong / 2                                            # ties count half
+    right, wrong = np.bincount(place, right), np.bincount(place, wrong)     # by distinct value, rising
+    below = np.cumsum(wrong) - wrong / 2                                    # ties count half
     return float((right * below).sum() / (right.sum() * wrong.sum()))
 
 
@@ -53,8 +52,7 @@ def pairs_within_questions(ids, confidence, correct):
     won, pairs = [], []
     for group in clusters(ids):
         right = correct[group] == 1
-        difference = confidence[group][right][:,
-                                              None] - confidence[group][~right]             # (right, wrong)
+        difference = confidence[group][right][:, None] - confidence[group][~right]      # (right, wrong)
         won.append((0.5 + 0.5 * np.sign(difference)).sum())
         pairs.append(difference.size)
     return np.array(won), np.array(pairs)
@@ -78,14 +76,13 @@ def majority_share(ids, answers, correct):
 
     answers: N strings or None, None being an answer that could not be read. The first of those that tie wins.
     """
-    found = []
+    shares, right = [], []
     for group in clusters(ids):
-        said = [answers[i] for i in group]
-        best, count = Counter(said).most_common(1)[0]
-        found.append((count / len(group), float(correct[group[said.index(best)]]) if best is not None
-                      else 0.0))
-    share, right = np.array(found).T
-    return share, right
+        votes = [answers[i] for i in group]
+        best, count = Counter(votes).most_common(1)[0]
+        shares.append(count / len(group))
+        right.append(0.0 if best is None else float(correct[group[votes.index(best)]]))
+    return np.array(shares), np.array(right)
 
 
 def interval_over_seeds(values, resamples, seed=0, level=0.95):
@@ -119,25 +116,25 @@ def fit_readout(states, correct, blank=None, ranking=0.0, ridge=RIDGE):
     centre, scale = x.mean(0), x.std(0, correction=0)
     scale = torch.where(scale > 1e-9 * (1 + centre.abs()), scale, 1)
 
-    def standard(some):
-        return torch.nn.functional.pad((torch.as_tensor(some, dtype=torch.float64) - centre) / scale, (0, 1),
-                                       value=1.0)
+    def standard(rows):
+        rows = (torch.as_tensor(rows, dtype=torch.float64) - centre) / scale
+        return torch.nn.functional.pad(rows, (0, 1), value=1.0)
     design = standard(states)
-    unseen = None if blank is None else standard(blank)
+    blank_design = None if blank is None else standard(blank)
     weights = torch.zeros(design.shape[1], dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weights], max_iter=300, tolerance_grad=1e-7, tolerance_change=1e-12,
+    optimizer = torch.optim.LBFGS([weights], max_iter=300, tolerance_grad=1e-7, tolerance_change=1e-12,
                                   line_search_fn="strong_wolfe")
 
     def closure():
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         z = design @ weights
         loss = torch.nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum")
-        if unseen is not None:
-            loss = loss + ranking * (y * torch.nn.functional.softplus(unseen @ weights - z)).sum()
+        if blank_design is not None:
+            loss = loss + ranking * (y * torch.nn.functional.softplus(blank_design @ weights - z)).sum()
         loss = loss + ridge / 2 * (weights[:-1] ** 2).sum()
         loss.backward()
         return loss
-    optimiser.step(closure)
+    optimizer.step(closure)
     slopes = weights[:-1].detach() / scale
     return torch.cat([slopes, weights[-1:].detach() - slopes @ centre])
 
@@ -152,14 +149,15 @@ def cross_fitted_readout(ids, states, correct, fit_on=None, blank=None, ranking=
     """
     half, states, correct = first_half(ids), np.asarray(states, float), np.asarray(correct, float)
     fit_on = np.ones(len(half), bool) if fit_on is None else fit_on
-    found = np.full(len(half), np.nan)
-    for own in (half, ~half):
-        rows = ~own & fit_on
-        if own.any() and 0 < correct[rows].sum() < rows.sum():
+    probabilities = np.full(len(half), np.nan)
+    for side in (half, ~half):
+        rows = ~side & fit_on
+        if side.any() and 0 < correct[rows].sum() < rows.sum():
             weights = fit_readout(states[rows], correct[rows], None if blank is None else blank[rows],
                                   ranking).numpy()
-            found[own] = 1 / (1 + np.exp(-np.clip(states[own] @ weights[:-1] + weights[-1], -60, 60)))
-    return found
+            z = np.clip(states[side] @ weights[:-1] + weights[-1], -60, 60)
+            probabilities[side] = 1 / (1 + np.exp(-z))
+    return probabilities
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -202,19 +200,20 @@ def headline(clean, noised, scale=None, quick=False):
 def headline_intervals(clean, noised, scale=None, rounds=1000, seed=0):
     """`headline` with the 95% interval of each column but the mapped ones, questions resampled, on both views
     alike -> {name: (value, low, high) or value}."""
-    groups, rng, found = [clusters(view["id"]) for view in (clean, noised)], np.random.default_rng(seed), []
+    groups, rng = [clusters(view["id"]) for view in (clean, noised)], np.random.default_rng(seed)
+    resamples = []
     within = {name: pairs_within_questions(clean["id"], clean[field], clean["correct"])
               for name, field in (("C", "confidence"), ("p", "probability"))}
     for _ in range(rounds):
         draw = rng.integers(len(groups[0]), size=len(groups[0]))
-        index = [np.concatenate([own[g] for g in draw]) for own in groups]
-        views = ({name: column[i] for name, column in view.items()} for view,
-                 i in zip((clean, noised), index))
+        index = [np.concatenate([rows[g] for g in draw]) for rows in groups]
+        views = ({name: column[i] for name, column in view.items()}
+                 for view, i in zip((clean, noised), index))
         shares = {f"AUROC within questions, {name}": won[draw].sum() / max(1, pairs[draw].sum())
                   for name, (won, pairs) in within.items()}
-        found.append(headline(*views, scale, quick=True) | shares)
-    return {name: (value, *interval(np.array([row[name] for row in found]))) if name in found[0] else value
-            for name, value in headline(clean, noised, scale).items()}
+        resamples.append(headline(*views, scale, quick=True) | shares)
+    return {name: (value, *interval(np.array([row[name] for row in resamples]), count=len(groups[0])))
+            if name in resamples[0] else value for name, value in headline(clean, noised, scale).items()}
 
 
 def readouts(clean, noised, states, ranking=1.0):
@@ -228,17 +227,18 @@ def readouts(clean, noised, states, ranking=1.0):
     ids = np.concatenate([clean["id"], noised["id"]])
     correct = np.concatenate([clean["correct"], noised["correct"]]).astype(float)
     is_clean = np.arange(len(ids)) < len(clean["id"])
-    with_picture = np.stack([states["clean" if own else "noised"][i] for i, own in zip(ids, is_clean)])
+    with_picture = np.stack([states["clean" if sees else "noised"][i]
+                             for i, sees in zip(ids, is_clean)])
     blank = np.stack([states["blank"][i] for i in ids])
     rows = {}
-    for name, fit_on, unseen in (("P(IK)", is_clean, None), ("BICR", is_clean, blank),
-                                 ("P(IK), both views", None, None)):
-        p = cross_fitted_readout(ids, with_picture, correct, fit_on, unseen, ranking)
+    for name, fit_on, without in (("P(IK)", is_clean, None), ("BICR", is_clean, blank),
+                                  ("P(IK), both views", None, None)):
+        p = cross_fitted_readout(ids, with_picture, correct, fit_on, without, ranking)
         rows[name] = dict.fromkeys(("AUROC mixed", "AUROC", "ECE"), math.nan)
         if np.isfinite(p).all():
-            own, others = (p[is_clean], correct[is_clean]), (p[~is_clean], correct[~is_clean])
-            rows[name] = {"AUROC mixed": auroc_over_views(own, others), "AUROC": auroc(*own),
-                          "ECE": calibration_error(*own)}
+            on_clean, on_noised = ((p[view], correct[view]) for view in (is_clean, ~is_clean))
+            rows[name] = {"AUROC mixed": auroc_over_views(on_clean, on_noised), "AUROC": auroc(*on_clean),
+                          "ECE": calibration_error(*on_clean)}
     return rows
 
 
@@ -250,8 +250,8 @@ def by_figure(rows):
 
 def packed(state):
     """A hidden state (D,) -> text for a results file, in half precision."""
-    return base64.b64encode(np.asarray(state, dtype=np.float32).clip(-65504,
-                                                                     65504).astype("<f2").tobytes()).decode()
+    values = np.asarray(state, dtype=np.float32).clip(-65504, 65504)
+    return base64.b64encode(values.astype("<f2").tobytes()).decode()
 
 
 def unpacked(text):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from utils import cli, distributed, inputs, loading, locks, state_files
+from utils import cli, distributed, inputs, loading, locks, lora, state_files
 from utils.cli import InputError
 from utils.logs import logged_steps, write_json
 from utils.preflight import agreed
@@ -148,7 +148,8 @@ def _keep_shorter_run(output, old):
     it."""
     if not _final_model(output) and not (output / "after.json").exists():
         return
-    folder = output / f"finished-{(old or {}).get('steps', 0)}"
+    steps = (old or {}).get("steps")
+    folder = output / f"finished-{steps if isinstance(steps, int) else 0}"
     folder.mkdir(exist_ok=True)
     for pattern in ("*.json", "*.jinja", "*.txt", "*.model"):          # what opens it
         for path in output.glob(pattern):
@@ -265,6 +266,18 @@ def save_weights(output, vlm, policy, step, run, dtype):
     except OSError as error:
         raise InputError(f"{cli.shown(output / f'weights-{step}')} cannot be written ({cli.reason(error)}); "
                          f"is the disk full? The same command goes on from the newest checkpoint") from error
+
+
+def save_model(output, vlm, policy, dtype, merge):
+    """Write the final model: of an adapted one the adapter, or with merge both. All ranks call it."""
+    state = distributed.full_state_dict(policy, dtype)
+    merged = distributed.full_state_dict(policy, dtype, frozen=True) if merge else None
+    if distributed.place()[0]:
+        return
+    if merge:
+        loading.save(vlm, output / "adapter", state)
+        state = lora.merged_state(vlm.model, merged)
+    loading.save(vlm, output, state)
 
 
 def _to_disk(path):

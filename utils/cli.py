@@ -48,13 +48,13 @@ def add_sources(parser):
     parser.add_argument("--model_name", default="", help="the base model's name on its server (key: "
                                                          "MODEL_API_KEY)")
     parser.add_argument("--check_model", help="local model for Visual Self-Check when --model is a server")
-    parser.add_argument("--clip", default=str(TINY / "clip"),
-                        help="CLIPModel directory or hub id, finds the key regions")
+    parser.add_argument("--clip", help="CLIPModel directory or hub id, finds the key regions; default: of a "
+                                       "built-in --model the built-in one")
     parser.add_argument("--clip_map", default="auto", choices=("auto", "attention", "contribution"),
                         help="the map it makes; auto: attention for the built-in CLIP, contribution for any "
                              "other")
-    parser.add_argument("--expert", default=str(TINY / "expert"),
-                        help="'self' (the base plays the roles), directory, hub id, or URL of a server")
+    parser.add_argument("--expert", help="'self' (the base plays the roles), directory, hub id, URL of a "
+                                         "server, or 'none'; default: of a built-in --model the built-in one")
     parser.add_argument("--expert_model", default="", help="the Expert's name on its server (key: "
                                                            "EXPERT_API_KEY)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds a server may take for a reply")
@@ -135,16 +135,29 @@ def on_signals(numbers, handler):
 
 class Terminal:
     """A stream that shows text and obeys none of it: control and formatting characters become blanks. Line
-    ends and tabs stay, and the carriage return with which a progress bar begins."""
+    ends and tabs stay, and the carriage return with which a progress bar begins.
 
-    def __init__(self, stream):
-        self.stream = stream
+    lost: error numbers after which the program goes on unseen: EIO, because its terminal was closed, and for
+    stderr EPIPE."""
+
+    def __init__(self, stream, lost):
+        self.stream, self.lost = stream, lost
 
     def write(self, text):
         start = "\r" * text.startswith("\r")
         if not text.isprintable():
             text = start + "".join(c if c.isprintable() or c in "\n\t" else " " for c in text[len(start):])
-        return self.stream.write(text)
+        return self._if_seen(self.stream.write, text) or len(text)
+
+    def flush(self):
+        self._if_seen(self.stream.flush)
+
+    def _if_seen(self, function, *args):
+        try:
+            return function(*args)
+        except OSError as error:
+            if error.errno not in self.lost:
+                raise
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -166,11 +179,13 @@ def command(name, function):
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    streams = sys.stdout, sys.stderr
+    # Replies, pictures and questions are nobody else's: files are 600, folders 700, unless the user shares
+    # them.
+    umask, streams = os.umask(0o077), (sys.stdout, sys.stderr)
     for stream in streams:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")            # a terminal that cannot show a character shows ?
-    sys.stdout, sys.stderr = map(Terminal, streams)
+    sys.stdout, sys.stderr = Terminal(streams[0], {errno.EIO}), Terminal(streams[1], {errno.EIO, errno.EPIPE})
     try:
         with on_signals((signal.SIGTERM, signal.SIGHUP), _raise_stop):
             result = function()
@@ -194,6 +209,7 @@ def command(name, function):
         raise _ended(f"{name}: stopped; the same command starts again", 130) from None
     finally:
         sys.stdout, sys.stderr = streams
+        os.umask(umask)
 
 
 def _ended(sentence, code):

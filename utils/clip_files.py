@@ -2,7 +2,7 @@
 import hashlib
 import os
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +105,8 @@ class MapCache:
                 np.save(stream, grid)
             os.replace(temporary, file)         # ranks that write the same map do not see each other's half
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             if not self.warned:
                 warn(f"CLIP's maps are not kept in {self.folder}: {reason(error)}")
             self.warned = True

@@ -95,11 +95,12 @@ def summed(values):
 
 
 @contextmanager
-def stop_on_signals():
-    """Inside, SIGINT, SIGTERM and SIGHUP ask for a stop instead of raising -> a StopRequest, which the loop
-    looks at. SIGHUP stays ignored where it was (nohup), and a thread beside the main one hears no signal."""
+def stop_on_signals(*signals):
+    """Inside, signals (SIGINT, SIGTERM and SIGHUP) ask for a stop instead of raising -> a StopRequest, which
+    the loop looks at. SIGHUP stays ignored where it was (nohup), and a thread beside the main one hears no
+    signal."""
     request = StopRequest()
-    with cli.on_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), request.handle):
+    with cli.on_signals(signals or (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), request.handle):
         yield request
 
 

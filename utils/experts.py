@@ -34,7 +34,7 @@ class Reply:
 
     tokens, prompt_tokens: None where nobody counted them. requests: sent for it, 0 = none. failed: the error
     is the server's, so that the question stays open. cut: at the longest reply. forget: takes the reply out
-    of the cache.
+    of the cache. probability: of the least probable token, in (0, 1]; 1 where the Expert does not tell.
     """
     text: str = ""
     tokens: int | None = 0
@@ -45,6 +45,7 @@ class Reply:
     requests: int = 1
     failed: bool = False
     cut: bool = False
+    probability: float = 1.0
     forget: Callable = lambda: None
 
     def costs(self):
@@ -74,7 +75,8 @@ class LocalExpert:
                                  greedy=attempt == 0,
                                  seed=[f"expert {attempt} {prompt}" for _, prompt in turns],
                                  max_new_tokens=self.max_new_tokens)
-        return [Reply(r.text, len(r.tokens), cut=not r.finished) for (r,) in groups]
+        return [Reply(r.text, len(r.tokens), cut=not r.finished, probability=r.logprobs.min().exp().item())
+                for (r,) in groups]
 
 
 class Memo:
@@ -342,10 +344,12 @@ def _filled(values):
 
 @dataclass
 class RoleReply:
-    """What came of one role for one question. value: parsed, None where it abstains; text: the reply; reason:
-    why it abstains; failed: because of the server; costs: one dict for each request, for the ledger."""
+    """What came of one role for one question. value: parsed, None where it abstains; text: the reply;
+    probability: see Reply; reason: why it abstains; failed: because of the server; costs: one dict for each
+    request, for the ledger."""
     value: object = None
     text: str = ""
+    probability: float = 1.0
     reason: str = ""
     failed: bool = False
     costs: list = field(default_factory=list)
@@ -374,6 +378,7 @@ def ask_role(expert, states, make_prompt, parse):
                 if is_unfinished and not text:
                     raise ValueError("nothing but thoughts")
                 outcome.value, outcome.text, outcome.reason = parse(states[i], text), text, ""
+                outcome.probability = reply.probability
             except ValueError as error:
                 reply.forget()
                 outcome.reason, outcome.failed = str(error), reply.failed
@@ -395,6 +400,7 @@ def record_role(role, states, outcomes):
             state.result.ledger.add(role, **costs)
         if outcome.value is not None:
             state.result.texts[role] = outcome.text[:MAX_CRITIQUE]
+            state.result.probabilities[role] = outcome.probability
             continue
         state.result.ledger.notes.append(f"{role} abstained: {outcome.reason}")
         if outcome.failed:

@@ -222,12 +222,12 @@ def print_step(args, vlm, policy, clip, order, held_out, stages):
     """Print one question's step -> its lines (list of str).
 
     policy: the Policy around `vlm`, not sharded. One update moves its weights. stages: fit_map_on_base,
-    make_image_pairs, roll_out, add_rewards, cdrl_loss of train_cdrl.py. InputError: unknown id, many ranks.
-    All weights move: --freeze_vision and --lora_rank are not applied.
+    make_image_pairs, roll_out, add_rewards, add_advantages, cdrl_loss of train_cdrl.py. InputError: unknown
+    id, many ranks. All weights move: --freeze_vision and --lora_rank are not applied.
     """
     if order.world > 1:
         raise InputError(f"--explain shows one question, and {order.world} ranks were started; start one")
-    fit_map_on_base, make_image_pairs, roll_out, add_rewards, cdrl_loss = stages
+    fit_map_on_base, make_image_pairs, roll_out, add_rewards, add_advantages, cdrl_loss = stages
     picture = Path(args.output).parent / "explain.png"
     with policy.unsharded():
         if args.run.explain == FIRST:
@@ -240,6 +240,7 @@ def print_step(args, vlm, policy, clip, order, held_out, stages):
         noised_images, is_control = make_image_pairs(images, [sample], clip, 0, args)
         original, noised = roll_out(vlm, [sample], images, noised_images, is_control, 0, args)
     add_rewards(original, noised, confidence_map, args)
+    add_advantages(original, noised, args.adv_norm)
     write_pair(picture, images[0], noised_images and noised_images[0])
     views = [original] if noised is None else [original, noised]
     learners = views if args.noised_learns else views[:1]

@@ -3,12 +3,11 @@ a question."""
 import csv
 import json
 import os
-import sys
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.cli import InputError, reason
+from utils.cli import InputError, reason, warn
 from utils.rows import IMAGE, LAYOUT, QUESTION, SUFFIXES, image_cells, to_sample
 
 SHOWN_FAULTS = 20           # broken rows that are named one by one
@@ -52,7 +51,7 @@ class File(Sequence):
             systems += "system" in fields["meta"]
             sentences += _is_sentence(fields)
         for error in faults if self.broken > 1 or not strict else ():
-            print(f"{'broken' if strict else 'left out'}: {error}", file=sys.stderr)
+            warn(f"{'broken' if strict else 'left out'}: {error}")
         if self.broken and strict:
             raise InputError(str(faults[0]) if self.broken == 1 else
                              f"{path} has {self.broken} broken rows, each of the first {len(faults)} named "
@@ -61,15 +60,13 @@ class File(Sequence):
         if self.broken and not self.indices:
             raise InputError(f"{path} has no row that can be used; the first: {faults[0]}")
         if self.broken:
-            print(f"{path}: {self.broken} broken rows left out, {len(self.indices)} questions kept",
-                  file=sys.stderr)
+            warn(f"{path}: {self.broken} broken rows left out, {len(self.indices)} questions kept")
         if sentences:
-            print(f"{path}: the answers of {sentences} questions are sentences of more than {SENTENCE} "
-                  f"words, which a response must repeat to be right", file=sys.stderr)
+            warn(f"{path}: the answers of {sentences} questions are sentences of more than {SENTENCE} words, "
+                 f"which a response must repeat to be right")
         if systems:
-            print(f"{path}: the system prompts of {systems} rows are not used; the prompt asks for a boxed "
-                  f"answer",
-                  file=sys.stderr)
+            warn(f"{path}: the system prompts of {systems} rows are not used; the prompt asks for a boxed "
+                 f"answer")
 
     def __len__(self):
         return len(self.indices)

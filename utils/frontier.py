@@ -1,11 +1,48 @@
-"""What a policy costs and reaches: means over questions, thresholds with a guarantee, rival ways to spend,
-intervals."""
+"""What a policy costs and reaches: stored votes and their costs, means over questions, thresholds with a
+guarantee, rival ways to spend, intervals."""
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
+from utils.cli import InputError
 from utils.metrics import auroc, calibration_error, interval
+
+RISKS = (0.05, 0.1, 0.2)            # target risks for which thresholds are certified
+
+
+class StoredVotes:
+    """A row of `eval.collector`: the votes that could be bought, their costs, which answers are right.
+
+    accepts: (answer, row) -> bool. reading: of C. samples: (answer or None, C, mean log-prob) of each.
+    """
+
+    def __init__(self, row, accepts, reading="mean"):
+        self.id, self.row, self.choices, self.cache = row["id"], row, row["choices"], {}
+        self.samples = [(s["answer"], s["confidence"][reading], s["logprob"]) for s in row["samples"]]
+        self.accepts = lru_cache(None)(lambda answer: bool(answer is not None and accepts(answer, row)))
+
+    def votes(self, n):
+        """{source: [[answer, share], ...]} of the modules at n samples, and of the Expert's own answer."""
+        own = self.row["expert"] or {"answer": None}
+        return self.row["by_n"][str(n)]["votes"] | {
+            "expert": [] if own["answer"] is None else [[own["answer"], own.get("probability", 1.0)]]}
+
+    def cost(self, purchase, n, first=0):
+        """Of a purchase at n samples (or of samples first to n) -> (base tokens, Expert tokens, Expert
+        calls)."""
+        if purchase == "samples":
+            return sum(s["tokens"] for s in self.row["samples"][first:n]), 0, 0
+        if purchase == "expert":
+            return 0, self.row["expert"]["tokens"] or 0, 1      # None: a server that counts nothing
+        parts = self.row["by_n"][str(n)]["parts"]
+        role = {"voter": "voter", "self_reflection": "critic"}.get(purchase)
+        base = 0 if purchase == "voter" else parts.get(purchase, {}).get("tokens", 0)
+        base *= 2 if purchase == "self_check" else 1  # a contrasted token is read twice
+        expert = parts.get(role, {})
+        return base, expert.get("expert_tokens") or 0, expert.get("expert_calls",
+                                                                0) + expert.get("cached_calls", 0)
 
 
 @dataclass
@@ -40,6 +77,59 @@ def means(spent):
 def confidences(spent):
     """List of Spent -> confidence (N,), correct (N,)."""
     return np.array([s.confidence for s in spent]), np.array([s.correct for s in spent], float)
+
+
+def point(rate, judged, paid):
+    """A point of a policy's frontier (dict): accuracy, calibration and thresholds by the Spent of `judged`,
+    costs by those of `paid`."""
+    costs = {name: value for name, value in means(paid).items() if name in ("calls", "tokens", "base_tokens")}
+    thresholds = {f"{risk:g}": certified_threshold(*confidences(judged), risk) for risk in RISKS}
+    return {"rate": rate, **means(judged), **costs, "thresholds": {
+        risk: None if value == math.inf else value for risk, value in thresholds.items()}}
+
+
+def rate_for(points, budget=None, accuracy=None):
+    """The lowest rate within a budget (mean Expert calls a question), or the highest that reaches an accuracy
+    -> rate, None without either. points: of a policy's frontier."""
+    if budget is not None:
+        rates = [point["rate"] for point in points if point["calls"] <= budget + 1e-9]
+        if not rates:
+            least = min(point["calls"] for point in points)
+            raise InputError(f"--budget {budget:g} is below {least:.2f} calls, the least of this policy; "
+                             f"raise it")
+        return min(rates)
+    if accuracy is None:
+        return None
+    rates = [point["rate"] for point in points if point["accuracy"] >= accuracy]
+    if not rates:
+        best = max(point["accuracy"] for point in points)
+        raise InputError(f"--accuracy {accuracy:g} is above {best:.3f}, the best of this policy; lower it")
+    return max(rates)
+
+
+def threshold_for(points, rate, risk):
+    """The confidence from which on an answer is given, at a rate and a target risk of the frontier."""
+    thresholds = next(point for point in points if point["rate"] == rate)["thresholds"]
+    if f"{risk:g}" not in thresholds:
+        raise InputError(f"--risk {risk:g} was not certified; choose one of {', '.join(thresholds)}")
+    value = thresholds[f"{risk:g}"]
+    return math.inf if value is None else value
+
+
+def outcome_table(pairs, bins=6, changes=5):
+    """(P before, P after) of many purchases -> [[mean P, [mean change in each fifth of its bin]], ...].
+
+    Bins hold equally many. More evidence cannot lower the expected P(right) of the best answer. Where the
+    mean change is negative, it is noise of the fit, and the changes are shifted to mean 0.
+    """
+    before, after = np.array(pairs).T
+    table = []
+    for group in np.array_split(np.argsort(before, kind="stable"), min(bins, len(before))):
+        change = np.sort(after[group] - before[group])
+        change = change - min(0.0, change.mean())
+        fifths = np.repeat(change, changes).reshape(changes, -1)        # equal parts, also of few values
+        table.append([float(before[group].mean()), [float(fifth.mean()) for fifth in fifths]])
+    return table
 
 
 # ---- "I don't know", with a guarantee

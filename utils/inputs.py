@@ -3,7 +3,7 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from utils import cli, lora
+from utils import cli, distributed, locks, lora
 from utils.cli import InputError
 
 KINDS = ("*.safetensors", "*.bin", "*config.json", "*token*", "chat_template*")
@@ -63,6 +63,14 @@ def fingerprints(stored, **paths):
         same = current[name][1] and stamps.get(name) == current[name] and key in stored
         checksums[key] = stored[key] if same and not lora.base_of(path) else fingerprint(path)
     return checksums | {"stamps": current}
+
+
+def open_folder(output, names, **paths):
+    """Lock a folder for files of these names, on the first rank. InputError where one of them is an input."""
+    for name in names:
+        refuse_as_output(Path(output) / name, **paths)
+    if distributed.place()[0] == 0:
+        locks.hold(output)
 
 
 def refuse_as_output(output, **paths):

@@ -4,16 +4,15 @@ r"""The judge: what a response answers, and whether that is right. Rules, no mod
     extract_answer("The answer is (B), since (A) is red.", ["red", "blue"])        # "B"
     equivalent("1/2", r"\frac{1}{2}")                         # True
 
-| kind of response | its answer                                                                   | read by
-     | |------------------|------------------------------------------------------------------------------|-----------------|
-| a box            | \boxed{4}, no: \boxed{6} -> 6; \boxed{4} and \boxed{6} -> 4 and 6            |
-_last_boxes     | | a marker         | The answer is 48, in total. -> 48; "answer": "B" -> B; Answer \( 17 \)
--> 17 | _marked         | | a revision       | \boxed{4} ... The final answer is 6. -> 6; Answer: A ... so
-**D** -> D       | _revision       | | an option        | B. green; (A) is too dark, hence (B); I would take D
-- it is tall; its text  | _closing_option | | a last sentence  | So 5 + 4 = 9. -> 9; We find that $x \neq 6$.
--> x \neq 6; It is red. -> red  | _ending         | | one number       | She took 7 cubes out of the box. -> 7
-                                       | _only_number    | | none             | not B; A or B; because (A)
-                                       ...; all the options again; Is it 7?              |                 |
+| kind          | a response -> its answer                                               | read by         |
+|---------------|------------------------------------------------------------------------|-----------------|
+| box           | \boxed{4}, no: \boxed{6} -> 6; \boxed{4} and \boxed{6} -> 4 and 6      | _last_boxes     |
+| marker        | The answer is 48, in total. -> 48; "answer": "B" -> B                  | _marked         |
+| revision      | \boxed{4} ... The final answer is 6. -> 6; Answer: A ... so **D** -> D | _revision       |
+| option        | B. green; (A) is too dark, hence (B); I take D - it is tall; its text  | _closing_option |
+| last sentence | So 5 + 4 = 9. -> 9; We find that $x \neq 6$. -> x \neq 6               | _ending         |
+| one number    | She took 7 cubes out of the box. -> 7                                  | _only_number    |
+| none          | not B; A or B; because (A) ...; all the options again; Is it 7?        |                 |
 
 Which answers are the same: see the table in answers.py. With options, B = (B) = b. = the option's text or
 value, and two letters differ. A response of any length is read in linear time, and no text raises. Left out

@@ -358,6 +358,8 @@ def eos_ids(model, tokenizer, template_of=None):
     ids = model.generation_config.eos_token_id
     ids = [*ids] if isinstance(ids, list) else [ids]
     ids += [tokenizer.eos_token_id, end_of_turn(tokenizer, template_of)]
+    if odd := [i for i in ids if i is not None and type(i) is not int]:
+        raise refusal(model, f"its eos_token_id {str(odd[0])[:40]!r} is no whole number")
     return torch.tensor(list(dict.fromkeys(i for i in ids if i is not None)))
 
 

@@ -2,7 +2,6 @@
 resume."""
 import json
 import math
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -117,11 +116,28 @@ def write_step(output, row, samples, batches, args):
                         "advantage": float(batch.advantages[q, g])}) + "\n")
 
 
+def _rows(path):
+    """(line, row) of a log's lines that are whole: JSON objects with a step."""
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row["step"]) is int:
+                yield line, row
+        except (ValueError, KeyError, RecursionError):
+            pass
+
+
 def training_log(folder):
-    """The lines of a run folder's metrics.jsonl, an empty list where there is none."""
-    log = Path(folder) / "metrics.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines()
-            if line.strip()] if log.is_file() else []
+    """The lines of a run folder's metrics.jsonl, an empty list where there is none. Lines that are torn, or
+    that lack what the last one has, are left out and counted on stderr."""
+    path = Path(folder) / "metrics.jsonl"
+    rows = [row for _, row in _rows(path) if all(type(value) in (int, float) for value in row.values())]
+    names = {name for name in (rows[-1] if rows else ()) if not name.startswith("gap")}
+    whole = [row for row in rows if names <= row.keys()]
+    lines = sum(bool(line.strip()) for line in path.read_text(errors="replace").splitlines()) if rows else 0
+    if lines > len(whole):
+        cli.warn(f"{path}: {lines - len(whole)} lines are damaged, and left out")
+    return whole
 
 
 def smoothed(points, most=60):
@@ -137,14 +153,7 @@ def write_json(path, value):
 
 def logged_steps(output):
     """Steps in a run folder's metrics.jsonl (int), torn lines apart."""
-    path = output / "metrics.jsonl"
-    steps = set()
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            steps.add(int(json.loads(line)["step"]))
-        except (ValueError, KeyError, TypeError):
-            pass
-    return len(steps)
+    return len({row["step"] for _, row in _rows(output / "metrics.jsonl")})
 
 
 def trim_logs(output, step):
@@ -156,16 +165,8 @@ def trim_logs(output, step):
         if path.stem[5:].isdecimal() and int(path.stem[5:]) > step:
             path.unlink()
     for path in (output / "metrics.jsonl", output / "samples.jsonl"):
-        lines, steps = [], set()
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            try:
-                if (number := json.loads(line)["step"]) < step:
-                    lines.append(line + "\n")
-                    steps.add(number)
-            except (json.JSONDecodeError, KeyError, TypeError):
-                pass
-        if lost := step - len(steps):
-            print(f"{path} has lost {lost} of the {step} steps so far: it, and what is drawn from it, goes "
-                  f"on without them",
-                  file=sys.stderr)
-        cli.write_atomically(path, "".join(lines))
+        earlier = [(line + "\n", row["step"]) for line, row in _rows(path) if row["step"] < step]
+        if lost := step - len({number for _, number in earlier}):
+            cli.warn(f"{path} has lost {lost} of the {step} steps so far: it, and what is drawn from it, "
+                     "goes on without them")
+        cli.write_atomically(path, "".join(line for line, _ in earlier))

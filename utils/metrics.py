@@ -5,6 +5,8 @@ import zlib
 import numpy as np
 import torch
 
+MIN_QUESTIONS = 10              # fewer give no interval: resampling them tells nothing
+
 
 def _tied(confidence, correct):
     """Correctness, most confident first, ties replaced by their mean: the expected value under a random order
@@ -35,8 +37,8 @@ def average_precision_of_errors(confidence, correct):
     order = np.argsort(confidence, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(confidence[order])),
                      len(order) - 1)     # one threshold a distinct value
-    found = np.cumsum(errors[order])[ends]
-    return float(np.sum(np.diff(found, prepend=0) / errors.sum() * found / (ends + 1)))
+    hits = np.cumsum(errors[order])[ends]
+    return float(np.sum(np.diff(hits, prepend=0) / errors.sum() * hits / (ends + 1)))
 
 
 def calibration_error(confidence, correct, bins=15, mass=False):
@@ -54,8 +56,8 @@ def confidence_metrics(confidence, correct, groups=None):
 
     confidence (N,) any real numbers, higher = surer; correct (N,) 0/1; groups (N,) labels: the same metrics
     within each under "groups". accuracy, auroc, aupr (errors), aurc, eaurc, accuracy at 50/80/90% coverage;
-    ece, ece_mass and brier only when every confidence lies in [0, 1], else nan. Raises ValueError on empty,
-    unequal or non-finite input.
+    ece, ece_mass, brier and over (mean confidence minus accuracy, with its sign) only when every confidence
+    lies in [0, 1], else nan. Raises ValueError on empty, unequal or non-finite input.
     """
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if confidence.ndim != 1 or confidence.shape != correct.shape or not len(confidence):
@@ -63,9 +65,9 @@ def confidence_metrics(confidence, correct, groups=None):
                          f"lists are needed")
     if not np.isfinite(confidence).all() or not np.isin(correct, (0, 1)).all():
         raise ValueError("confidence must be finite and correct 0 or 1")
-    kept = _tied(confidence, correct)
-    counts = np.arange(1, len(kept) + 1)
-    risk, best = 1 - np.cumsum(kept) / counts, 1 - np.cumsum(np.sort(correct)[::-1]) / counts
+    ranked = _tied(confidence, correct)
+    counts = np.arange(1, len(ranked) + 1)
+    risk, best = 1 - np.cumsum(ranked) / counts, 1 - np.cumsum(np.sort(correct)[::-1]) / counts
     is_probability = confidence.min() >= 0 and confidence.max() <= 1
     nan = float("nan")
     result = {
@@ -73,11 +75,12 @@ def confidence_metrics(confidence, correct, groups=None):
         "ece": calibration_error(confidence, correct) if is_probability else nan,
         "ece_mass": calibration_error(confidence, correct, mass=True) if is_probability else nan,
         "brier": float(((confidence - correct) ** 2).mean()) if is_probability else nan,
+        "over": float((confidence - correct).mean()) if is_probability else nan,
         "aupr": average_precision_of_errors(confidence, correct),
         "aurc": float(risk.mean()), "eaurc": float(risk.mean() - best.mean()),
     }
     for coverage in (50, 80, 90):
-        result[f"accuracy@{coverage}"] = float(kept[:max(1, round(coverage / 100 * len(kept)))].mean())
+        result[f"accuracy@{coverage}"] = float(ranked[:max(1, round(coverage / 100 * len(ranked)))].mean())
     if groups is not None:
         groups = np.asarray(groups)
         result["groups"] = {str(g): confidence_metrics(confidence[groups == g], correct[groups == g])
@@ -87,10 +90,10 @@ def confidence_metrics(confidence, correct, groups=None):
 
 def clusters(ids):
     """(N,) labels -> list of index arrays, one a question, in the order of first appearance."""
-    found = {}
+    groups = {}
     for i, name in enumerate(ids):
-        found.setdefault(name, []).append(i)
-    return [np.array(indices) for indices in found.values()]
+        groups.setdefault(name, []).append(i)
+    return [np.array(indices) for indices in groups.values()]
 
 
 def bootstrap(ids, confidence, correct, statistics, rounds=1000, seed=0):
@@ -101,11 +104,11 @@ def bootstrap(ids, confidence, correct, statistics, rounds=1000, seed=0):
     question stay together. The same ids and seed give the same questions: differences of two results are
     paired.
     """
-    groups, rng, found = clusters(ids), np.random.default_rng(seed), []
+    groups, rng, resamples = clusters(ids), np.random.default_rng(seed), []
     for _ in range(rounds):
         index = np.concatenate([groups[g] for g in rng.integers(len(groups), size=len(groups))])
-        found.append(statistics(confidence[index], correct[index]))
-    return {name: np.array([row[name] for row in found]) for name in found[0]}
+        resamples.append(statistics(confidence[index], correct[index]))
+    return {name: np.array([row[name] for row in resamples]) for name in resamples[0]}
 
 
 def mean_interval(ids, values, rounds=1000, seed=0):
@@ -116,10 +119,13 @@ def mean_interval(ids, values, rounds=1000, seed=0):
     return float(values.mean()), *interval(sums[draws].sum(1) / sizes[draws].sum(1))
 
 
-def interval(values, level=0.95):
-    """Percentile interval of bootstrap values, nans left out -> (low, high)."""
+def interval(values, level=0.95, count=MIN_QUESTIONS):
+    """Percentile interval of bootstrap values, nans left out -> (low, high).
+
+    count: of the questions that were resampled; nan where there are too few.
+    """
     tail = 50 * (1 - level)
-    if not np.isfinite(values).any():
+    if count < MIN_QUESTIONS or not np.isfinite(values).any():
         return math.nan, math.nan
     return tuple(float(x) for x in np.nanpercentile(values, [tail, 100 - tail]))
 
@@ -159,9 +165,9 @@ def cross_fitted(ids, confidence, correct, kind="platt"):
     """Confidences mapped to probabilities, each by a map fitted on the other half of the questions (N,)."""
     half = first_half(ids)
     mapped = np.full(len(half), np.nan)
-    for own in (half, ~half):
-        if own.any() and not own.all():
-            mapped[own] = fit_map(confidence[~own], correct[~own], kind)(confidence[own])
+    for side in (half, ~half):
+        if side.any() and not side.all():
+            mapped[side] = fit_map(confidence[~side], correct[~side], kind)(confidence[side])
     return mapped
 
 
@@ -170,10 +176,10 @@ def threshold_for(confidence, correct, risk):
     coverage, risk); (inf, 0.0, nan) when no threshold reaches it."""
     best = (math.inf, 0.0, math.nan)
     for threshold in np.unique(confidence)[::-1]:
-        kept = confidence >= threshold
-        wrong = float(1 - correct[kept].mean())
+        answered = confidence >= threshold
+        wrong = float(1 - correct[answered].mean())
         if wrong <= risk:
-            best = (float(threshold), float(kept.mean()), wrong)
+            best = (float(threshold), float(answered.mean()), wrong)
     return best
 
 
@@ -192,10 +198,10 @@ def as_fitted(scale):
 
 def risk_coverage(confidence, correct, points=40):
     """[(coverage, risk), ...], most confident first."""
-    kept = _tied(confidence, correct)
-    risk = 1 - np.cumsum(kept) / np.arange(1, len(kept) + 1)
-    places = np.unique(np.linspace(max(0, len(kept) // 20), len(kept) - 1, points).astype(int))
-    return [((int(i) + 1) / len(kept), float(risk[i])) for i in places]
+    ranked = _tied(confidence, correct)
+    risk = 1 - np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
+    places = np.unique(np.linspace(max(0, len(ranked) // 20), len(ranked) - 1, points).astype(int))
+    return [((int(i) + 1) / len(ranked), float(risk[i])) for i in places]
 
 
 def reliability_points(confidence, correct, bins=10):

@@ -15,6 +15,8 @@ from PIL import Image, ImageCms, ImageOps
 from utils.cli import InputError, reason
 
 MAX_PIXELS = 2**26  # decoded at once, 268 MB; larger JPEGs are decoded at a half, a quarter or an eighth
+# Fewer bytes than that hold no picture, whatever packs them: deflate reaches 1,032 to 1.
+PLAUSIBLE_PIXELS, PIXELS_A_BYTE = 2**20, 1000
 MAX_RATIO = 200             # what the models' processors take
 # These hand the file to another program or need a plugin that is not part of Pillow.
 UNSAFE_FORMATS = {"EPS", "WMF", "GRIB", "BUFR", "HDF5", "FPX", "MIC", "MPEG"}
@@ -122,6 +124,15 @@ def resized(image, size):
 
 
 def _check_shape(file):
+    """Refuse what no processor takes, and a few bytes that claim many pixels. Raises ValueError."""
+    pixels = file.width * file.height
+    if file.fp is not None:
+        place = file.fp.tell()
+        size = file.fp.seek(0, os.SEEK_END)
+        file.fp.seek(place)
+        if pixels > PLAUSIBLE_PIXELS + PIXELS_A_BYTE * size:
+            raise ValueError(f"{file.width} x {file.height} pixels from {size:,} bytes: it is blank, or made "
+                             "to fill the memory")
     if max(file.size) > MAX_RATIO * min(file.size):
         raise ValueError(f"{file.width} x {file.height} pixels, longer than {MAX_RATIO} times its breadth")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from utils import cli
-from utils.cli import InputError
+from utils.cli import InputError, warn
 from utils.distributed import dtype_of, gathered, parameters, place
 
 SHOWN_FAULTS = 20
@@ -32,14 +32,14 @@ def agreed(check, *arguments):
         fault = str(error)
     faults = [text for text in gathered([fault]) if text is not None]
     if fault is not None and fault != faults[0]:
-        print(f"also: {fault}", file=sys.stderr)
+        warn(f"also: {fault}")
     if faults:
         raise InputError(faults[0])
     return result
 
 
 def check_settings(args, world):
-    """Refuse settings of a training that cannot work. Raises InputError."""
+    """Refuse settings that cannot work, each in one sentence."""
     cli.check_bounds(args)
     cli.check_bounds(args.run)
     if abs(args.seed) >= 2**63:
@@ -148,11 +148,11 @@ def check_questions(lengths, samples, prompt_of, max_new_tokens, context, skip_b
             faults.append(str(error))
     if skip_broken and faults:
         for fault in faults[:SHOWN_FAULTS]:
-            print(f"left out: {fault}", file=sys.stderr)
+            warn(f"left out: {fault}")
         return counts
     if len(faults) > 1:
         for fault in faults[:SHOWN_FAULTS]:
-            print(f"broken: {fault}", file=sys.stderr)
+            warn(f"broken: {fault}")
         raise InputError(f"{len(faults)} questions cannot be used, each of the first "
                          f"{min(len(faults), SHOWN_FAULTS)} named "
                          f"above; the first: {faults[0]}")
@@ -194,7 +194,7 @@ def leave_out(sound, train_set, held_out, args):
     if not train_set:
         raise InputError("--skip_broken leaves no question to train on; repair those named above")
     if (missing := before - len(train_set) - len(held_out)) and place()[0] == 0:
-        print(f"{missing} broken or overlong questions left out, {len(train_set)} train", file=sys.stderr)
+        warn(f"{missing} broken or overlong questions left out, {len(train_set)} train")
 
 
 def _check_mixture(vlm, questions, prompt_of):

@@ -1,4 +1,4 @@
-"""Prompts as a model takes them: where pictures stand, and rows of a batch that was encoded once."""
+"""Prompts as a model takes them: their wording, where pictures stand, rows of a batch encoded once."""
 import re
 from dataclasses import dataclass
 
@@ -6,6 +6,63 @@ import torch
 
 from utils.cli import InputError, reason
 from utils.pictures import limited_size, resized
+
+# The hints of MathVista's own evaluation, by (question type, answer type, decimals).
+MATHVISTA = {
+    "multiple choice": "provide the correct option letter, e.g., A, B, C, D, at the end",
+    "integer": "requiring an integer answer and provide the final value, e.g., 1, 2, 3, at the end",
+    "float 1": "requiring a floating-point number with one decimal place and provide the final value, e.g., "
+               "1.2, 1.3, 1.4, at the end",
+    "float 2": "requiring a floating-point number with two decimal places and provide the final value, e.g., "
+               "1.23, 1.34, 1.45, at the end",
+    "list": "requiring a Python list as an answer and provide the final list, e.g., [1, 2, 3], [1.2, 1.3, "
+            "1.4], at the end"}
+
+
+def project_prompt(question, sample):
+    """Reasoning, then one boxed answer: what CDRL trains on."""
+    what = "the letter of the answer" if sample.choices else "the answer"
+    return f"{question}\nThink step by step, then put {what} in \\boxed{{}}."
+
+
+def bare_prompt(question, sample):
+    """The question and its options, nothing else."""
+    return question
+
+
+def official_prompt(question, sample):
+    """The wording of the benchmark's own evaluation, told by the names of file and source. Raises
+    InputError."""
+    name = re.sub(r"[^a-z]", "", re.split(r"[/\\]", sample.where)[-1].lower() + str(sample.source).lower())
+    if "mathvista" in name:
+        return _mathvista(question, sample)
+    if "mathvision" in name or "mathv" in name:
+        return ("Please solve the problem step by step and put your answer in one \"\\boxed{}\". If it is a "
+                "multiple choice question, only one letter is allowed in the \"\\boxed{}\".\n" + question)
+    if "mmmu" in name:
+        hint = ("Answer with the option's letter from the given choices directly." if sample.choices
+                else "Answer the question using a single word or phrase.")
+        return f"{question}\n{hint}"
+    if "mmstar" in name:
+        return question + "\nPlease select the correct answer from the options above."
+    raise InputError(f"--prompt official: question {sample.id!r} is of none of MathVista, MathVision, MMMU "
+                     f"and MMStar by the name of its file; rename the file, or use --prompt project")
+
+
+def _mathvista(question, sample):
+    """Hint, question, choices, as MathVista's create_query lays them out."""
+    kind = "multiple choice" if sample.choices else str(sample.meta.get("answer_type", "integer"))
+    if kind == "float":
+        places = str(sample.meta.get("precision") or "2").split(".")[0]
+        kind = f"float {places if places in '12' else 2}"
+    hint = MATHVISTA.get(kind, MATHVISTA["integer"])
+    stem, *options = question.split("\n(A) ", maxsplit=1)
+    choices = "".join(f"\nChoices:\n(A) {text}" for text in options)
+    joint = " and " if kind == "multiple choice" else " "
+    return f"Hint: Please answer the question{joint}{hint}.\nQuestion: {stem}{choices}"
+
+
+PROMPTS = {"project": project_prompt, "bare": bare_prompt, "official": official_prompt}
 
 
 def place_images(prompt, count):

@@ -55,13 +55,19 @@ def _only_list(value):
     return value
 
 
+def _unfenced(text):
+    """A text without the code fence around it, and blanks at its ends."""
+    text = text.strip()
+    if len(text) >= 6 and text.startswith("```") and text.endswith("```"):
+        text = text[3:-3].removeprefix("json").strip()
+    return text
+
+
 def parse_list(text):
     """A reply that is one JSON list, perhaps in a code fence -> list. ValueError otherwise; NaN is no
     JSON."""
-    text = text.strip()
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text[:10_000], re.DOTALL)
     try:
-        return _only_list(_json(fenced[1] if fenced else text[:10_000]))
+        return _only_list(_json(_unfenced(text)[:10_000]))
     except ValueError as error:
         raise ValueError("not a JSON list") from error
 
@@ -138,9 +144,8 @@ def parse_probabilities(text, n, candidates=None):
         return [item / total for item in values]
 
     text = re.sub(r"(?<=\d)\s*%(?=\s*[,\]}])", "", text.strip()[:MAX_TEXT])          # [90%, 10%] is no JSON
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text[:10_000], re.DOTALL)
     reasons = []
-    for whole in (fenced[1] if fenced else text, text.rsplit("\n", 1)[-1]):
+    for whole in (_unfenced(text), text.rsplit("\n", 1)[-1]):
         try:
             value = _json(whole[:10_000])
         except ValueError:

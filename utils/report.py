@@ -7,11 +7,19 @@ import math
 
 import numpy as np
 
-from utils import cli, tables
+from utils import cli, schema
 from utils.baselines import by_figure
 from utils.cli import InputError
-from utils.logs import smoothed
-from utils.metrics import auroc, calibrated, calibration_error, reliability_points, risk_coverage
+from utils.logs import smoothed, training_log
+from utils.metrics import (
+    MIN_QUESTIONS,
+    auroc,
+    calibrated,
+    calibration_error,
+    reliability_points,
+    risk_coverage,
+)
+from utils.tables import COSTS, HEADLINE, before_after, within_skills
 
 
 def draw_probe(path, named):
@@ -43,19 +51,27 @@ COLORS = ("--a", "--b", "--c", "--d", "--e", "--f")
 STYLE = """
 :root{--bg:#fff;--fg:#1d2330;--soft:#6b7280;--line:#d7dbe2;--card:#f6f7f9;--good:#137a4b;--bad:#b3261e;
 --a:#2563eb;--b:#d9480f;--c:#0f9d58;--d:#9333ea;--e:#b8860b;--f:#64748b}
-@media(prefers-color-scheme:dark){:root{--bg:#14171d;--fg:#e6e9ef;--soft:#9aa3b2;--line:#343b48;--card:#1c212a;--good:#5bd08f;
---bad:#ff8a80;--a:#6ea8ff;--b:#ff9a5c;--c:#58d68d;--d:#c792ea;--e:#e6c35c;--f:#a3b0c2}}
-body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;max-width:1120px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}p,figcaption{color:var(--soft)}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px;display:block;overflow-x:auto}
-td,th{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-td:first-child,th:first-child{text-align:left}th{color:var(--soft);font-weight:600}
-.row{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0;flex:1 1 330px;min-width:300px;max-width:368px}
-figcaption{font-size:13px}.l{white-space:nowrap}
-svg{width:100%;height:auto}svg text{fill:var(--soft);font:11px system-ui,sans-serif}svg .t{fill:var(--fg);font-size:12px}
-.case{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.8rem;margin:.8rem 0;display:flex;gap:1rem;
-flex-wrap:wrap}.case img{width:150px;height:auto;image-rendering:auto;border-radius:4px}.case div{flex:1 1 300px;min-width:0}
-.case ul{margin:.3rem 0;padding-left:1.1rem;font-size:13px}.yes{color:var(--good)}.no{color:var(--bad)}code{font-size:12px}
+@media(prefers-color-scheme:dark){:root{--bg:#14171d;--fg:#e6e9ef;--soft:#9aa3b2;--line:#343b48;
+--card:#1c212a;--good:#5bd08f;--bad:#ff8a80;--a:#6ea8ff;--b:#ff9a5c;--c:#58d68d;--d:#c792ea;--e:#e6c35c;
+--f:#a3b0c2}}
+body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;max-width:1120px;
+margin:2rem auto;padding:0 1rem;overflow-wrap:break-word}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}
+p,figcaption{color:var(--soft)}.finding{color:var(--fg);font-size:1.1rem;margin:.5rem 0}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
+td,th{padding:.25rem .5rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}
+td{white-space:nowrap}th{color:var(--soft);font-weight:600;max-width:6.5rem}
+td:first-child{white-space:normal;min-width:8rem;max-width:17rem}
+td:first-child,th:first-child{text-align:left}td small{display:block;font-size:10.5px;color:var(--soft)}
+.row{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start}
+figure{margin:0;flex:0 1 352px;min-width:300px}figcaption{font-size:13px}.l{white-space:nowrap}
+svg{width:100%;height:auto}svg text{fill:var(--soft);font:11px system-ui,sans-serif}
+svg .t{fill:var(--fg);font-size:12px}
+.case{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.8rem;margin:.8rem 0;
+display:flex;gap:1rem;flex-wrap:wrap;align-items:flex-start}
+.case img{width:150px;height:auto;border-radius:4px}.case>div{flex:1 1 300px;min-width:0}
+.case ul{margin:.3rem 0;padding-left:1.1rem;font-size:13px}.yes{color:var(--good)}.no{color:var(--bad)}
+code{font-size:12px;white-space:pre-wrap}
 """
 
 
@@ -77,7 +93,7 @@ def chart(series, title, xlabel, ylabel, log=False, diagonal=False, caption="", 
     ys = [v for points in series.values() for p in points for v in p[1:]]
     xticks = sorted(set(xs)) if log else ticks(*(xlim or (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1)))
     yticks = ticks(*(ylim or (min(ys), max(ys) if max(ys) > min(ys) else min(ys) + 1)))
-    left, top, width, height = 48, 26, 300, 190
+    left, top, width, height = 54, 26, 300, 190
 
     def x_of(x):
         low, high = (math.log(xticks[0]), math.log(xticks[-1])) if log else (xticks[0], xticks[-1])
@@ -86,48 +102,73 @@ def chart(series, title, xlabel, ylabel, log=False, diagonal=False, caption="", 
     def y_of(y):
         return top + height * (1 - (y - yticks[0]) / (yticks[-1] - yticks[0]))
 
-    parts = [f'<text class="t" x="{left}" y="14">{html.escape(title)}</text>']
+    elements = [f'<text class="t" x="{left}" y="14">{html.escape(title)}</text>']
     for y in yticks:
-        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}" stroke="var(--line)"/>'
+        elements.append(f'<line x1="{left}" x2="{left + width}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}" stroke="var(--line)"/>'
                      f'<text x="{left - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
     for x in xticks:
-        parts.append(f'<text x="{x_of(x):.1f}" y="{top + height + 16}" text-anchor="middle">{x:g}</text>')
-    parts.append(f'<text x="{left + width / 2}" y="{top + height + 32}" text-anchor="middle">{html.escape(xlabel)}</text>'
+        elements.append(f'<text x="{x_of(x):.1f}" y="{top + height + 16}" text-anchor="middle">{x:g}</text>')
+    elements.append(f'<text x="{left + width / 2}" y="{top + height + 32}" text-anchor="middle">{html.escape(xlabel)}</text>'
                  f'<text transform="translate(11 {top + height / 2}) rotate(-90)" text-anchor="middle">'
                  f"{html.escape(ylabel)}</text>")
     if diagonal:
         low, high = max(xticks[0], yticks[0]), min(xticks[-1], yticks[-1])
-        parts.append(f'<line x1="{x_of(low):.1f}" y1="{y_of(low):.1f}" x2="{x_of(high):.1f}" y2="{y_of(high):.1f}" '
+        elements.append(f'<line x1="{x_of(low):.1f}" y1="{y_of(low):.1f}" x2="{x_of(high):.1f}" y2="{y_of(high):.1f}" '
                      'stroke="var(--soft)" stroke-dasharray="4 4"/>')
     legend = []
     for (label, points), color in zip(series.items(), COLORS * 3):
         path = " ".join(f"{x_of(p[0]):.1f},{y_of(p[1]):.1f}" for p in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="var({color})" stroke-width="1.8"/>')
+        elements.append(f'<polyline points="{path}" fill="none" stroke="var({color})" stroke-width="1.8"/>')
         for p in points:
             if len(p) == 4:
-                parts.append(f'<line x1="{x_of(p[0]):.1f}" x2="{x_of(p[0]):.1f}" y1="{y_of(p[2]):.1f}" y2="{y_of(p[3]):.1f}" '
+                elements.append(f'<line x1="{x_of(p[0]):.1f}" x2="{x_of(p[0]):.1f}" y1="{y_of(p[2]):.1f}" y2="{y_of(p[3]):.1f}" '
                              f'stroke="var({color})" stroke-opacity=".45"/>')
-            parts.append(f'<circle cx="{x_of(p[0]):.1f}" cy="{y_of(p[1]):.1f}" r="2.6" fill="var({color})">'
+            elements.append(f'<circle cx="{x_of(p[0]):.1f}" cy="{y_of(p[1]):.1f}" r="2.6" fill="var({color})">'
                          f"<title>{html.escape(label)}: {p[0]:g}, {p[1]:.3f}</title></circle>")
         legend.append(f'<span class="l"><span style="color:var({color})">&#9679;</span> {html.escape(label)}</span>')
-    return (f'<figure><svg viewBox="0 0 {left + width + 14} {top + height + 38}" role="img" '
-            f'aria-label="{html.escape(title)}">{"".join(parts)}</svg><figcaption>{" &nbsp; ".join(legend)}'
+    return (f'<figure><svg viewBox="0 0 {left + width + 20} {top + height + 38}" role="img" '
+            f'aria-label="{html.escape(title)}">{"".join(elements)}</svg><figcaption>{" &nbsp; ".join(legend)}'
             f"{'<br>' + html.escape(caption) if caption else ''}</figcaption></figure>")
 
 
-def table(rows):
-    """{row name: {column: number, text or (value, low, high)}} -> HTML table."""
-    def cell(value):
+SIGNED = {"over"}               # columns whose numbers are printed with their sign
+
+
+def columns_in_order(rows):
+    """The columns of all rows, each behind the one that it follows in its own row, numbers rising."""
+    columns = []
+    for row in rows:
+        position = 0
+        for column in row:
+            if column not in columns:
+                columns.insert(position, column)
+            position = columns.index(column) + 1
+    sizes = sorted((column for column in columns if column.isdigit()), key=int)
+    return [sizes.pop(0) if column.isdigit() else column for column in columns]
+
+
+def table(rows, intervals=True):
+    """{row name: {column: number, text or (value, low, high)}} -> HTML table, an interval under its value.
+
+    intervals: False where there are too few questions for them. Numbers that nobody measured are dashes.
+    """
+    def number(value, column):
+        if not math.isfinite(value):
+            return "&ndash;"
+        return f"{value:+.3f}" if column in SIGNED else f"{value:.3f}"
+
+    def cell(value, column):
         if isinstance(value, (tuple, list)):
-            return f"{value[0]:.3f} <small>[{value[1]:.3f}, {value[2]:.3f}]</small>" if math.isfinite(value[0]) else "&ndash;"
-        if isinstance(value, float):
-            return f"{value:.3f}" if math.isfinite(value) else "&ndash;"
-        return html.escape(str(value))
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+            known = intervals and all(map(math.isfinite, value))
+            ends = f"<small>{value[1]:.3f} to {value[2]:.3f}</small>" if known else ""
+            return number(value[0], column) + ends
+        return number(value, column) if isinstance(value, float) else html.escape(str(value))
+    columns = columns_in_order(rows.values())
     head = "".join(f"<th>{html.escape(str(column))}</th>" for column in ["", *columns])
-    body = "".join(f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{cell(row.get(c, math.nan))}</td>' for c in columns)}</tr>"
+    body = "".join(f"<tr><td>{html.escape(name)}</td>"
+                   f"{''.join(f'<td>{cell(row.get(c, math.nan), c)}</td>' for c in columns)}</tr>"
                    for name, row in rows.items())
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def picture(image, width=300):
@@ -144,109 +185,164 @@ def case(images, question, gold, samples, votes, method, verdict, right):
     """One question: its picture, its noised twin, what was sampled, who voted for what, the verdict."""
     def mark(ok):
         return '<span class="yes">right</span>' if ok else '<span class="no">wrong</span>'
-    said = "".join(f"<li><code>{html.escape(text[:160])}</code> {mark(ok)}, p {p:.2f}</li>" for text, p, ok in samples)
+    answers = "".join(f"<li><code>{html.escape(text[:160])}</code> {mark(ok)}, p {p:.2f}</li>"
+                      for text, p, ok in samples)
     return (f'<div class="case">{"".join(map(picture, images))}<div><b>{html.escape(question[:600])}</b><br>'
-            f"gold {html.escape(str(gold))}; {html.escape(method)} says {html.escape(verdict)} &mdash; {mark(right)}"
-            f"<ul>{said}</ul>{table(votes)}</div></div>")
+            f"gold {html.escape(str(gold))}; {html.escape(method)} says {html.escape(verdict)} &mdash; "
+            f"{mark(right)}<ul>{answers}</ul>{table(votes)}</div></div>")
 
 
-def charts_of(tables):
-    """{heading: charts} of reliability, risk and coverage, the probe, scaling and cost, from eval.py's tables."""
-    found = {}
-    for heading, xlabel, ylabel in (("reliability", "confidence", "accuracy"), ("risk and coverage", "coverage", "risk")):
-        found[heading] = [chart(by_model, method, xlabel, ylabel, diagonal=heading == "reliability", xlim=(0, 1), ylim=(0, 1))
-                          for method, by_model in tables[heading].items()]
-    found["probe"] = [chart({f"{name}, {region}": [(float(t), *triple) for t, triple in curves[field].items()]
-                             for name, by_region in tables["curves"].items() for region, curves in by_region.items()},
-                            title, "noise step t", title, ylim=None if field == "confidence" else (0, 1))
-                      for field, title in (("correct", "accuracy"), ("token_probability", "mean token probability"),
-                                           ("confidence", "confidence C"))]
-    found["scaling"] = []
-    for name, scaled in tables["scaling"].items():
-        shown = {method: [(size, cost, scaled[method][size]) for size, cost in scaled[method]["tokens"].items()]
-                 for method in ("majority", "weighted", "CA-TTS") if method in scaled}
-        found["scaling"] += [chart({method: [(int(size), *triple) for size, _, triple in points]
-                                    for method, points in shown.items()}, f"{name}: accuracy against N", "samples N",
-                                   "accuracy", log=True),
-                             chart({method: sorted((cost, triple[0]) for _, cost, triple in points)
-                                    for method, points in shown.items()}, f"{name}: accuracy against cost",
-                                   "tokens a question", "accuracy")]
-    return found
+def points_of(heading, tables):
+    """The charts of "reliability" or "risk and coverage", one a method."""
+    xlabel, ylabel = {"reliability": ("confidence", "accuracy")}.get(heading, ("coverage", "risk"))
+    return [chart(by_model, method, xlabel, ylabel, diagonal=heading == "reliability", xlim=(0, 1),
+                  ylim=(0, 1)) for method, by_model in tables[heading].items()]
+
+
+def probe_charts(curves):
+    """Accuracy, token probability and C against the noise step, a line a model and region."""
+    fields = {"correct": "accuracy", "token_probability": "mean token probability",
+              "confidence": "confidence C"}
+    lines = [(f"{name}, {region}", fields) for name, regions in curves.items()
+             for region, fields in regions.items()]
+    return [chart({label: [(float(t), *triple) for t, triple in values[field].items()]
+                   for label, values in lines}, title, "noise step t", title,
+                  ylim=None if field == "confidence" else (0, 1)) for field, title in fields.items()]
+
+
+def scaling_charts(scaling):
+    """Accuracy against N and against tokens, for each model."""
+    charts = []
+    for name, rows in scaling.items():
+        lines = {method: [(size, cost, rows[method][size]) for size, cost in rows[method]["tokens"].items()]
+                 for method in ("majority", "weighted", "CA-TTS") if method in rows}
+        charts += [chart({method: [(int(size), *triple) for size, _, triple in points]
+                          for method, points in lines.items()}, f"{name}: accuracy against N", "samples N",
+                         "accuracy", log=True),
+                   chart({method: sorted((cost, triple[0]) for _, cost, triple in points)
+                          for method, points in lines.items()}, f"{name}: accuracy against cost",
+                         "tokens a question", "accuracy")]
+    return charts
+
+
+def training_charts(logs):
+    """The terms of the reward over steps. logs: {model name: lines of its run's metrics.jsonl}."""
+    terms = ("reward", "perception", "calibration", "outcome", "format")
+    return [chart({term: smoothed([(row["step"], row[f"{view}/{term}"]) for row in steps]) for term in terms},
+                  f"{name}: {view} view", "step", "mean reward")
+            for name, steps in logs.items() for view in ("original", "noised")
+            if steps and f"{view}/reward" in steps[0]]
 
 
 def headline(tables):
-    """The page in a few numbers: accuracy by method, how well one answer's confidence ranks and is calibrated, the gap."""
+    """The page in a few numbers: accuracy by method, how well one answer's confidence ranks and is
+    calibrated, the gap."""
     rows = {}
-    for name, found in tables["methods"].items():
-        one = found.get("pass@1, c", found["pass@1"])
-        rows[name] = {"pass@1": found["pass@1"]["accuracy"],
-                      **{method: row["accuracy"] for method, row in found.items() if method.startswith(("majority", "CA-TTS"))},
-                      "AUROC, one answer": one["auroc"], "ECE, one answer": one["ece"]}
+    for name, methods in tables.get("methods", {}).items():
+        one = methods.get("pass@1, c", methods["pass@1"])
+        best = {method: row["accuracy"] for method, row in methods.items()
+                if method.startswith(("majority", "CA-TTS"))}
+        rows[name] = {"pass@1": methods["pass@1"]["accuracy"], **best, "over": one["over"],
+                      "AUROC, one answer": one["auroc"], "ECE, one answer": one["ece"], "cut": one["cut"]}
         for region in ("key", "random"):
-            if row := tables["probe"].get(f"{name}, {region}, all"):
+            if row := tables.get("probe", {}).get(f"{name}, {region}, all"):
                 rows[name][f"C - C', {region}"] = row["gap"]
     return rows
 
 
+PROBE = ("pass@1", "pass@1 noised", "C", "gap", "AUROC", "ECE", "Brier", "ECE c", "cut")
+
+
 def build(tables, cases, logs, lead):
-    """report.html (str). tables: what eval.py's `make_tables` returns; cases: list of arguments of `case`; logs: {model
-    name: lines of its run's metrics.jsonl}; lead: the sentence under the title."""
-    charts, sections = charts_of(tables), []
-    main = ("accuracy", "auroc", "ece", "brier", "aurc", "accuracy@80", "tokens", "calls")
-    sections.append(("In short", "Accuracy; the confidence of one answer, c where the model has a map to it, else the sequence "
-                     "probability; how far confidence falls when the evidence, or as large a part elsewhere, is noised.",
-                     [table(headline(tables))]))
-    for name, found in tables["methods"].items():
-        further = {method: {key: value for key, value in row.items() if key not in main} for method, row in found.items()}
-        sections.append((f"Methods: {name}", "Value and 95% interval, clustered by question. Tokens: generated, a contrasted "
-                         "one counting twice, the Expert's included.", [
-                             table({method: {key: row[key] for key in main} for method, row in found.items()}),
-                             f"<details><summary>Further metrics</summary>{table(further)}</details>"]))
-        sections.append((f"Against majority voting: {name}", "At the same N, and at the same tokens: majority's accuracy "
-                         "between the two measured N whose cost is nearest.", [table(tables["against majority"][name])]))
+    """report.html (str): the answer in words and the pictures first, the tables below.
+
+    tables: what `vote_tables` and `probe_tables` return, "severity" too; cases: arguments of `case`; logs:
+    {model name: lines of its run's metrics.jsonl}; lead: the sentence under the title.
+    """
+    intervals = min(tables.get("questions", {"": 0}).values()) >= MIN_QUESTIONS
+    sections, methods = [], tables.get("methods", {})
+
+    def add(heading, note, *content, present=True):
+        if present:
+            sections.append((heading, note, content))
+
+    def rows_of(rows):
+        return table(rows, intervals)
+
+    sentences = [f"{name}: {text}" for name, text in tables.get("findings", {}).items()]
+    sentences += tables.get("notes", [])
+    add("In short", "", *(f'<p class="finding">{html.escape(text)}</p>' for text in sentences))
+    add("The probe: does confidence follow perception?", "Noise on the region where the evidence lies, and on "
+        "controls of the same area.", row(probe_charts(tables.get("curves", {}))), present="probe" in tables)
+    if methods:
+        add("Reliability", "Bins of equal mass; below the diagonal it is overconfident.",
+            row(points_of("reliability", tables)))
+        add("Risk and coverage", "The share of wrong answers among the most confident ones.",
+            row(points_of("risk and coverage", tables)))
+        add("Scaling", "Accuracy against the number of samples, and against tokens.",
+            row(scaling_charts(tables["scaling"])), present=any(tables["scaling"].values()))
+    add("Training", "Each term of the reward, by view.", row(training_charts(logs)),
+        present=bool(training_charts(logs)))
+    add("Cases", "Picture, noised twin, samples, votes, verdict: where the votes mend the majority, where they "
+        "spoil it, where both fail, and where both are right.", *(case(**one) for one in cases),
+        present=bool(cases))
+    add("In numbers", "over: mean confidence minus accuracy of one answer; cut: answers that met the limit of "
+        "tokens; C - C': how far confidence falls when the evidence, or as large a part elsewhere, is noised.",
+        rows_of(headline(tables)), present=bool(methods))
+    for name, rows in methods.items():
+        main = {method: {key: row[key] for key in (*HEADLINE, *COSTS)}
+                for method, row in rows.items()}
+        further = {method: {key: value for key, value in row.items() if key not in main[method]}
+                   for method, row in rows.items()}
+        add(f"Methods: {name}", "Value and 95% interval, clustered by question. over: mean confidence minus "
+            "accuracy. Tokens: generated, a contrasted one counting twice, the Expert's included.",
+            rows_of(main), f"<details><summary>Further metrics</summary>{rows_of(further)}</details>")
+        add(f"Against majority voting: {name}", "At the same N, and at the same tokens: majority's accuracy "
+            "between the two measured N whose cost is nearest.", rows_of(tables["against majority"][name]))
     if "difference" in tables:
-        sections.append((f"Difference: {' minus '.join(reversed(list(tables['methods'])))}", "Paired by question.",
-                         [table(tables["difference"])]))
-    sections.append(("Reliability", "Bins of equal mass.", charts["reliability"]))
-    sections.append(("Risk and coverage", "The share of wrong answers among the most confident ones.",
-                     charts["risk and coverage"]))
-    sections.append(("Calibration", "As it is, and after a map fitted on the other half of the questions.", [
-        table({f"{name}, {method}": row for name, found in tables["calibration"].items() for method, row in found.items()})]))
-    if tables["probe"]:
-        sections.append(("The probe: does confidence follow perception?", "Noise on the region where the evidence lies, and on "
-                         "controls of the same area.", [*charts["probe"], table(tables["probe"])]))
-        sections.append(("Does confidence say when the evidence is gone?", "Mixed: over the answers to clean and to noised "
-                         "pictures together. Platt, isotonic: after a map fitted on the other half of the questions. Below, "
-                         "readouts of the hidden state, fitted on the other half as well: they cost no training of the model.",
-                         [table(by_figure(tables["headline"])), table(tables["free readouts"])]))
-    if "severity" in tables:
-        sections.append(("Severity", "Corruptions on the key region and on the whole picture, five severities each.",
-                         [table(tables["severity"])]))
-    sections.append(("Scaling", "Slope: points of accuracy per log2 N.", charts["scaling"] + [table(
-        {f"{name}, {method}": {key: value for key, value in row.items() if key != "tokens"}
-         for name, found in tables["scaling"].items() for method, row in found.items()})]))
-    sections.append(("Abstention", "A threshold fitted on half of the questions, tried on the other half.",
-                     [table(tables["abstention"])]))
-    sections.append(("Within skill, level and type", "Pooled numbers lie.", [table(tables["within"])]))
-    for name, steps in logs.items():
-        terms = ("reward", "perception", "calibration", "outcome", "format")
-        drawn = [chart({term: smoothed([(row["step"], row[f"{view}/{term}"]) for row in steps]) for term in terms},
-                       f"{name}: {view} view", "step", "mean reward")
-                 for view in ("original", "noised") if steps and f"{view}/reward" in steps[0]]
-        if drawn:
-            sections.append((f"Training: {name}", "Each term of the reward, by view.", drawn))
-    sections.append(("Cases", "Picture, noised twin, samples, votes, verdict: where the votes mend the majority, where they "
-                     "spoil it, where both fail, and where both are right.", [case(**one) for one in cases]))
+        add(f"Difference: {' minus '.join(reversed(list(methods)))}", "Paired by question.",
+            rows_of(tables["difference"]))
+    if methods:
+        add("Calibration", "As it is, and after a map fitted on the other half of the questions.",
+            rows_of(_flat(tables["calibration"])))
+        slopes = {name: {key: value for key, value in row.items() if key != "tokens"}
+                  for name, row in _flat(tables["scaling"]).items()}
+        add("Scaling", "Slope: points of accuracy per log2 N.", rows_of(slopes), present=bool(slopes))
+        add("Abstention", "A threshold fitted on half of the questions, tried on the other half. risk: errors "
+            "among the answered.", rows_of(tables["abstention"]))
+        add("Within subsets", "Pooled numbers lie.", rows_of(tables["within"]))
+    if "probe" in tables:
+        main, further = ({name: {key: value for key, value in row.items() if (key in PROBE) == shown}
+                          for name, row in tables["probe"].items()} for shown in (True, False))
+        add("The probe", "Clean pictures, and the noisiest step.", rows_of(main),
+            f"<details><summary>Further columns</summary>{rows_of(further)}</details>")
+        add("Does confidence say when the evidence is gone?", "Mixed: over the answers to clean and to noised "
+            "pictures together. Platt, isotonic: after a map fitted on the other half of the questions. Below, "
+            "readouts of the hidden state, fitted on the other half as well.",
+            rows_of(by_figure(tables["headline"])), rows_of(tables["free readouts"]))
+    add("Severity", "Corruptions on the key region and on the whole picture, five severities each.",
+        rows_of(tables.get("severity", {})), present="severity" in tables)
     return page("Does it know when it does not know?", lead, sections)
+
+
+def _flat(by_model):
+    """{model: {method: row}} -> {"model, method": row}."""
+    return {f"{name}, {method}": row for name, rows in by_model.items() for method, row in rows.items()}
+
+
+def row(charts):
+    """Charts side by side, as many as fit."""
+    return f'<div class="row">{"".join(charts)}</div>' if charts else ""
 
 
 def page(title, lead, sections):
     """sections: [(heading, note, [HTML, ...]), ...] -> the whole page (str)."""
-    body = "".join(f"<h2>{html.escape(heading)}</h2><p>{html.escape(note)}</p>"
-                   f"<div class='row'>{''.join(parts)}</div>" for heading, note, parts in sections)
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f'<meta name="color-scheme" content="light dark"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-            f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>{body}</html>")
+    body = "".join(f"<h2>{html.escape(heading)}</h2><p>{html.escape(note)}</p>{''.join(content)}"
+                   for heading, note, content in sections)
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width">'
+            f'<meta name="color-scheme" content="light dark"><title>{html.escape(title)}</title>'
+            f"<style>{STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>{body}</html>")
 
 
 SHORT_RUN = 100                 # steps; a figure of a shorter run says so
@@ -261,7 +357,7 @@ def draw_report(output, before, after, confidence_map, args, t):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    log = training_log(output)
     models = {"before": before, "after": after}
     c = {when: calibrated([a.confidence for a in answers[0]], confidence_map) for when, answers in models.items()}
     correct = {when: np.array([a.correct for a in answers[0]], float) for when, answers in models.items()}
@@ -340,10 +436,16 @@ def draw_rewards(axis, log):
     axis.legend(fontsize=8)
 
 
-def read_probe(path, answer_class):
-    """before.json or after.json of a run folder -> {t: list of answer_class}. InputError where it is damaged."""
+def read_probe(path, answer_class, ts=()):
+    """before.json or after.json of a run folder -> {t: list of answer_class}, t of `ts` among them. InputError where it is
+    damaged."""
     try:
-        return {int(t): [answer_class(**answer) for answer in answers] for t, answers in json.loads(path.read_text()).items()}
+        stored = json.loads(path.read_text())
+        if words := schema.fault(stored, {str(t): [schema.of(answer_class), ...] for t in ts}):
+            raise ValueError(words)
+        if not all(stored.values()):
+            raise ValueError("a noise step without answers")
+        return {int(t): [answer_class(**answer) for answer in answers] for t, answers in stored.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}); restore it, or start again with --resume no") from error
 
@@ -366,7 +468,8 @@ def finish_run(output, before, after, confidence_map, args, t):
     if before is None:                      # no questions were held out
         return None
     draw_report(output, before, after, confidence_map, args, t)
-    rows = tables.before_after(*(tables.within_skills(answers[0], answers[t], confidence_map) for answers in (before, after)))
+    rows = before_after(*(within_skills(answers[0], answers[t], confidence_map)
+                          for answers in (before, after)))
     questions = {answer.id for answer in before[0]}
     print(f"\n{len(questions)} held-out questions x {len(before[0]) // len(questions)} answers; "
           f"noised = t {t} on the {args.region} region")

@@ -2,18 +2,19 @@
 import glob
 import json
 import math
+import os
 import re
-import sys
+import signal
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch.distributed as dist
 from tqdm import tqdm
 
-from utils import cli, distributed
+from utils import cli, distributed, locks, schema
 from utils.cli import InputError, printable
 from utils.overlap import answer_batches
+from utils.preflight import agreed
 
 STILL_OPEN = 3                  # exit code where a server failed and questions wait for the same command
 # Votes are counted in this order, whatever order they were cast in.
@@ -79,6 +80,7 @@ class Result:
     answer: None when nobody gave one. confidence: V[answer] / sum V (Eq. 10), in [0, 1]. abstained: it lies
     below the threshold. correct: by the judge, None without a gold answer. order: of the modules. skipped:
     {module: why}. texts: {role: text}. open: {who: why} where a server failed, to be asked again.
+    probabilities: of the Expert's replies, {role: of the least probable token}.
     rollouts: the samples. purchases: of a fitted policy, in order, with P after each.
     """
     id: str
@@ -90,6 +92,7 @@ class Result:
     order: list = field(default_factory=list)
     skipped: dict = field(default_factory=dict)
     texts: dict = field(default_factory=dict)
+    probabilities: dict = field(default_factory=dict)
     open: dict = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     rollouts: list = field(default_factory=list)
@@ -111,13 +114,19 @@ class Result:
     def record(self, sample):
         """What is stored of it (dict): the result and the question, without the samples."""
         meta = {key: value for key, value in sample.meta.items() if isinstance(value, (str, int, float))}
-        return {"id": self.id, "answer": self.answer, "confidence": self.confidence,
-                "abstained": self.abstained,
+        return {"id": self.id, "images": image_names(sample), "answer": self.answer,
+                "confidence": self.confidence, "abstained": self.abstained,
                 "correct": self.correct, "order": self.order, "skipped": self.skipped, "said": self.texts,
                 "open": self.open,
                 "votes": self.by_source(), "ledger": asdict(self.ledger), "gold": sample.answer,
                 "choices": sample.choices, "question": sample.question, "source": sample.source, "meta": meta,
                 **({"purchases": self.purchases} if self.purchases else {})}
+
+
+def image_names(sample):
+    """The names of a sample's pictures (list of str); of one that the file itself holds, id and number."""
+    return [Path(image).name if isinstance(image, (str, Path)) else f"{sample.id} #{number}"
+            for number, image in enumerate(sample.images, 1)]
 
 
 @dataclass
@@ -223,18 +232,23 @@ def source_fingerprint(args):
 
 # ---- The file
 
-def read_results(path):
+def read_results(path, shape=None):
     """The rows of a results file, {id: row}; a torn last line is left out. Raises InputError for a file of
-    another kind."""
+    another kind, and for a row that is not of this shape (`schema.fault`)."""
     rows, lines = {}, path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
                 row = json.loads(line)
                 rows[row["id"]] = row
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise InputError(f"{path}, line {number} is no result; choose another --output") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if number < len(lines) or not line.startswith(b'{"id": '):
+                raise InputError(f"{path}, line {number} is no result; remove that line if it should be, or "
+                                 "choose another --output") from error
+        else:
+            if line.strip() and shape and (words := schema.fault(row, shape)):
+                raise InputError(f"{path}, line {number}: {words}; remove that line, and the same command "
+                                 "answers its question again")
     return rows
 
 
@@ -243,8 +257,9 @@ def is_open(row):
     return bool(row.get("open"))
 
 
+@locks.released_after
 def run_resumable(answer_batch, samples, output, settings, batch_size=16, name="questions", strict=True,
-                  defaults=None, in_flight=1):
+                  defaults=None, in_flight=1, shape=None):
     """Answer every sample that the file `output` does not hold yet -> {id: row}, all of them, on rank 0; else
     None.
 
@@ -254,32 +269,40 @@ def run_resumable(answer_batch, samples, output, settings, batch_size=16, name="
     with; other settings are refused. defaults (dict): of settings that an older file does not name. Under
     torchrun the ranks share the questions. Each appends to a file of its own, which rank 0 merges in the end,
     or the next run does. strict: a picture that cannot be read raises InputError; else its question is named
-    on stderr and left out.
+    on stderr and left out. shape: of a row, for `schema.fault`; no other row is stored or gone on with. One
+    program at a time writes a file. SIGTERM and SIGHUP end it after the batches under way, exit code 0.
     """
     rank, world, _ = distributed.start_ranks()
-    output, settings_path = Path(output), Path(f"{output}.args.json")
-    stored = [None]
-    if rank == 0:
+    output = Path(os.path.realpath(output))
+
+    def open_file():
+        if rank:
+            return None
+        settings_path = Path(f"{output}.args.json")
+        locks.hold(output)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             _refuse_other_settings(output, settings_path, settings, defaults)
+            rows = _merge(output, samples, shape)
             cli.write_atomically(settings_path, json.dumps(settings, indent=1))
-            stored = [_merge(output, samples)]
+            return rows
         except OSError as error:
             raise InputError(f"{output} cannot be written ({error.strerror}); choose another "
                              "--output") from error
-    if world > 1:
-        dist.broadcast_object_list(stored)
+    stored = distributed.gathered([agreed(open_file)])
     done = {key for key, row in stored[0].items() if not is_open(row)}
     # Whole batches at fixed positions, also when some of their rows are there. So a question meets the same
     # others in its batch after a kill and for any number of ranks, and every number keeps its last bit.
     starts = range(0, len(samples), batch_size)[rank::world]
     total = sum(min(batch_size, len(samples) - start) for start in starts)
-    with (tqdm(total=total, desc=name, unit="question", disable=rank > 0) as progress,
+    with (distributed.stop_on_signals(signal.SIGTERM, signal.SIGHUP) as stop,
+          tqdm(total=total, desc=printable(name), unit="question", disable=rank > 0) as progress,
           open(f"{output}.rank{rank}", "a") as file):
 
         def unanswered():
             for start in starts:
+                if stop.came:
+                    return
                 batch = samples[start:start + batch_size]
                 if any(sample.id not in done for sample in batch):
                     readable = batch if strict else [sample for sample in batch if images_readable(sample)]
@@ -291,12 +314,21 @@ def run_resumable(answer_batch, samples, output, settings, batch_size=16, name="
         for batch, rows in answer_batches(answer_batch, unanswered(), in_flight):
             rows = [_with_earlier_costs(row, stored[0].get(row["id"])) for row in rows
                     if row["id"] not in done]
+            for row in rows:
+                if shape and (words := schema.fault(row, shape)):
+                    raise InputError(f"question {row['id']!r}: {words}; its batch is not stored, what was "
+                                     "done before is")
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
             progress.update(len(batch))
-    if world > 1:
-        dist.barrier()
-    return _merge(output, samples) if rank == 0 else None
+        stopped = stop.on_any_rank()                # all ranks wait here for each other
+    rows = _merge(output, samples, shape) if rank == 0 else None
+    if stopped:
+        if rank == 0:
+            cli.warn(f"stopped, saved: {len(rows)} of {len(samples)} questions are in {output}; the same "
+                     "command goes on from here")
+        raise SystemExit(stop.exit_code)
+    return rows
 
 
 def _with_earlier_costs(row, earlier):
@@ -350,17 +382,17 @@ def images_readable(sample):
         return sample.pictures() is not None
     except InputError as error:
         if str(error) not in _reported:
-            print(f"left out: {error}", file=sys.stderr)
+            cli.warn(f"left out: {error}")
         _reported.add(str(error))
         return False
 
 
-def _merge(output, samples):
+def _merge(output, samples, shape=None):
     """Merge the file and those that ranks left, in the order of the questions -> {id: row}."""
     rank_files = sorted(output.parent.glob(f"{glob.escape(output.name)}.rank*"))
     rows = {}
     for path in (output, *rank_files):
-        rows |= {key: row for key, row in read_results(path).items()
+        rows |= {key: row for key, row in read_results(path, shape).items()
                  if not is_open(row) or is_open(rows.get(key, row))}
     order = {sample.id: i for i, sample in enumerate(samples)}
     rows = {key: rows[key] for key in sorted(rows, key=lambda key: order.get(key, len(order)))}
@@ -427,7 +459,7 @@ def print_means(rows, samples, args):
     if not rows:
         raise InputError(f"no question of {args.data} could be answered; every picture is broken")
     if left_out := len(samples) - len(rows) + getattr(samples, "broken", 0):
-        print(f"{left_out} questions left out", file=sys.stderr)
+        cli.warn(f"{left_out} questions left out")
     closed = [row for row in rows if not is_open(row)]
     if args.json:
         means = average(closed, args.expert_price) if closed else {"questions": 0}

@@ -464,7 +464,8 @@ def _meta(row, here):
     meta = dict(row["meta"]) if isinstance(row.get("meta"), dict) else {}
     fields = row | row["metadata"] if isinstance(row.get("metadata"), dict) else row             # MathVista
     meta |= {key: fields[key] for key in ("answer_type", "precision", "category", "level", "subject", "split",
-                                          "question_type", "image_id") if key in fields}
+                                          "task", "l2-category", "l2_category", "question_type", "image_id")
+             if key in fields}
     try:
         sound = 0 <= float(meta.get("precision") or 0) <= 15
     except (OverflowError, TypeError, ValueError):

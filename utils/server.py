@@ -25,7 +25,6 @@ import os
 import random
 import re
 import ssl
-import sys
 import threading
 import time
 import urllib.parse
@@ -38,7 +37,7 @@ from pathlib import Path
 import httpx2
 from PIL import Image
 
-from utils.cli import PUBLIC, InputError, printable, public_url
+from utils.cli import PUBLIC, InputError, printable, public_url, warn
 
 MAX_BODY = 4 * 2**20            # bytes of a reply without log-probs that are read
 BYTES_PER_TOKEN = 4096          # of a reply with 20 alternatives a token
@@ -461,7 +460,7 @@ class Server:
         """What was learned about the server, once, on stderr."""
         if words not in self.sayings:
             self.sayings.add(words)
-            print(f"server {self.url} {words}", file=sys.stderr)
+            warn(f"server {self.url} {words}")
 
     # ---- One request
 

@@ -1,4 +1,4 @@
-"""Tables from lists of outcomes: methods, scaling, calibration, abstention, before and after."""
+"""Tables from stored rows: methods, subsets, scaling, calibration, abstention, probe, before and after."""
 import json
 import math
 import re
@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import cli, metrics
-from utils.baselines import by_figure
+from utils import baselines, cli, findings, metrics, schema
 from utils.cli import InputError
 from utils.judge import extract_answer
 from utils.metrics import (
@@ -28,12 +27,29 @@ from utils.results_file import is_open
 @dataclass
 class Outcome:
     """What a method made of one question: confidence in [0, 1] or nan; tokens, a contrasted one counting
-    twice, the Expert's included; calls of the Expert."""
+    twice, the Expert's included; calls of the Expert; cut: share of its answers that met the limit."""
     id: str
     confidence: float
     correct: bool
     tokens: int
     calls: int = 0
+    cut: float = 0.0
+
+
+@dataclass
+class Answer:
+    """One sampled answer. confidence: C (Eq. 3, mean); probability: exp of the mean log-prob, in (0, 1];
+    token_probability: mean probability of the sampled tokens (the paper's Figure 1)."""
+    id: str
+    skill: str
+    level: str
+    text: str
+    correct: bool
+    confidence: float
+    probability: float
+    token_probability: float
+    length: int
+    finished: bool
 
 
 LETTER = {"voter": "V", "self_reflection": "R", "self_check": "C"}
@@ -98,27 +114,40 @@ def _missing(row, sizes, drawn):
 CALIBRATED = "pass@1, c"
 
 
+def _stored_scale(file):
+    try:
+        scale = json.loads(file.read_text())
+        words = schema.fault(scale, {"slope": float, "intercept": float})
+    except (OSError, ValueError, RecursionError) as error:
+        words = cli.reason(error)
+    if words:
+        raise InputError(f"{file} is damaged ({words}); restore it: training.json of the run's newest "
+                         f"checkpoint holds it as \"scale\"")
+    return scale
+
+
 def stored_scales(paths):
     """The map from C to c of each model directory, fixed before the first step -> list of dicts, or of None
     where there is
     none: its confidence.json, of a training run that judged C of Eq. 3; of a model that no such run has left,
     that of the last which one has, as it was fitted on the base."""
     files = [Path(path) / "confidence.json" for path in paths]
-    found = [json.loads(file.read_text()) if file.is_file() else {} for file in files]
-    found = [scale if scale and scale.get("judged", "topk") == "topk" else None for scale in found]
-    known = next(filter(None, reversed(found)), None)
-    return [scale or (known and metrics.as_fitted(known)) for scale in found]
+    scales = [_stored_scale(file) if file.is_file() else {} for file in files]
+    scales = [scale if scale and scale.get("judged", "topk") == "topk" else None for scale in scales]
+    last = next(filter(None, reversed(scales)), None)
+    return [scale or (last and metrics.as_fitted(last)) for scale in scales]
 
 
-def arrays(some):
+def arrays(outcomes):
     """List of Outcome -> ids, confidence (N,), correct (N,)."""
-    return [o.id for o in some], np.array([o.confidence for o in some]), np.array([o.correct for o in some],
-                                                                                  float)
+    return ([o.id for o in outcomes], np.array([o.confidence for o in outcomes]),
+            np.array([o.correct for o in outcomes], float))
 
 
 ROUNDS = 1000
-HEADLINE = ("accuracy", "auroc", "ece", "brier", "aurc", "accuracy@80")
+HEADLINE = ("accuracy", "over", "auroc", "ece", "brier", "aurc", "accuracy@80")
 REPORTED = (*HEADLINE, "ece_mass", "aupr", "eaurc", "accuracy@50", "accuracy@90")
+COSTS = ("tokens", "calls", "cut")
 
 
 def statistics(confidence, correct):
@@ -126,47 +155,35 @@ def statistics(confidence, correct):
     accuracy alone."""
     if not np.isfinite(confidence).all():
         return {"accuracy": float(correct.mean())}
-    found = confidence_metrics(confidence, correct)
-    return {name: found[name] for name in REPORTED}
+    values = confidence_metrics(confidence, correct)
+    return {name: values[name] for name in REPORTED}
 
 
-def resampled(some):
+def resampled(outcomes):
     """List of Outcome -> `bootstrap` of its `statistics`."""
-    return bootstrap(*arrays(some), statistics, ROUNDS)
+    return bootstrap(*arrays(outcomes), statistics, ROUNDS)
 
 
-def method_row(some):
+def method_row(outcomes):
     """List of Outcome -> one row of the methods' table, without intervals."""
-    known = statistics(*arrays(some)[1:])
-    return {**{name: known.get(name, math.nan) for name in HEADLINE},
-            "tokens": float(np.mean([o.tokens for o in some])),
-            "calls": float(np.mean([o.calls for o in some]))}
+    values = statistics(*arrays(outcomes)[1:])
+    costs = {name: float(np.mean([getattr(o, name) for o in outcomes])) for name in COSTS}
+    return {name: values.get(name, math.nan) for name in HEADLINE} | costs
 
 
-def summarise(some, boot):
-    """List of Outcome and its `resampled` -> all of REPORTED with intervals, tokens and calls."""
-    known = {name: (value, *interval(boot[name])) for name, value in statistics(*arrays(some)[1:]).items()}
-    return method_row(some) | known
+def summarise(outcomes, boot):
+    """List of Outcome and its `resampled` -> all of REPORTED with intervals, and COSTS."""
+    count = len({o.id for o in outcomes})
+    return method_row(outcomes) | {name: (value, *interval(boot[name], count=count))
+                                   for name, value in statistics(*arrays(outcomes)[1:]).items()}
 
 
 def paired(first, second, boots):
     """second minus first, both lists of Outcome on the same questions, boots their two `resampled`
     -> {statistic: (difference, low, high)}."""
-    values = [statistics(*arrays(some)[1:]) for some in (first, second)]
-    return {name: (values[1][name] - values[0][name], *interval(boots[1][name] - boots[0][name]))
+    values, count = [statistics(*arrays(side)[1:]) for side in (first, second)], len({o.id for o in first})
+    return {name: (values[1][name] - values[0][name], *interval(boots[1][name] - boots[0][name], count=count))
             for name in HEADLINE if name in values[0].keys() & values[1].keys()}
-
-
-def groups_of(rows):
-    """{id: labels}: skill, level, category and question type, for tables within them; a label is "what:
-    value"."""
-    found = {}
-    for row in rows:
-        meta = row["meta"]
-        labels = [f"{name}: {meta[name]}" for name in ("skill", "level", "category", "subject")
-                  if name in meta]
-        found[row["id"]] = [*labels, "type: multiple choice" if row["choices"] else "type: open"]
-    return found
 
 
 def slope(accuracies, sizes):
@@ -179,40 +196,41 @@ def curve(by_n, name):
     """{N: by_method} -> of the method `name`: the N at which it was measured, correct (Q, sizes), tokens
     (sizes,)."""
     sizes = [n for n in sorted(by_n) if f"{name}@{n}" in by_n[n]]
-    found = [by_n[n][f"{name}@{n}"] for n in sizes]
-    return (sizes, np.array([[o.correct for o in some] for some in found], float).T,
-            np.array([np.mean([o.tokens for o in some]) for some in found]))
+    by_size = [by_n[n][f"{name}@{n}"] for n in sizes]
+    return (sizes, np.array([[o.correct for o in outcomes] for outcomes in by_size], float).T,
+            np.array([np.mean([o.tokens for o in outcomes]) for outcomes in by_size]))
 
 
 def scaling(by_n):
     """Accuracy and tokens against N for the methods that scale, and the slope per log2 N in points, with
     intervals."""
-    found = {}
-    for name in sorted({method.split("@")[0] for some in by_n.values() for method in some
-                        if re.search(r"@\d+$", method)}
-                       - {"pass"}):
+    rows = {}
+    names = {method.split("@")[0] for methods in by_n.values() for method in methods
+             if re.search(r"@\d+$", method)}
+    for name in sorted(names - {"pass"}):
         sizes, table, tokens = curve(by_n, name)
         if len(sizes) > 1:
             draws = np.random.default_rng(0).integers(len(table), size=(ROUNDS, len(table)))
             means = table[draws].mean(1)  # (rounds, sizes)
-            found[name] = {str(n): (float(table[:, i].mean()), *interval(means[:, i])) for i,
-                           n in enumerate(sizes)}
-            found[name]["slope"] = tuple(100 * v for v in (float(slope(table.mean(0), sizes)),
-                                                           *interval(slope(means, sizes))))
-            found[name]["tokens"] = {str(n): float(cost) for n, cost in zip(sizes, tokens)}
-    return found
+            rows[name] = {str(n): (float(table[:, i].mean()), *interval(means[:, i], count=len(table)))
+                          for i, n in enumerate(sizes)}
+            ends = interval(slope(means, sizes), count=len(table))
+            rows[name]["slope"] = tuple(100 * value for value in (float(slope(table.mean(0), sizes)), *ends))
+            rows[name]["tokens"] = {str(n): float(cost) for n, cost in zip(sizes, tokens)}
+    return rows
 
 
 def against_majority(by_n, n):
     """Every method on n samples against majority@n, and against majority voting at the same tokens: its curve
     over N, linear in log tokens between two measured N, nan where the method costs more than the largest ->
     {method: row}."""
-    found, (sizes, table, tokens) = {}, curve(by_n, "majority")
+    rows, (sizes, table, tokens) = {}, curve(by_n, "majority")
     ids = [o.id for o in by_n[n][f"majority@{n}"]]
-    for method, some in by_n[n].items():
+    for method, outcomes in by_n[n].items():
         if not method.endswith(f"@{n}") or method == f"majority@{n}":
             continue
-        cost, correct = float(np.mean([o.tokens for o in some])), np.array([o.correct for o in some], float)
+        cost = float(np.mean([o.tokens for o in outcomes]))
+        correct = np.array([o.correct for o in outcomes], float)
         row = {"tokens": cost, "accuracy": float(correct.mean()),
                "minus majority, same N": mean_interval(ids, correct - table[:, sizes.index(n)], ROUNDS),
                "majority, same tokens": math.nan, "minus it": (math.nan,) * 3}
@@ -223,41 +241,46 @@ def against_majority(by_n, n):
             same = table[:, low] * (1 - (place - low)) + table[:, high] * (place - low)
             row |= {"majority, same tokens": float(same.mean()),
                     "minus it": mean_interval(ids, correct - same, ROUNDS)}
-        found[method] = row
-    return found
+        rows[method] = row
+    return rows
 
 
 def calibration(methods, names):
     """ECE and Brier as they are, and after a map fitted on the other half of the questions, with
     intervals."""
-    found = {}
+    rows = {}
     for name in names:
         ids, confidence, correct = arrays(methods[name])
-        found[name] = {}
+        rows[name] = {}
         for kind, mapped in (("", confidence), *((kind, metrics.cross_fitted(ids, confidence, correct, kind))
                                                  for kind in ("platt", "isotonic"))):
             if np.isfinite(mapped).all():
-                known, boot = confidence_metrics(mapped, correct), bootstrap(ids, mapped, correct,
-                                                                             confidence_metrics, ROUNDS)
-                found[name] |= {f"{key}, {kind}".strip(", "): (known[key], *interval(boot[key]))
-                                for key in ("ece", "brier")}
-    return found
+                values = confidence_metrics(mapped, correct)
+                boot = bootstrap(ids, mapped, correct, confidence_metrics, ROUNDS)
+                rows[name] |= {f"{key}, {kind}".strip(", "):
+                               (values[key], *interval(boot[key], count=len(set(ids))))
+                               for key in ("ece", "brier")}
+    return rows
 
 
-def abstention(some, risk):
-    """A threshold for a target risk, fitted on one half of the questions, and what it does on the other
-    half."""
-    ids, confidence, correct = arrays(some)
+def abstention(outcomes, risk):
+    """A threshold for a target risk, fitted on one half of the questions, and what it does on the other.
+
+    coverage: share that is answered; risk: share of errors among the answered; answered, errors: how many.
+    """
+    ids, confidence, correct = arrays(outcomes)
     half, nothing = metrics.first_half(ids), (math.nan,) * 3
+    row = {"threshold": math.inf, "target risk": risk, "coverage": nothing, "risk": nothing}
     if half.all() or not half.any():
-        return {"threshold": math.inf, "target risk": risk, "coverage": nothing, "risk": nothing}
-    threshold, _, _ = metrics.threshold_for(confidence[half], correct[half], risk)
-    ids, kept, wrong = [i for i, inside in zip(ids, half)
-                        if not inside], confidence[~half] >= threshold, 1 - correct[~half]
-    return {"threshold": threshold, "target risk": risk,
-            "coverage": share_of_questions(ids, kept.astype(float)),
-            "risk": share_of_questions([i for i, k in zip(ids, kept) if k], wrong[kept]) if kept.any()
-            else nothing}
+        return row
+    row["threshold"], _, _ = metrics.threshold_for(confidence[half], correct[half], risk)
+    answered, wrong = confidence[~half] >= row["threshold"], 1 - correct[~half]
+    ids = [i for i, inside in zip(ids, half) if not inside]
+    row |= {"coverage": share_of_questions(ids, answered.astype(float)), "answered": int(answered.sum()),
+            "errors": int(wrong[answered].sum())}
+    if answered.any():
+        row["risk"] = share_of_questions([i for i, inside in zip(ids, answered) if inside], wrong[answered])
+    return row
 
 
 def share_of_questions(ids, values):
@@ -279,7 +302,7 @@ def curves_of(by_t):
 def columns_of(answers):
     """List of Answer -> {field: (N,) array}."""
     return {field: np.array([getattr(a, field) for a in answers]) for field in (
-        "id", "correct", "confidence", "probability", "token_probability", "length")}
+        "id", "correct", "confidence", "probability", "token_probability", "length", "finished")}
 
 
 def summary(clean, noised, scale=None):
@@ -307,20 +330,21 @@ def summary(clean, noised, scale=None):
             "C": mean["confidence"][0], "gap": mean["confidence"][0] - mean["confidence"][1],
             "AUROC": auroc(clean["confidence"], correct),
             "ECE": calibration_error(clean["probability"], correct),
-            "Brier": brier(clean["probability"]), **by_c, "length": float(clean["length"].mean())}
+            "Brier": brier(clean["probability"]), **by_c, "length": float(clean["length"].mean()),
+            "cut": 1 - float(clean["finished"].mean())}
 
 
 def summary_intervals(clean, noised, scale=None, rounds=1000, seed=0):
     """`summary` with a 95% interval for each column, questions resampled, on both views alike -> {name:
     (value, low, high)}."""
-    views, rng, found = [columns_of(clean), columns_of(noised)], np.random.default_rng(seed), []
+    views, rng, resamples = [columns_of(clean), columns_of(noised)], np.random.default_rng(seed), []
     groups = [clusters(view["id"]) for view in views]
     for _ in range(rounds):
         draw = rng.integers(len(groups[0]), size=len(groups[0]))
-        index = [np.concatenate([own[g] for g in draw]) for own in groups]
-        found.append(summary(*({field: column[i] for field, column in view.items() if field != "id"}
-                               for view, i in zip(views, index)), scale))
-    return {name: (value, *interval(np.array([row[name] for row in found])))
+        index = [np.concatenate([rows[g] for g in draw]) for rows in groups]
+        resamples.append(summary(*({field: column[i] for field, column in view.items() if field != "id"}
+                                   for view, i in zip(views, index)), scale))
+    return {name: (value, *interval(np.array([row[name] for row in resamples]), count=len(groups[0])))
             for name, value in summary(*views, scale).items()}
 
 
@@ -361,41 +385,160 @@ def majorities(answers):
     each."""
     right = []
     for group in grouped(answers):
-        found = [extract_answer(a.text) for a in group]
-        right.append(group[found.index(Counter(found).most_common(1)[0][0])].correct)
+        votes = [extract_answer(a.text) for a in group]
+        right.append(group[votes.index(Counter(votes).most_common(1)[0][0])].correct)
     return right
 
 
-def print_tables(tables, about, failures, drawn):
-    """Print what eval.make_tables made. about: what was measured. failures: {model: a sentence about its
-    servers' failures, or ""}. drawn: samples a question."""
-    for name, methods in tables["methods"].items():
-        print(f"\n{name}: {about}")
-        if failures[name]:
-            print(failures[name])
-        print(cli.table({method: {key: row.get(key, math.nan) for key in (*HEADLINE, "tokens", "calls")}
-                     for method, row in methods.items()}, intervals=False))
-        against = tables["against majority"][name]
-        print(f"\n{name}: against majority voting at the same N and at the same tokens")
-        print(cli.table(against))
-        if any(math.isnan(row["majority, same tokens"]) for row in against.values()):
-            print(f"nan: more tokens than majority@{drawn}; a larger --sizes draws more samples")
-    if tables["probe"]:
-        print("\nThe probe")
-        print(cli.table(tables["probe"], intervals=False))
-        print("\nHeadline; mixed: over clean and noised answers together; Platt, isotonic: mapped on the "
-              "other half's answers")
-        pooled = {name.removesuffix(", all"): row for name, row in tables["headline"].items()
-                  if name.endswith(", all")}
-        print(cli.table(by_figure(pooled)))
-        print("\nReadouts of the frozen model, fitted on the other half of the questions")
-        print(cli.table(tables["free readouts"]))
-    if "severity" in tables:
-        print("\nSeverity; mixed: over clean and corrupted answers together")
-        print(cli.table(tables["severity"]))
-
-
 def before_after(before, after):
-    """Two `within_skills` interleaved, pooled and within skill, for `data.table`."""
-    return {f"{skill}, {when}": rows[skill] for skill in before for when,
-            rows in (("before", before), ("after", after))}
+    """Two `within_skills` interleaved, pooled and within skill, for `cli.table`."""
+    return {f"{skill}, {when}": rows[skill] for skill in before
+            for when, rows in (("before", before), ("after", after))}
+
+
+# ---- Subsets, as the benchmarks' papers report them
+
+SUBSETS = ("skill", "level", "task", "answer_type", "category", "subject", "l2-category", "discipline",
+           "split")
+# MMMU's subjects by discipline (its Table 2).
+DISCIPLINES = {"Art & Design": "Art Art_Theory Design Music",
+               "Business": "Accounting Economics Finance Manage Marketing",
+               "Science": "Biology Chemistry Geography Math Physics",
+               "Health & Medicine": "Basic_Medical_Science Clinical_Medicine "
+                                    "Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health",
+               "Humanities & Social Science": "History Literature Psychology Sociology",
+               "Tech & Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics "
+                                     "Energy_and_Power Materials Mechanical_Engineering"}
+DISCIPLINE_OF = {subject: discipline for discipline, subjects in DISCIPLINES.items()
+                 for subject in subjects.split()}
+MMMU_ID = re.compile(r"(dev|validation|test)_(\w+?)_\d+")
+
+
+def labels_of(row):
+    """The subsets that a stored row belongs to -> {what: value}, "type" among them (open or multiple choice).
+
+    VLMEvalKit has MMMU's subject in `category` and its discipline in `l2-category`; MMMU's own files have the
+    split and the subject in the id alone.
+    """
+    meta = {key.replace("l2_category", "l2-category"): value for key, value in row["meta"].items()}
+    if match := MMMU_ID.fullmatch(str(row["id"])):
+        meta = {"split": match[1], "subject": match[2]} | meta
+    if (subject := meta.get("subject", meta.get("category"))) in DISCIPLINE_OF:
+        meta |= {"subject": subject, "discipline": DISCIPLINE_OF[subject]}
+        meta.pop("category", None), meta.pop("l2-category", None)
+    elif "level" in meta and "category" in meta:                # MathVision
+        meta["subject"] = meta.pop("category")
+    labels = {name: str(meta[name]) for name in SUBSETS if name in meta}
+    return labels | {"type": "multiple choice" if row["choices"] else "open"}
+
+
+def groups_of(rows):
+    """{id: labels} for tables within subsets; a label is "what: value"."""
+    return {row["id"]: [f"{what}: {value}" for what, value in labels_of(row).items()] for row in rows}
+
+
+def within_rows(rows, methods, names):
+    """{"label, method": row} of stored rows for the methods `names`, within each subset."""
+    labels, table = groups_of(rows), {}
+    for label in sorted({label for group in labels.values() for label in group}):
+        for method in names:
+            inside = [o for o in methods[method] if label in labels[o.id]]
+            values = summarise(inside, resampled(inside))
+            columns = ("accuracy", "over", "auroc", "ece", "brier", "cut")
+            table[f"{label}, {method}"] = {"n": len({o.id for o in inside})} | {
+                key: values.get(key, math.nan) for key in columns}
+    return table
+
+
+# ---- Everything that eval.py reports
+
+STATES = ("clean", "noised", "blank")               # on which pictures a frozen model's hidden state is read
+
+
+def probed(rows, region, t):
+    """Rows of `eval.prober` -> list of Answer on a region at step t."""
+    region, t = (region, t) if t else ("clean", 0)
+    return [Answer(**a) for row in rows for a in row["found"][region][str(t)]]
+
+
+def headline_tables(probes, regions, t, scales):
+    """Whether confidence says when the evidence is gone, and what a reading costs that needs no training ->
+    "headline": {model, part: `baselines.headline_intervals`}, pooled and within skill; "free readouts":
+    {model, readout: figures}.
+
+    The noised answers are those at step t on the first region (key, where it was asked for).
+    """
+    tables = {"headline": {}, "free readouts": {}, "findings": {}}
+    for name, rows in probes.items():
+        clean, noised = (probed(rows, regions[0], step) for step in (0, t))
+        for skill in ("all", *sorted({a.skill for a in clean if a.skill})):
+            views = [columns_of([a for a in view if skill in ("all", a.skill)]) for view in (clean, noised)]
+            tables["headline"][f"{name}, {skill}"] = baselines.headline_intervals(*views, scales[name],
+                                                                                  ROUNDS)
+        views = [columns_of(view) for view in (clean, noised)]
+        tables["findings"][name] = findings.finding(*views, scales[name])
+        states = {view: {row["id"]: baselines.unpacked(row["states"][view]) for row in rows}
+                  for view in STATES}
+        tables["free readouts"] |= {f"{name}, {readout}": row for readout, row
+                                    in baselines.readouts(*views, states).items()}
+    return tables
+
+
+def severity_table(rows, scale):
+    """Rows of `eval.corrupter` of one model -> {"corruption, region, severity": `baselines.severity_row`}."""
+    columns = {name: columns_of([Answer(**a) for row in rows for a in row["found"][name]])
+               for name in rows[0]["found"]}
+    return {name: baselines.severity_row(columns["clean"], view, scale)
+            for name, view in columns.items() if name != "clean"}
+
+
+def probe_tables(probes, regions, ts, scales):
+    """The tables of the probe. probes: {model name: rows of `eval.prober`}; ts: noise steps."""
+    tables = {"probe": {}}
+    for name, rows in probes.items():
+        for region in regions:
+            by_skill = within_skills(probed(rows, region, 0), probed(rows, region, max(ts)), scales[name],
+                                     summary_intervals)
+            tables["probe"] |= {f"{name}, {region}, {skill}": row for skill, row in by_skill.items()}
+    tables |= headline_tables(probes, regions, max(ts), scales)
+    tables["curves"] = {name: {region: curves_of({t: probed(rows, region, t) for t in ts})
+                               for region in regions} for name, rows in probes.items()}
+    return tables
+
+
+def vote_tables(votes, methods, by_n, n, risk, calibrated_models):
+    """The tables of the methods.
+
+    votes: {model name: stored rows}; methods: {model name: {method: list of Outcome}} on n samples; by_n:
+    {model name: {N: the same}}; risk: that abstention aims at; calibrated_models: names of the models with a
+    map from C to c, which have the row CALIBRATED.
+    """
+    names = list(votes)
+    first_row = votes[names[-1]][0]
+    best = f"{method_of(modules_of(first_row, n), first_row.get('incomplete'))}@{n}"
+    calibrated_row = [CALIBRATED] if names[-1] in calibrated_models else []
+    listed = list(dict.fromkeys(["pass@1", *calibrated_row, f"majority@{n}", best]))
+    boots = {name: {method: resampled(outcomes) for method, outcomes in rows.items()}
+             for name, rows in methods.items()}
+    tables = {"questions": {name: len(rows) for name, rows in votes.items()}, "methods": {
+        name: {method: summarise(outcomes, boots[name][method]) for method, outcomes in rows.items()}
+        for name, rows in methods.items()}}
+    if len(names) == 2:
+        first, second = names
+        tables["difference"] = {
+            method: paired(methods[first][method], methods[second][method],
+                           [boots[name][method] for name in names])
+            for method in methods[second] if method in methods[first]}
+    tables["against majority"] = {name: against_majority(sizes, n) for name, sizes in by_n.items()}
+    tables["scaling"] = {name: scaling(sizes) for name, sizes in by_n.items()}
+    tables["within"] = {f"{name}, {row}": figures for name, rows in votes.items()
+                        for row, figures in within_rows(rows, methods[name], listed).items()}
+    tables["calibration"] = {name: calibration(rows, listed) for name, rows in methods.items()}
+    for heading, points in (("reliability", metrics.reliability_points),
+                            ("risk and coverage", metrics.risk_coverage)):
+        tables[heading] = {method: {name: points(*arrays(rows[method])[1:]) for name, rows in methods.items()
+                                    if method in rows}
+                           for method in listed if method != f"majority@{n}" or method == best}
+    tables["abstention"] = {name: {"method": best} | abstention(rows[best], risk)
+                            for name, rows in methods.items() if best in rows}
+    return tables

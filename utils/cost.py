@@ -1,0 +1,98 @@
+"""What a run costs, before it is spent: generations, tokens, Expert calls and hours, by part."""
+import math
+import time
+from dataclasses import dataclass
+
+from utils import cli
+
+BATCH_TOKENS = 2**17            # new tokens of a batch, if every answer is as long as it may be
+BATCH_QUESTIONS = 50
+
+
+def bounded_batch(batch_size, sequences, max_new_tokens):
+    """Questions a batch (int): --batch_size, or by default as many as keep within BATCH_TOKENS.
+
+    sequences: answers drawn at once for a question.
+    """
+    if batch_size is not None:
+        return batch_size
+    return max(1, min(BATCH_QUESTIONS, BATCH_TOKENS // (sequences * max_new_tokens)))
+
+
+@dataclass
+class Part:
+    """What one part of a run costs for each question. generations: answers of the base model; views: passes
+    of the model a token (2 where it contrasts); calls: of the Expert, at most."""
+    generations: float = 0.0
+    views: int = 1
+    calls: float = 0.0
+
+
+def module_parts(modules, sizes=(1,), has_checker=True, planner=False):
+    """{name: Part} of CA-TTS's modules, each run on `sizes` numbers of samples."""
+    runs = len(sizes)
+    parts = {"self_consistency": Part(calls=runs), "self_reflection": Part(runs, calls=runs),
+             "self_check": Part(1 if has_checker else 0, views=2)}
+    return {module: parts[module] for module in modules} | ({"planner": Part(calls=runs)} if planner else {})
+
+
+def eval_parts(args, modules, has_checker=True):
+    """{name: Part} of one model of eval.py. args: Namespace of its flags."""
+    parts = {}
+    if "votes" in args.parts:
+        parts["samples"] = Part(args.drawn)
+        parts |= {name: Part(1) for name in ("greedy", "cut") if name in args.methods}
+        parts |= {"expert alone": Part(calls=1)} if "expert" in args.methods else {}
+        parts |= module_parts(modules, args.sizes, has_checker, args.order == "planner")
+    if "probe" in args.parts:
+        views = 1 + len(args.regions) * sum(t > 0 for t in args.t)
+        parts["probe"] = Part(args.probe_samples * views)
+    if "corruptions" in args.parts:
+        kinds = len(args.corruptions) or 5
+        parts["corruptions"] = Part(args.probe_samples * (1 + 2 * 5 * kinds))
+    return parts
+
+
+def measure(draw):
+    """Time a batch, after one question that warms the device up -> (mean tokens of an answer, tokens a
+    second, share that was cut off). draw: function of a number of questions -> lists of Rollouts."""
+    draw(1)
+    start = time.perf_counter()
+    rollouts = [rollout for group in draw(None) for rollout in group]
+    lengths = [len(rollout.tokens) for rollout in rollouts]
+    return (sum(lengths) / len(lengths), sum(lengths) / (time.perf_counter() - start),
+            sum(not rollout.finished for rollout in rollouts) / len(rollouts))
+
+
+def table(parts, num_questions, length, rate, max_new_tokens, expert_tokens, ranks=1):
+    """{part: row} for `cli.table`, and their sum: whole run of one model.
+
+    length, rate: of `measure`. tokens: expected, as generated; at most: with every answer as long as allowed.
+    hours: of the base model on `ranks` devices. The Expert's tokens are at most its limit a call.
+    """
+    rows = {}
+    for name, part in parts.items():
+        generations, calls = round(num_questions * part.generations), round(num_questions * part.calls)
+        rows[name] = {"generations": generations, "tokens": round(generations * length),
+                      "at most": generations * max_new_tokens, "Expert calls": calls,
+                      "Expert tokens, at most": calls * expert_tokens,
+                      "hours": generations * part.views * length / rate / 3600 / ranks}
+    rows["all"] = {column: sum(row[column] for row in rows.values()) for column in next(iter(rows.values()))}
+    return rows
+
+
+def show(title, rows, length, rate, cut, batch_size):
+    """Print the costs of one model."""
+    print(f"\n{title}: measured on the first batch of {batch_size}: {length:.0f} tokens an answer, "
+          f"{rate:.0f} tokens a second, {cut:.0%} cut off at the limit")
+    shown = {name: row | {"hours": float(f"{row['hours']:.3g}")} for name, row in rows.items()}
+    print(cli.table(shown))
+    total = rows["all"]["hours"]
+    print(f"about {_duration(total)}, and what {rows['all']['Expert calls']} calls of the Expert take")
+
+
+def _duration(hours):
+    """Hours in words (str)."""
+    if hours >= 1:
+        return f"{hours:.1f} hours"
+    return f"{max(1, math.ceil(hours * 60))} minutes"
