@@ -17,6 +17,7 @@ server that fails leaves the question open, and the same command asks again. Whi
 other questions go on: what may wait is a generator. With `--policy policy.json` evidence is bought where it
 pays (policy.py). Left out on purpose: streaming.
 """
+import utils.early  # noqa: F401  # isort: skip
 import argparse
 import math
 import sys
@@ -43,6 +44,7 @@ from vlm import VLM, Rollout
 TIE = 1e-9                      # totals closer than this are equal; the samples' order then decides
 # Self-Check asks no Expert, the Voter is one call, Self-Reflection a call and another answer.
 CHEAPEST_FIRST = "self_check,self_consistency,self_reflection"
+PLANNERS = ("planner", "informed")
 READINGS = ("mean", "tail", "bottom", "min")
 
 
@@ -63,9 +65,9 @@ class Settings:
     tau1: float = option(0.5, "weight of the Voter", least=0)
     tau2: float = option(0.5, "weight of Self-Reflection", least=0)
     tau3: float = option(0.5, "weight of Visual Self-Check", least=0)
-    order: str = option("auto", "of the modules: names with commas, planner (asks the Expert, one more "
-                                "call), "
-                        "or auto: cheapest first. It changes the cost of --early_exit exact, and no vote")
+    order: str = option("auto", "of the modules: names with commas; auto: cheapest first; planner: asks the "
+                                "Expert, one more call; informed: which also sees the answers, their shares "
+                                "and C, and may stop. Only the last changes a vote")
     early_exit: str = option("off", "exact: stop when nothing left can change the answer", ("off", "exact"))
     check_alpha: float = option(0.5, "contrast of Visual Self-Check", least=0)
     check_beta: float = option(0.1, "its plausibility cut", least=0, most=1)
@@ -86,7 +88,7 @@ class Settings:
         cli.check_bounds(self)
         noise.parse_t(self.noise_t)
         chosen, order = names_in(self.modules), names_in(self.order)
-        if self.order in ("auto", "planner"):
+        if self.order in ("auto", *PLANNERS):
             order = MODULES
         for flag, names in (("modules", chosen), ("order", order)):
             if len(set(names)) != len(names) or not set(names) <= set(MODULES):
@@ -259,12 +261,13 @@ class Controller:
     def _vote_all(self, states):
         """The paper's way: every module in its order, unless nothing left can change the answer."""
         pending = self._pending(states, self.modules)
-        if self.settings.early_exit == "off":
+        if self.settings.early_exit == "off" and self.settings.order != "informed":
             # All are asked before one is waited for. Reflection comes first: the base answers once more.
             modules = [m for m in ("self_reflection", "self_consistency", "self_check") if m in self.modules]
             steps = [self._plan(pending), *(self._steps(module, pending) for module in modules)]
             return (yield from timed(pending, together(*steps)))
         yield from timed(pending, self._plan(pending))
+        pending = self._pending(pending, None)
         for step in range(len(self.modules)):
             for module in self.modules:
                 yield from self.run(module, [s for s in pending if s.result.order[step] == module])
@@ -335,12 +338,17 @@ class Controller:
         """The order of the modules. The Expert as Planner is asked where that was wished: it costs a call."""
         order = self.settings.order
         plans = [names_in(CHEAPEST_FIRST if order == "auto" else order)] * len(states)
-        if order == "planner":
+        if order in PLANNERS:
             plans = yield from consult(self.expert, "planner", states,
-                                       lambda s: data.planner_prompt(s.sample),
+                                       lambda s: data.planner_prompt(s.sample, self._signals(s)),
                                        lambda _, text: replies.parse_order(text, MODULES))
         for state, plan in zip(states, plans):
-            state.result.order = [module for module in plan or MODULES if module in self.modules]
+            plan = MODULES if plan is None else plan
+            state.result.order = [module for module in plan if module in self.modules]
+            state.result.skipped |= {m: "the Planner stopped" for m in self.modules if m not in plan}
+
+    def _signals(self, state):
+        return self.evidence(state).signals() if self.settings.order == "informed" else None
 
     def run(self, module, states):
         """Let a module add its votes to the questions (states)."""

@@ -175,9 +175,14 @@ def golds(sample):
 MODULES = ("self_consistency", "self_reflection", "self_check")
 
 
-def planner_prompt(sample):
-    """Expert as Planner (paper 3.3): the order of the modules, as a JSON list of names."""
-    return (f"{ask(sample)}\nIn which order should these be run: {', '.join(MODULES)}? "
+def planner_prompt(sample, signals=None):
+    """Expert as Planner (paper 3.3): the order of the modules, as a JSON list of names.
+
+    signals: (answer, share of the samples, their mean C) of each candidate. With them it may stop early.
+    """
+    answers = "".join(f"{answer}: share {share:.2f}, C {c:.1f}\n" for answer, share, c in signals or [])
+    known = "" if signals is None else f"{answers}The list may end early, with stop.\n"
+    return (f"{known}{ask(sample)}\nIn which order should these be run: {', '.join(MODULES)}? "
             "Reply with a JSON list of names, nothing else.")
 
 

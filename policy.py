@@ -79,6 +79,11 @@ class Evidence:
                 shares[source] = shares.get(source, 0.0) + share
         return sorted(merged, key=lambda candidate: -len(candidate[1]))
 
+    def signals(self):
+        """(answer, share of the samples, their mean C) of each candidate: what a Planner is shown."""
+        given = [(answer, [self.samples[i][1] for i in indices]) for answer, indices, _ in self.candidates()]
+        return [(answer, len(c) / len(self.samples), sum(c) / len(c)) for answer, c in given if c]
+
 
 @lru_cache(maxsize=2**18)
 def _same(a, b, choices):

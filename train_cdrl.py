@@ -24,6 +24,7 @@ other weights, and clipping.
 Left out of GRPO on purpose: a reference model unless --kl_beta is set (on-policy at T = 1 does not need it),
 and stored old log-probs unless --mu is above 1. How a run is run (memory, ranks, checkpoints) is in `utils/`.
 """
+import utils.early  # noqa: F401  # isort: skip
 import argparse
 import random
 import time
@@ -53,6 +54,7 @@ from utils.clip_files import count_parameters
 from utils.contact_sheet import write_pairs
 from utils.distributed import QuestionOrder, micro_batches
 from utils.finite import FiniteSteps
+from utils.model_defaults import next_evaluation
 from utils.prefetch import Ahead, has_pictures, reader_of, step_pictures
 from utils.preflight import agreed
 from utils.resample import replace_tied
@@ -64,8 +66,7 @@ MIN_DIVISOR = 0.1               # below it nearly all groups of a batch are tied
 
 @dataclass
 class Args:
-    """The settings of the method. The defaults are the paper's objective; RECIPES holds what each recipe
-    changes."""
+    """The settings of the method, by default the paper's; RECIPES holds what each recipe changes."""
     # What is trained, on what, where it goes
     model: str = option(str(TINY / "base"), "model directory or hub id")
     clip: str = option(noise.CLIP, "CLIPModel directory or hub id, finds the key regions")
@@ -385,7 +386,7 @@ def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map,
         return None
     logs.write_json(output / "confidence.json", confidence_map)
     rows = report.finish_run(output, before, after, confidence_map, args, noise.parse_t(args.noise_t)[1])
-    print(f"next: {preflight.next_command(output, args)}")
+    print(f"next: {next_evaluation(output, args)}")
     return rows
 
 
@@ -403,10 +404,10 @@ def train(args):
     # What one rank refuses all refuse together, before anything is moved or written.
     train_set, held_out = agreed(lambda: data.open_data(args))
     order = QuestionOrder(train_set, args.batch_size, args.seed, rank, world)
-    clip = agreed(lambda: noise.ClipAttention.from_pretrained(args.clip, device, args.run.clip_map,
-                                                              args.run.clip_cache))
+    clip = agreed(noise.ClipAttention.from_pretrained, args.clip, device, args.run.clip_map,
+                  args.run.clip_cache)
     compute = distributed.dtype_of(args.run, device)
-    vlm = agreed(lambda: load_model(args.model, device, compute, args.run))
+    vlm = agreed(load_model, args.model, device, compute, args.run)
     if args.run.explain:
         stages = (fit_map_on_base, make_image_pairs, roll_out, add_rewards, add_advantages, cdrl_loss)
         policy = distributed.shard(vlm, device, compute, sharded=False)

@@ -32,6 +32,7 @@ from utils import (
     distributed,
     finite,
     inputs,
+    judge,
     loading,
     locks,
     logs,
@@ -505,6 +506,14 @@ def test_what_the_programs_store_has_the_shapes_that_are_checked(base, clip):
 
 # ---- Replies and pictures
 
+def test_a_row_of_roots_is_judged_in_linear_time():
+    began = time.process_time()
+    for n in (100, 900):
+        assert not judge.equivalent("\u221a" * n, "1/2") and not judge.equivalent("\\" * n + "{x", "7")
+    assert time.process_time() - began < 1 and judge.equivalent(r"\frac{1}{23}", "1/23")
+    assert not judge.equivalent(r"\frac{1}{23}", r"\frac{12}{3}")
+
+
 def test_a_long_fence_is_read_in_linear_time():
     text = "```" + " " * 9_000 + "[0.5, 0.5]" + "\n" * 9_000 + "x" + " " * 9_000 + "``"
     began = time.process_time()
@@ -566,6 +575,16 @@ def test_a_scheduler_and_a_closed_terminal_end_a_program_with_code_0(number, cap
     thread.join()
 
 
+def test_a_signal_while_python_is_loaded_ends_a_program_with_code_0_and_an_import_changes_no_handler(tmp_path):
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    (tmp_path / "catts.py").write_text("import utils.early, time\nprint('begins', flush=True)\ntime.sleep(30)\n")
+    process = subprocess.Popen([sys.executable, str(tmp_path / "catts.py")], env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert "catts.py: stopped by SIGTERM before it began" in process.communicate(timeout=20)[1] and process.returncode == 0
+
+
 def test_a_closed_terminal_saves_the_step_under_way(tmp_path, monkeypatch):
     write = logs.write_step
     monkeypatch.setattr(logs, "write_step", lambda *a: (write(*a), os.kill(os.getpid(), signal.SIGHUP)))
@@ -609,8 +628,11 @@ def test_a_number_that_is_not_finite_is_named_and_its_step_skipped(spoil, words,
     assert not steps(*update(3, spoil)) and not steps(*update(4, spoil))
     with pytest.raises(InputError, match=f"{words}.* is not finite in step 5, number 3 in a row; .*newest checkpoint"):
         steps(*update(5, spoil))
-    with pytest.raises(InputError, match="in step 8"):                  # the last step of a run
-        finite.FiniteSteps(train_cdrl.parse(["--steps", "9"]))(*update(8, spoil))
+    steps = finite.FiniteSteps(train_cdrl.parse(["--steps", "9"]))
+    assert not steps(*update(8, spoil)) and steps.in_a_row == 0         # alone at the end: the run is saved
+    assert not steps(*update(7, spoil))
+    with pytest.raises(InputError, match="in step 8, number 2"):        # a run that ends with two
+        steps(*update(8, spoil))
 
 
 def test_a_skipped_step_changes_no_weight_and_is_counted_in_the_log(tmp_path, monkeypatch):

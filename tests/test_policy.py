@@ -26,8 +26,8 @@ from policy import (
 )
 from utils import frontier, policy_file
 from utils.cli import InputError
-from utils.experts import LocalExpert
-from utils.judge import accepts
+from utils.experts import LocalExpert, Reply
+from utils.judge import accepts, extract_answer
 from utils.logit import fit_logit
 from utils.overlap import run_through
 from vlm import VLM
@@ -389,6 +389,43 @@ def test_the_first_samples_of_many_are_the_same(collected):
         drawn, at_once = state.result.votes, [v for v in full.votes if v.source == "samples"]
         assert [v.answer for v in drawn] == [v.answer for v in at_once]
         assert [v.share for v in drawn] == pytest.approx([v.share for v in at_once], abs=1e-6)
+
+
+class StoppingPlanner:
+    """An Expert that says when to stop, and keeps what it was shown."""
+    remote = False
+
+    def __init__(self, expert, reply):
+        self.expert, self.reply, self.prompts = expert, reply, []
+
+    def ask(self, turns, attempt=0):
+        planned = [prompt for _, prompt in turns if "In which order" in prompt]
+        self.prompts += planned
+        return [Reply(self.reply, 3) for _ in planned] if planned else self.expert.ask(turns, attempt)
+
+
+@pytest.mark.parametrize("reply,order", [('["stop"]', []), ('["self_check", "stop"]', ["self_check"]),
+                                         (json.dumps(list(data.MODULES[::-1])), list(data.MODULES[::-1]))])
+def test_an_informed_planner_sees_the_signals_and_may_stop(collected, reply, order):
+    control, samples, _ = collected
+    plain = control.answer_all(samples[:2])
+    expert = StoppingPlanner(control.expert, reply)
+    settings = dataclasses.replace(control.settings, order="informed")
+    results = Controller(control.vlm, expert, control.clip, settings).answer_all(samples[:2])
+    for result, full, prompt in zip(results, plain, expert.prompts):
+        assert result.order == order and set(result.skipped) == set(data.MODULES) - set(order)
+        assert {v.source for v in result.votes} <= {"samples", *order} or len(order) == 3
+        calls = 0 if len(order) < 3 else full.ledger.expert_calls
+        assert result.ledger.expert_calls == 1 + calls                  # it is paid for
+        answers = [extract_answer(r.text, None) for r in result.rollouts]
+        for answer in {a for a in answers if a is not None}:
+            given = [r.confidences.mean().item() for r, a in zip(result.rollouts, answers) if a == answer]
+            assert f"{answer}: share {len(given) / 4:.2f}, C {np.mean(given):.1f}\n" in prompt
+        if len(order) == 3:
+            assert (result.answer, result.confidence) == (full.answer, full.confidence)
+    nothing = Controller(control.vlm, expert, control.clip, dataclasses.replace(settings, modules=""))
+    before = len(expert.prompts)
+    assert nothing.answer(samples[0]).ledger.expert_calls == 0 and len(expert.prompts) == before
 
 
 def policies_state(sample):

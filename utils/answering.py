@@ -11,6 +11,7 @@ from pathlib import Path
 from utils import cli, cost, distributed, inputs, judge, results_file, stored
 from utils.cli import InputError
 from utils.experts import LocalExpert, ServerExpert, ServerVLM, batches_in_flight
+from utils.model_defaults import source_flags
 from utils.prompts import PROMPTS
 from utils.results_file import STILL_OPEN, is_open
 from utils.server import Server, is_url
@@ -95,7 +96,9 @@ def show_answer(result, record, args, candidates, taus):
         print(results_file.describe_purchases(result, args.choices))
     else:
         print(results_file.describe(result, candidates, args.choices, taus))
-        print("next: python catts.py --data questions.jsonl --output results.jsonl        # many questions")
+        model = "" if args.model == str(cli.TINY / "base") else f" --model {cli.shown(args.model)}"
+        print(f"next: python catts.py --data questions.jsonl --output results.jsonl{model}"
+              f"{source_flags(args)}        # many questions")
     if result.open:
         cli.warn(f"open: {'; '.join(result.open.values())}")
         raise SystemExit(STILL_OPEN)
@@ -110,7 +113,8 @@ def show_cost(samples, prompt, args, controller, name=None, drawn=None, parts=No
     settings, batch = controller.settings, samples[:args.batch_size]
     name, drawn = name or cli.shown(args.model), drawn or settings.samples
     parts = parts or {"samples": cost.Part(drawn)} | cost.module_parts(
-        controller.modules, has_checker=controller.checker is not None, planner=settings.order == "planner")
+        controller.modules, has_checker=controller.checker is not None,
+        planner=settings.order in ("planner", "informed"))
     length, rate, cut = cost.measure(lambda count: controller.vlm.sample(
         [s.pictures() for s in batch[:count]], [prompt(s) for s in batch[:count]], drawn,
         temperature=settings.temperature, top_k=settings.top_k, max_new_tokens=settings.max_new_tokens))
@@ -154,7 +158,8 @@ def calls_a_question(controller):
     calls, settings, modules = {}, controller.settings, controller.modules
     roles = {"self_consistency", "voter", "self_reflection", "expert"}
     if getattr(controller.expert, "remote", False):
-        calls["Expert"] = (len(roles & {*modules}) + (settings.order == "planner"), settings.expert_tokens)
+        planned = settings.order in ("planner", "informed")
+        calls["Expert"] = (len(roles & {*modules}) + planned, settings.expert_tokens)
     if isinstance(controller.vlm, ServerVLM):
         calls["base"] = (1 + ("self_reflection" in modules), settings.max_new_tokens * settings.samples)
     return calls

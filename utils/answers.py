@@ -263,7 +263,7 @@ def _canonical(text):
     braces of a formula stay, for \\frac{1}{23} is not \\frac{12}{3}."""
     text = re.sub(r"^(?:the|an?)\s(?=\w\w)", "", plain(text), flags=re.IGNORECASE)
     text = re.sub(r"(?<=[_^a-zA-Z}])\s?\{(\w)\}(?!\w)", r"\1", text)
-    braces = "" if re.search(r"[\\^_][^{}]*\{[^{}]", re.sub(r"\\(?=[{}])", "", text)) else "{}_"
+    braces = "" if re.search(r"[\\^_][^{}\\^_]*\{[^{}]", re.sub(r"\\(?=[{}])", "", text)) else "{}_"
     text = re.sub(rf"[{braces}\\\"]|(?<=[a-z]{{2}})!", "", text).strip(" .,;:?*")
     return re.sub(r"^(?:'(.*)'|[(\[]([^()\[\],;]*)[)\]])$", r"\1\2", text).strip()
 

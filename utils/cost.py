@@ -43,7 +43,7 @@ def eval_parts(args, modules, has_checker=True):
         parts["samples"] = Part(args.drawn)
         parts |= {name: Part(1) for name in ("greedy", "cut") if name in args.methods}
         parts |= {"expert alone": Part(calls=1)} if "expert" in args.methods else {}
-        parts |= module_parts(modules, args.sizes, has_checker, args.order == "planner")
+        parts |= module_parts(modules, args.sizes, has_checker, args.order in ("planner", "informed"))
     if "probe" in args.parts:
         views = 1 + len(args.regions) * sum(t > 0 for t in args.t)
         parts["probe"] = Part(args.probe_samples * views)

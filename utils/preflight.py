@@ -6,7 +6,6 @@ step.
 """
 import importlib.util
 import re
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -57,15 +56,6 @@ def check_settings(args, world):
     if args.lr > 1e30:
         raise InputError(f"--lr is {args.lr:g}; AdamW moves every weight by about as much a step, 1e-6 "
                          "suits a 7B model")
-
-
-def next_command(output, args):
-    """The evaluation that one would want after a training (str)."""
-    file = output / "heldout.jsonl"
-    unseen = f" --data {file} --allow_outside" if file.exists() else ""
-    reading = "".join(f" --{name} {shlex.quote(str(value))}" for name in cli.READING
-                      if (value := getattr(args.run, name)))
-    return f"python eval.py --model {output} --baseline {cli.shown(args.model)}{unseen}{reading}"
 
 
 class PromptLengths:

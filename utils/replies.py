@@ -164,11 +164,16 @@ def parse_probabilities(text, n, candidates=None):
 
 
 def parse_order(text, modules):
-    """The Planner's reply -> the names of `modules` in its order. ValueError otherwise."""
+    """The Planner's reply -> the names of `modules` in its order; those before "stop" where it ends the list
+    early. ValueError otherwise."""
     def read(value):
         names = _only_list(value)
-        if not all(isinstance(name, str) for name in names) or sorted(names) != sorted(modules):
-            raise ValueError(f"not each of {', '.join(modules)} once")
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("not a list of names")
+        if names[-1:] == ["stop"] and len({*names}) == len(names) and {*names[:-1]} <= {*modules}:
+            return names[:-1]
+        if sorted(names) != sorted(modules):
+            raise ValueError(f"not each of {', '.join(modules)} once, nor a shorter list that ends in stop")
         return names
     try:
         value = parse_list(text)
