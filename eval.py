@@ -13,14 +13,11 @@ Left out on purpose: an LLM as the judge; the rules of judge.py decide.
 """
 import utils.early  # noqa: F401  # isort: skip
 import math
-import re
-import sys
 import zlib
 from collections import defaultdict
 from copy import copy
 from dataclasses import asdict, replace
 from itertools import combinations
-from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
@@ -40,14 +37,12 @@ from utils import (
     distributed,
     evaluation,
     locks,
-    report,
     results_file,
     stored,
 )
 from utils.cli import InputError
 from utils.experts import Memo, batches_in_flight, sample_from
 from utils.judge import accepts, extract_answer, is_correct
-from utils.logs import training_log
 from utils.metrics import calibrated
 from utils.overlap import in_background, waited
 from utils.replies import without_thoughts
@@ -56,15 +51,8 @@ from utils.tables import (
     STATES,
     Answer,
     Outcome,
-    check_rows,
-    mark_incomplete,
     method_of,
     modules_of,
-    probe_tables,
-    probed,
-    severity_table,
-    stored_scales,
-    vote_tables,
 )
 from vlm import VLM
 
@@ -84,11 +72,13 @@ def collector(controller, sizes, drawn, methods=evaluation.METHODS):
     def collect(batch):
         pictures, prompts = [s.pictures() for s in batch], [data.prompt(s) for s in batch]
         expert, with_memo = Memo(controller.expert), copy(controller)
+        step = len(batch) / (len(sizes) + 2)                # of the progress bar
         with_memo.expert, requests = expert, list(zip(pictures, prompts))
         asked = in_background(expert.ask, requests) if "expert" in methods and expert.remote else None
         groups = yield from sample_from(
             vlm, pictures, prompts, drawn, temperature=settings.temperature, top_k=settings.top_k,
             seed=[f"{settings.seed} {s.id}" for s in batch], **length)
+        results_file.advance(step)
         greedy, cut, replies = [[None] * len(batch) for _ in range(3)]
         if "greedy" in methods:
             greedy = yield from sample_from(vlm, pictures, prompts, greedy=True, **length)
@@ -97,9 +87,11 @@ def collector(controller, sizes, drawn, methods=evaluation.METHODS):
             cut = checker.contrast(pictures, pictures, prompts, alpha=0, beta=settings.check_beta, **length)
         if "expert" in methods:
             replies = (yield from waited(asked)) if asked else expert.ask(requests)
+        results_file.advance(step)
         results_by_n = {}
         for n in sizes:
             results_by_n[n] = yield from with_memo.steps(batch, [group[:n] for group in groups])
+            results_file.advance(step)
         rows = []
         for i, sample in enumerate(batch):
             results, reply = {n: results[i] for n, results in results_by_n.items()}, replies[i]
@@ -296,7 +288,9 @@ def prober(vlm, clip, regions, ts, mass, n, seed, **sampling):
     region."""
     def collect(batch):
         rows = {s.id: {"id": s.id, "found": {region: {} for region in ("clean", *regions)}} for s in batch}
-        for region, t in [("clean", 0)] + [(region, t) for region in regions for t in ts if t]:
+        views = [("clean", 0)] + [(region, t) for region in regions for t in ts if t]
+        for region, t in views:
+            results_file.advance(len(batch) / (len(views) + 1))
             for a in noised_answers(vlm, batch, clip, t, region, mass, n, seed, **sampling):
                 rows[a.id]["found"][region].setdefault(str(t), []).append(asdict(a))
         pictures, prompts = [s.pictures() for s in batch], [data.prompt(s) for s in batch]
@@ -361,7 +355,7 @@ def fit_policy(rows, settings, sources, path):
 def measure(name, controller, samples, args, settings):
     """Everything that is asked of one model, stored in its folder -> {part: {id: row}}; None on other ranks
     than the first."""
-    folder = Path(args.output) / re.sub(r"[^\w.-]+", "_", name)
+    folder = evaluation.model_folder(args, name)
     sampling = {"max_new_tokens": settings.max_new_tokens}
     probing = (settings.mass, args.probe_samples, settings.seed)
     kinds = args.corruptions or corruptions.NAMES
@@ -403,70 +397,8 @@ def main(argv=None):
             measured[name] = measure(name, controller, samples, args, settings)
     if args.dry_run or distributed.place()[0]:
         return
-    write_report(measured, controller, samples, args, settings)
-
-
-def write_report(measured, controller, samples, args, settings):
-    """Every table, figure and file from what is stored. measured: {model name: rows of `measure`}."""
-    output, models = Path(args.output), evaluation.model_names(args)
-    ids = [s.id for s in samples]
-    votes, probes, corrupted = (
-        {name: [rows[part][i] for i in ids if i in rows[part]] for name, rows in measured.items()
-         if part in rows} for part in evaluation.PARTS)
-    counts = [len(rows) for rows in [*votes.values(), *probes.values(), *corrupted.values()]]
-    if not all(counts):
-        raise InputError(f"no question of {args.data!r} could be answered; every picture is broken")
-    scales = dict(zip(models, stored_scales(models.values())))
-    tables, method, policy_text, shown_cases = {"findings": {}}, None, "", []
-    if votes:
-        sources = [catts.SOURCE[m] for m in controller.modules if m != "self_check" or controller.checker]
-        for rows in votes.values():
-            check_rows(rows, args.sizes, args.drawn, sources)
-            mark_incomplete(rows, args.max_failed)
-        methods = methods_of(votes, settings, scales)
-        sizes = sorted({2**i for i in range(args.drawn.bit_length())} | {*args.sizes, args.drawn})
-        by_n = {name: {n: by_method(rows, n, settings) for n in sizes} for name, rows in votes.items()}
-        tables |= vote_tables(votes, methods, by_n, settings.samples, args.target_risk,
-                              [name for name, scale in scales.items() if scale])
-        last = list(votes)[-1]
-        method = tables["abstention"][last]["method"]
-        for name, rows in votes.items():
-            evaluation.write_results(output / re.sub(r"[^\w.-]+", "_", name) / "results.jsonl", rows,
-                                     methods[name], {"model": name})
-        threshold = tables["abstention"][last] | {"settings": results_file.threshold_settings(settings),
-                                                  "sources": results_file.source_fingerprint(args)}
-        cli.write_atomically(output / "threshold.json", cli.strict_json(threshold, indent=1))
-        closed = [row for row in votes[last] if not results_file.is_open(row)]
-        policy_text = fit_policy(closed, settings, results_file.source_fingerprint(args),
-                                 output / "policy.json")
-        shown_cases = cases(votes[last], settings, samples, controller.clip, method)
-    if probes:
-        tables |= probe_tables(probes, args.regions, args.t, scales)
-        report.draw_probe(output / "probe.png", {f"{name}, {region}": {t: probed(rows, region, t)
-                                                                       for t in args.t}
-                                                 for name, rows in probes.items() for region in args.regions})
-    if corrupted:
-        tables["severity"] = {f"{name}, {row}": figures for name, rows in corrupted.items()
-                              for row, figures in severity_table(rows, scales[name]).items()}
-    failures = list(filter(None, map(results_file.failures, votes.values())))
-    about = evaluation.describe_run(args, settings, samples, counts[-1], scales)
-    tables["notes"] = failures + evaluation.sentences_of(tables, args)
-    cli.write_atomically(output / "tables.json", cli.strict_json({"about": about, **tables}, indent=1))
-    logs = {name: training_log(path) for name, path in models.items()}
-    page = report.build(tables, shown_cases, logs, about)
-    cli.write_atomically(output / "report.html", page)
-    if args.json:
-        print(cli.strict_json(tables))
-    else:
-        evaluation.show(tables, about, args, policy_text)
-    if failures:
-        print("; ".join(failures), file=sys.stderr)
-        raise SystemExit(results_file.STILL_OPEN)
-    if args.json:
-        return
-    print(f"\nwrote {output}/: report.html, tables.json and what was measured; the page and tables.json hold "
-          f"every interval")
-    print(f"next: {evaluation.next_command(args, settings, catts.Settings())}")
+    evaluation.write_report(measured, controller, samples, args, settings, methods_of, by_method, fit_policy,
+                            cases)
 
 
 if __name__ == "__main__":

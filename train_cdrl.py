@@ -53,6 +53,7 @@ from utils.cli import TINY, RunOptions, option
 from utils.clip_files import count_parameters
 from utils.distributed import QuestionOrder, micro_batches
 from utils.finite import FiniteSteps
+from utils.model_defaults import next_evaluation
 from utils.preflight import agreed
 from utils.resample import replace_tied
 from vlm import VLM, load_model
@@ -379,9 +380,7 @@ def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map,
     rows = None
     if held_out:
         rows = report.finish_run(output, before, after, confidence_map, args, noise.parse_t(args.noise_t)[1])
-    file = output / "heldout.jsonl"
-    unseen = f" --data {file} --allow_outside" if file.exists() else ""
-    print(f"next: python eval.py --model {output} --baseline {cli.shown(args.model)}{unseen}")
+    print(f"next: {next_evaluation(output, args)}")
     return rows
 
 

@@ -144,7 +144,7 @@ def pairs(number, folder, rng):
         for i in range(number):
             output = place(program, folder, f"{program}-pair-{i}")
             first = start(program, output)
-            time.sleep(rng.uniform(0, 0.6) * seconds)
+            time.sleep(rng.uniform(0, 0.3) * seconds)
             second = start(program, output)
             codes, words = zip(ended(first), ended(second))
             if sorted(codes) == [0, 2] and "is being written by process" in words[codes.index(2)]:

@@ -71,7 +71,7 @@ def main():
         seeds = [answers_of(path, samples, args.answers, folder / f"{path.name}-{cli.checksum(path):08x}-{asked}.json")
                  for path in paths]
         scales = tables.stored_scales([str(path) for path in paths])
-        by_seed = [eval.severity_table(rows, scale) for rows, scale in zip(seeds, scales)]
+        by_seed = [tables.severity_table(rows, scale) for rows, scale in zip(seeds, scales)]
         severity |= {f"{name}, {row}": {key: float(np.mean([table[row][key] for table in by_seed])) for key in figures}
                      for row, figures in by_seed[0].items()}
         for kind in corruptions.NAMES:

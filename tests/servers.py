@@ -113,6 +113,24 @@ def azure(r):
         else refuse(401, "Access denied due to invalid subscription key or wrong API endpoint.")
 
 
+def streamed(r):
+    """The reply as a stream that nobody asked for, with comments before it."""
+    events = []
+    for index, choice in enumerate(r.good()["choices"]):
+        text, tokens = choice["message"]["content"], (choice.get("logprobs") or {}).get("content", [])
+        for piece, part, reason in ((text[:3], tokens[:1], None), (text[3:], tokens[1:], "stop")):
+            events.append({"choices": [{"index": index, "delta": {"content": piece}, "finish_reason": reason,
+                                        "logprobs": {"content": part} if part else None}]})
+    return 200, ": PROCESSING\n\n" + "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n", {}
+
+
+def without_one(r):
+    """No alternatives for one token."""
+    reply = r.good()
+    reply["choices"][0]["logprobs"]["content"][3]["top_logprobs"] = None
+    return reply
+
+
 def at(path):
     """A mood that serves one path alone."""
     return lambda r: r.good() if r.path == path else (404, "<html><title>404 Not Found</title></html>", {})
@@ -231,6 +249,16 @@ MOODS = {
     "streams": Mood(2, "streams without being asked", lambda r: (200, 'data: {"choices": []}\n\ndata: '
                                                                       '[DONE]\n\n', {}),
                     "--expert_body.*stream", "--model_body.*stream"),
+    "one choice alone": Mood(2, "only one completion choice", lambda r: refuse(
+        400, "Only one completion choice is allowed") if r.body.get("n", 1) > 1 else r.good(), None),
+    "exclusive range": Mood(2, "top_logprobs below 20", lambda r: refuse(
+        400, "logprobs is 20 but the supported range is from 1 (inclusive) to 20 (exclusive)")
+        if r.body.get("top_logprobs", 0) > 19 else r.good(), None),
+    "500 names a field": Mood(2, "unexpected keyword argument", unknown(
+        "top_k", "seed", words="__init__() got an unexpected keyword argument '{}'", status=500)),
+    "stream, whole": Mood(2, "streams a whole reply, unasked", streamed),
+    "byte order mark": Mood(2, "a byte order mark before the JSON", lambda r: (
+        200, b"\xef\xbb\xbf" + json.dumps(r.good()).encode(), {})),
     # 3 Nobody there
     "dead": Mood(3, "nobody listens", None, "start it, or correct the URL", "start it, or correct the URL",
                  url=DEAD),
@@ -279,6 +307,12 @@ MOODS = {
     "endless thoughts": Mood(4, "thoughts that fill any room", thinks_too_long,
                              "all of them thoughts.*--thinking_tokens",
                              "was cut before.*--max_new_tokens"),
+    "tool call": Mood(4, "calls a tool", lambda r: r.good("", "tool_calls", tool_calls=[{"id": "1"}]),
+                      "calls a tool.*--expert_body.*tool_choice", "calls a tool.*--model_body", open=False),
+    "reasoning alone": Mood(4, "all words in the reasoning field", lambda r: r.good("", reasoning_content="[0.5, 0.5]"),
+                            "in its reasoning; --expert_body", "in its reasoning; --model_body", open=False),
+    "content object": Mood(4, "content as an object", lambda r: r.good(
+        {"text": r.good()["choices"][0]["message"]["content"]})),
     # 5 Retries
     "wait in seconds": Mood(5, "429, Retry-After: 0.2",
                             once(refuse(429, "slow down", {"Retry-After": "0.2"}))),
@@ -311,6 +345,7 @@ MOODS = {
     "-9999": Mood("C", "-9999 for what it does not know", sentinels(-9999.0), None),
     "-inf": Mood("C", "-Infinity", sentinels(float("-inf")), None),
     "null": Mood("C", "null", sentinels(None), None),
+    "no alternatives": Mood("C", "none for one token", without_one, None),
     "no logprobs": Mood("C", "no logprobs",
                         lambda r: {"choices": [{"message": {"content": "3"}}] * r.body.get("n", 1)}, None,
                         "gives no logprobs.*--model"),

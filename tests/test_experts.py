@@ -24,7 +24,7 @@ from utils import cli, results_file, tables
 from utils.cli import InputError
 from utils.experts import LocalExpert, ServerExpert, ServerVLM, ask_role
 from utils.overlap import answer_batches
-from utils.replies import parse_order, parse_probabilities
+from utils.replies import parse_order, parse_probabilities, read_body
 from utils.results_file import STILL_OPEN
 from utils.server import Server, data_url, is_url, told_wait
 from vlm import VLM, Rollout
@@ -57,6 +57,42 @@ def test_replies_are_parsed_strictly():
     for bad in ('["self_check"]', json.dumps([*MODULES, "self_check"]), "[1, 2, 3]", "[[], [], []]"):
         with pytest.raises(ValueError):
             parse_order(bad, MODULES)
+
+
+def test_a_number_that_may_be_a_candidate_or_its_place_is_refused():
+    candidates = ["2", "1"]
+    for vague in ('{"1": 0.9, "2": 0.1}', '[{"candidate": "2", "probability": 0.9}, {"candidate": "1", "probability": 0.1}]',
+                  '[{"candidate": 1, "probability": 0.9}, {"candidate": 2, "probability": 0.1}]'):
+        with pytest.raises(ValueError, match="candidates or their places"):
+            parse_probabilities(vague, 2, candidates)
+        assert parse_probabilities("[0.9, 0.1]", 2, candidates) == [0.9, 0.1]
+    assert parse_probabilities('{"1": 0.9, "2": 0.1}', 2, ["1", "2"]) == [0.9, 0.1]
+    assert parse_probabilities('{"2": 0.9, "7": 0.1}', 2, ["2", "7"]) == [0.9, 0.1]
+
+
+def test_a_list_in_braces_and_one_beside_another_are_read():
+    assert parse_probabilities(r"So \boxed{[0.9, 0.1]}.", 2) == [0.9, 0.1]
+    assert parse_probabilities('I say {"candidates": ["a", "b"], "probabilities": [0.9, 0.1]} here', 2) == [0.9, 0.1]
+
+
+def test_a_torn_stream_is_no_reply():
+    events = [{"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": reason}]}
+              for piece, reason in (("[0.9,", None), (" 0.1]", "stop"))]
+    lines = [f"data: {json.dumps(event)}\n\n".encode() for event in events]
+    assert read_body(b"".join(lines))["choices"][0]["message"]["content"] == "[0.9, 0.1]"
+    with pytest.raises(ValueError):
+        read_body(lines[0])
+
+
+def test_what_a_url_may_show():
+    for secret, public in (
+            ("https://me:pw@h/v1", "https://h/v1"), ("https://h/v1?key=abc&api-version=2", "https://h/v1?key=...&api-version=2"),
+            ("https://h/v1/4f9a8b7c6d5e4f3a2b1c/openai", "https://h/v1/.../openai"), ("h.ai/token/abc/v1", "h.ai/token/.../v1"),
+            ("https://h/sk-live-8f7e6d/v1", "https://h/.../v1")):
+        assert cli.public_url(secret) == public
+    for plain in ("https://x.openai.azure.com/openai/deployments/gpt-4o-2024-08-06", "http://localhost:8000/v1", "self",
+                  "https://h/models/Qwen/Qwen2.5-VL-7B-Instruct/v1", "runs/cdrl", "Qwen/Qwen2.5-VL-7B-Instruct"):
+        assert cli.public_url(plain) == plain
 
 
 # ---- Servers that misbehave
@@ -259,8 +295,8 @@ def test_a_base_answers_or_says_what_to_do(name, capsys):
         for rollout in outcome:
             assert "3" in rollout.text and "9" not in rollout.text and rollout.failure is None
             # the mean over k alternatives, -0.1 - i each, whatever was unknown
-            assert rollout.confidences.mean().item() == pytest.approx(2.1 if name == "five alternatives"
-                                                                      else 9.6)
+            c = {"five alternatives": 2.1, "exclusive range": 9.1}.get(name, 9.6)
+            assert rollout.confidences.mean().item() == pytest.approx(c)
             assert rollout.logprobs.mean().item() == pytest.approx(-0.1)
     else:
         sentences = [str(outcome)] if isinstance(outcome, InputError) else [str(r.failure) for r in outcome]
@@ -527,7 +563,7 @@ def test_a_table_says_on_how_many_questions_the_expert_failed(tmp_path, capsys, 
     """Over --max_failed no row is called CA-TTS; the same command then makes the table of an undisturbed
     run."""
     monkeypatch.setattr(tables, "ROUNDS", 10)               # intervals are not what is tested
-    monkeypatch.setattr(eval_py, "summary_intervals", partial(tables.summary_intervals, rounds=10))
+    monkeypatch.setattr(tables, "summary_intervals", partial(tables.summary_intervals, rounds=10))
 
     def ill(request):
         return act_as_expert(request) if request.count % 5 else servers.refuse(500, "now and then I break")

@@ -628,8 +628,11 @@ def test_a_number_that_is_not_finite_is_named_and_its_step_skipped(spoil, words,
     assert not steps(*update(3, spoil)) and not steps(*update(4, spoil))
     with pytest.raises(InputError, match=f"{words}.* is not finite in step 5, number 3 in a row; .*newest checkpoint"):
         steps(*update(5, spoil))
-    with pytest.raises(InputError, match="in step 8"):                  # the last step of a run
-        finite.FiniteSteps(train_cdrl.parse(["--steps", "9"]))(*update(8, spoil))
+    steps = finite.FiniteSteps(train_cdrl.parse(["--steps", "9"]))
+    assert not steps(*update(8, spoil)) and steps.in_a_row == 0         # alone at the end: the run is saved
+    assert not steps(*update(7, spoil))
+    with pytest.raises(InputError, match="in step 8, number 2"):        # a run that ends with two
+        steps(*update(8, spoil))
 
 
 def test_a_skipped_step_changes_no_weight_and_is_counted_in_the_log(tmp_path, monkeypatch):

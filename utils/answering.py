@@ -11,6 +11,7 @@ from pathlib import Path
 from utils import cli, cost, distributed, inputs, judge, results_file, stored
 from utils.cli import InputError
 from utils.experts import LocalExpert, ServerExpert, ServerVLM, batches_in_flight
+from utils.model_defaults import source_flags
 from utils.prompts import PROMPTS
 from utils.results_file import STILL_OPEN, is_open
 from utils.server import Server, is_url
@@ -91,7 +92,9 @@ def show_answer(result, record, args, candidates, taus):
         print(results_file.describe_purchases(result, args.choices))
     else:
         print(results_file.describe(result, candidates, args.choices, taus))
-        print("next: python catts.py --data questions.jsonl --output results.jsonl        # many questions")
+        model = "" if args.model == str(cli.TINY / "base") else f" --model {cli.shown(args.model)}"
+        print(f"next: python catts.py --data questions.jsonl --output results.jsonl{model}"
+              f"{source_flags(args)}        # many questions")
     if result.open:
         cli.warn(f"open: {'; '.join(result.open.values())}")
         raise SystemExit(STILL_OPEN)

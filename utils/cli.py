@@ -356,17 +356,36 @@ PUBLIC = ("api-version", "version", "alt",
           "region")      # what a URL's query may show; all else may be a secret
 
 
+TOKEN = re.compile(r"(?=.*\d)(sk|pk|hf|gsk|xai|nvapi|ghp|pat|tok|token|key|secret)[-_][\w-]{6,}|"
+                   r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+
+
+def secrets_in_path(path):
+    """The segments of a URL's path that look like a token, or follow "token", "key" and their like (list)."""
+    segments, secrets = path.split("/"), []
+    for before, segment in zip(["", *segments], segments):
+        pieces = re.split(r"[-_.:~]", urllib.parse.unquote(segment))
+        is_random = any(len(p) >= 32 or len(p) >= 16 and re.search(r"\d", p) and re.search("[A-Za-z]", p)
+                        for p in pieces)
+        if segment and (is_random or TOKEN.match(segment) or re.fullmatch(
+                r"(api|access)?[-_]?(key|token|secret|auth)s?", before, re.IGNORECASE)):
+            secrets.append(segment)
+    return secrets
+
+
 def public_url(url):
-    """A URL as it may be printed and stored: without user:password@, query values hidden. Other words stay as
-    they are."""
+    """A URL as it may be printed and stored: without user:password@, its query's values and its path's tokens
+    hidden. Other words stay as they are."""
     try:
         parts = urllib.parse.urlsplit(url.strip() if "://" in url else f"//{url.strip()}")
-        if not parts.query and "@" not in parts.netloc:
+        tokens = secrets_in_path(parts.path) if "://" in url or re.search("[.:]", parts.netloc) else []
+        if not parts.query and "@" not in parts.netloc and not tokens:
             return url
+        path = "/".join("..." if segment in tokens else segment for segment in parts.path.split("/"))
         query = "&".join(pair if pair.partition("=")[0].lower() in PUBLIC else pair.partition("=")[0] + "=..."
                          for pair in parts.query.split("&") if pair)
-        public = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query,
-                                                        fragment=""))
+        public = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], path=path,
+                                                        query=query, fragment=""))
         return public if "://" in url else public.removeprefix("//")
     except ValueError:
         return re.sub(r"//[^/@]*@|\?.*", "//", url)

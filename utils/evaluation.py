@@ -2,20 +2,46 @@
 import argparse
 import math
 import os
+import re
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from utils import answering, baselines, cli, corruptions, findings, inputs, results_file
+from utils import (
+    answering,
+    baselines,
+    cli,
+    corruptions,
+    distributed,
+    findings,
+    inputs,
+    report,
+    results_file,
+)
 from utils.cli import InputError, names_in
 from utils.cost import bounded_batch
+from utils.logs import training_log
 from utils.metrics import MIN_QUESTIONS
-from utils.model_defaults import fill_in, is_built_in
+from utils.model_defaults import fill_in, source_flags
 from utils.server import is_url
-from utils.tables import COSTS, HEADLINE, labels_of
+from utils.tables import (
+    CALIBRATED,
+    COSTS,
+    HEADLINE,
+    arrays,
+    check_rows,
+    labels_of,
+    mark_incomplete,
+    probe_tables,
+    probed,
+    severity_table,
+    stored_scales,
+    vote_tables,
+)
 
 PARTS = ("votes", "probe", "corruptions")
 WRITTEN = ("tables.json", "threshold.json", "policy.json", "report.html")      # in the output folder
@@ -164,13 +190,19 @@ def of_split(samples, split):
     names = sorted({*splits} - {None})
     if split is None and {"dev", "validation"} <= {*names}:
         split = "validation"
-        print(f"{splits.count('dev')} questions of split dev are left out; --split dev takes these")
+        if distributed.place()[0] == 0:
+            print(f"{splits.count('dev')} questions of split dev are left out; --split dev takes these")
     if split is None:
         return samples
     if split not in names:
         raise InputError(f"--split {split!r}: no question is of it; the file has "
                          f"{', '.join(names) or 'none'}")
     return Subset(samples, [i for i, name in enumerate(splits) if name == split])
+
+
+def model_folder(args, name):
+    """Where the rows of a model are stored (Path)."""
+    return Path(args.output) / re.sub(r"[^\w.-]+", "_", name)
 
 
 def write_results(path, rows, methods, about):
@@ -264,13 +296,73 @@ def next_command(args, settings, defaults):
             f"--abstain {args.output}/threshold.json")
 
 
-def source_flags(args, tokens=True):
-    """The flags that a model that is not built in cannot do without (str)."""
-    keys = ("clip", "expert", "expert_model", "check_model", "model_name")
-    flags = {key: cli.public_url(getattr(args, key)) for key in keys
-             if getattr(args, key) not in (None, "", "none")}
-    if is_built_in(args.model):
-        flags = {key: value for key, value in flags.items() if not Path(value).is_relative_to(cli.TINY)}
-    elif tokens:
-        flags["max_new_tokens"] = args.max_new_tokens
-    return "".join(f" --{key} {shlex.quote(str(value))}" for key, value in flags.items())
+def write_report(measured, controller, samples, args, settings, methods_of, by_method, fit_policy, cases):
+    """Every table, figure and file of eval.py from what is stored. Exits with STILL_OPEN where a server
+    failed.
+
+    measured: {model name: {part: {id: row}}}. methods_of, by_method, fit_policy, cases: functions of eval.py.
+    """
+    output, models = Path(args.output), model_names(args)
+    ids = [s.id for s in samples]
+    votes, probes, corrupted = (
+        {name: [rows[part][i] for i in ids if i in rows[part]] for name, rows in measured.items()
+         if part in rows} for part in PARTS)
+    counts = [len(rows) for rows in [*votes.values(), *probes.values(), *corrupted.values()]]
+    if not all(counts):
+        raise InputError(f"no question of {args.data!r} could be answered; every picture is broken")
+    scales = dict(zip(models, stored_scales(models.values())))
+    tables, method, policy_text, shown_cases = {"findings": {}}, None, "", []
+    if votes:
+        sources = [results_file.SOURCE[module] for module in controller.modules
+                   if module != "self_check" or controller.checker]
+        for rows in votes.values():
+            check_rows(rows, args.sizes, args.drawn, sources)
+            mark_incomplete(rows, args.max_failed)
+        methods = methods_of(votes, settings, scales)
+        sizes = sorted({2**i for i in range(args.drawn.bit_length())} | {*args.sizes, args.drawn})
+        by_n = {name: {n: by_method(rows, n, settings) for n in sizes} for name, rows in votes.items()}
+        tables |= vote_tables(votes, methods, by_n, settings.samples, args.target_risk,
+                              [name for name, scale in scales.items() if scale])
+        last = list(votes)[-1]
+        method = tables["abstention"][last]["method"]
+        for name, rows in votes.items():
+            write_results(model_folder(args, name) / "results.jsonl", rows, methods[name], {"model": name})
+            one = methods[name].get(CALIBRATED, methods[name]["pass@1"])
+            ids_of, confidence, correct = arrays(one)
+            tables["findings"][name] = findings.finding({"id": ids_of, "probability": confidence,
+                                                         "correct": correct})
+        threshold = tables["abstention"][last] | {"settings": results_file.threshold_settings(settings),
+                                                  "sources": results_file.source_fingerprint(args)}
+        cli.write_atomically(output / "threshold.json", cli.strict_json(threshold, indent=1))
+        closed = [row for row in votes[last] if not results_file.is_open(row)]
+        policy_text = fit_policy(closed, settings, results_file.source_fingerprint(args),
+                                 output / "policy.json")
+        shown_cases = cases(votes[last], settings, samples, controller.clip, method)
+    if probes:
+        probed_tables = probe_tables(probes, args.regions, args.t, scales)
+        tables |= probed_tables | {"findings": tables["findings"] | probed_tables["findings"]}
+        report.draw_probe(output / "probe.png", {f"{name}, {region}": {t: probed(rows, region, t)
+                                                                       for t in args.t}
+                                                 for name, rows in probes.items() for region in args.regions})
+    if corrupted:
+        tables["severity"] = {f"{name}, {row}": figures for name, rows in corrupted.items()
+                              for row, figures in severity_table(rows, scales[name]).items()}
+    failures = list(filter(None, map(results_file.failures, votes.values())))
+    about = describe_run(args, settings, samples, counts[-1], scales)
+    tables["notes"] = failures + sentences_of(tables, args)
+    cli.write_atomically(output / "tables.json", cli.strict_json({"about": about, **tables}, indent=1))
+    logs = {name: training_log(path) for name, path in models.items()}
+    page = report.build(tables, shown_cases, logs, about)
+    cli.write_atomically(output / "report.html", page)
+    if args.json:
+        print(cli.strict_json(tables))
+    else:
+        show(tables, about, args, policy_text)
+    if failures:
+        print("; ".join(failures), file=sys.stderr)
+        raise SystemExit(results_file.STILL_OPEN)
+    if args.json:
+        return
+    print(f"\nwrote {output}/: report.html, tables.json and what was measured; the page and tables.json hold "
+          f"every interval")
+    print(f"next: {next_command(args, settings, type(settings)())}")

@@ -34,7 +34,8 @@ class Reply:
 
     tokens, prompt_tokens: None where nobody counted them. requests: sent for it, 0 = none. failed: the error
     is the server's, so that the question stays open. cut: at the longest reply. forget: takes the reply out
-    of the cache. probability: of the least probable token, in (0, 1]; 1 where the Expert does not tell.
+    of the cache. silence: why there is no text. probability: of the least probable token, in (0, 1]; 1 where
+    the Expert does not tell.
     """
     text: str = ""
     tokens: int | None = 0
@@ -45,6 +46,7 @@ class Reply:
     requests: int = 1
     failed: bool = False
     cut: bool = False
+    silence: str = ""
     probability: float = 1.0
     forget: Callable = lambda: None
 
@@ -114,17 +116,18 @@ class ServerExpert:
         except ServerError as error:
             return Reply(error=str(error), final=True, prompt_tokens=0, requests=error.requests,
                          failed=error.kind != "refused")
-        text, tokens, prompt_tokens, cut = answer.value
+        text, tokens, prompt_tokens, is_cut, silence = answer.value
         return Reply(text, tokens, answer.cached, prompt_tokens=prompt_tokens, requests=answer.requests,
-                     cut=cut,
-                     forget=answer.forget)
+                     cut=is_cut, silence=silence, forget=answer.forget)
 
     def _read(self, reply):
-        text, cut = read_choice(self.server, reply["choices"][0])
+        text, is_cut, silence = read_choice(self.server, reply["choices"][0])
         usage = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
-        if _count((usage.get("completion_tokens_details") or {}).get("reasoning_tokens")):
+        details = usage.get("completion_tokens_details")
+        if isinstance(details, dict) and _count(details.get("reasoning_tokens")):
             self.server.dialect.thinks = True
-        return text, _count(usage.get("completion_tokens")), _count(usage.get("prompt_tokens")), cut
+        counts = _count(usage.get("completion_tokens")), _count(usage.get("prompt_tokens"))
+        return text, *counts, is_cut, silence
 
 
 def _count(number):
@@ -133,33 +136,41 @@ def _count(number):
                                                                 bool) and 0 <= number < 10**7 else None
 
 
+REFUSALS = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "refusal")
+
+
 def read_choice(server, choice):
-    """One of a reply's choices -> (its text without thoughts, whether it was cut). Raises what `Server.chat`
-    expects."""
-    message, reason = choice["message"], str(choice.get("finish_reason") or choice.get("native_finish_reason")
-                                             or "").lower()
-    content, cut = message.get("content"), reason in ("length", "max_tokens", "max_output_tokens")
-    if isinstance(content, list):           # parts; those of another type are thoughts
-        content = "".join(part if isinstance(part, str) else part.get("text") or "" for part in content
-                          if isinstance(part, str) or part.get("type") in ("text", "output_text"))
+    """One of a reply's choices -> (its text without thoughts, whether it was cut, why it says nothing or "").
+    Raises what `Server.chat` expects."""
+    message = choice.get("message") or {}
+    reason = str(choice.get("finish_reason") or choice.get("native_finish_reason") or "").lower()
+    content, is_cut = message.get("content"), reason in ("length", "max_tokens", "max_output_tokens")
+    if isinstance(content, (list, dict)):   # parts; those of another type are thoughts
+        parts = content if isinstance(content, list) else [content]
+        content = "".join(part if isinstance(part, str) else part.get("text") or "" for part in parts
+                          if isinstance(part, str) or part.get("type", "text") in ("text", "output_text"))
     thoughts = message.get("reasoning_content") or message.get("reasoning") or message.get("thinking")
-    text, tagged, unfinished = without_thoughts(content) if isinstance(content, str) else ("", False, False)
-    if thoughts or tagged:
+    text, is_tagged, is_unfinished = (without_thoughts(content) if isinstance(content, str)
+                                      else ("", False, False))
+    if thoughts or is_tagged:
         # Where it was cut, `chat` makes room and says so.
-        server.dialect.thinks = server.dialect.thinks or not cut
-    if text:
-        return text, cut
-    if message.get("refusal") or reason in ("content_filter", "safety", "recitation", "prohibited_content",
-                                            "refusal"):
-        words = message.get("refusal") if isinstance(message.get("refusal"),
-                                                     str) else f"finish_reason {reason}"
+        server.dialect.thinks = server.dialect.thinks or not is_cut
+    if text.strip():
+        return text, is_cut, ""
+    if message.get("refusal") or reason in REFUSALS:
+        refusal = message.get("refusal")
+        words = refusal if isinstance(refusal, str) else f"finish_reason {reason}"
         raise ServerError(server.sentence(f"refuses to answer this question: {words[:200]!r}"), "refused")
-    if unfinished or (cut and (thoughts or not content)):
+    if is_unfinished or (is_cut and (thoughts or not content)):
         raise Cut
+    body = f"--{server.flag}_body"
+    if message.get("tool_calls") or message.get("function_call"):
+        return "", is_cut, f"""it calls a tool and says nothing; try {body} '{{"tool_choice": "none"}}'"""
+    if thoughts or is_tagged:
+        return "", is_cut, f"all its words are in its reasoning; {body} may switch that off"
     if not isinstance(content, str):
-        raise TypeError("it calls a tool, " + "and has no text" if message.get("tool_calls") else
-                        f"choices[0].message.content is no text, finish_reason {reason or 'unknown'}")
-    return text, cut
+        raise TypeError(f"choices[0].message.content is no text, finish_reason {reason or 'unknown'}")
+    return "", is_cut, "an empty reply"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -199,9 +210,7 @@ class ServerVLM:
             def read(reply):
                 if count > 1 and len(reply["choices"]) < count:
                     raise _OneByOne(f"{len(reply['choices'])} answers where {count} were asked for")
-                if len(reply["choices"]) != count:
-                    raise ValueError(f"{len(reply['choices'])} answers where {count} were asked for")
-                return self._read(reply["choices"])
+                return self._read(reply["choices"][:count])
             try:
                 return self.server.chat(images[i], prompts[i], read, f"sample{sample}" if sample else 0,
                                         max_new_tokens,
@@ -242,11 +251,15 @@ class ServerVLM:
         return self.rollout("", torch.tensor([-1]), torch.tensor([-100.0]), torch.zeros(1), False,
                             failure=failure)
 
-    def _read(self, choices):
+    def _read(self, choices, had_room=False):
         """A reply's choices -> list of Rollout. Raises ServerError, KeyError, TypeError or ValueError where
-        logprobs are missing."""
-        completions = [self._completion(choice) for choice in choices]
-        tops = [token for completion in completions if completion.usable for token in completion.tops]
+        logprobs are missing, and Cut where thoughts need more room."""
+        try:
+            completions = [self._completion(choice, had_room) for choice in choices]
+        except Cut:
+            raise Cut(lambda: self._read(choices, True)) from None
+        tops = [token for completion in completions if completion.usable
+                for token in completion.tops if token]
         # k alternatives of every token: a mean over more of them would be on another scale
         k = min(map(len, tops), default=0)
         numbers = sorted((sum(x is not None for x in token[:k]) for token in tops), reverse=True)
@@ -259,17 +272,17 @@ class ServerVLM:
                             "scale")
         return [self._rollout(completion, k) for completion in completions]
 
-    def _completion(self, choice):
-        """One of a reply's choices -> Completion."""
+    def _completion(self, choice, had_room):
+        """One of a reply's choices -> Completion. had_room: for its thoughts."""
         try:
-            text, _ = read_choice(self.server, choice)
-            failure = None
+            text, _, silence = read_choice(self.server, choice)
+            is_odd, sentence = silence not in ("", "an empty reply"), self.server.sentence
+            failure = ServerError(sentence(f"says nothing: {silence}"), "refused") if is_odd else None
         except Cut:
-            if not self.server.dialect.thinks and self.server.thinking_tokens:
+            if not had_room:
                 raise                   # `chat` makes room for its thoughts
-            text, failure = "", ServerError(self.server.sentence("was cut before it answered",
-                                                                 "raise --max_new_tokens or "
-                                                                 "--thinking_tokens"), "refused")
+            text, failure = "", ServerError(self.server.sentence(
+                "was cut before it answered", "raise --max_new_tokens or --thinking_tokens"), "refused")
         except TypeError:
             text, failure = "", None
         except ServerError as error:
@@ -284,11 +297,11 @@ class ServerVLM:
                                      "another with --model"
                 ), "temporary" if self.gave_logprobs else "run")
         self.gave_logprobs = self.gave_logprobs or bool(content)
-        if any(not token["top_logprobs"] for token in content):
+        if content and 2 * sum(not token.get("top_logprobs") for token in content) >= len(content):
             raise ValueError("no top_logprobs")
         try:
             logprobs = [_logprob(token["logprob"]) for token in content]
-            tops = [[_logprob(top["logprob"]) for top in token["top_logprobs"]] for token in content]
+            tops = [[_logprob(top["logprob"]) for top in token["top_logprobs"] or []] for token in content]
         except OverflowError:
             return Completion()
         if content and 2 * sum(x is None for x in logprobs) >= len(logprobs):
@@ -375,8 +388,8 @@ def ask_role(expert, states, make_prompt, parse):
             try:
                 if reply.error:
                     raise ValueError(reply.error)
-                if is_unfinished and not text:
-                    raise ValueError("nothing but thoughts")
+                if reply.silence or (is_unfinished and not text):
+                    raise ValueError(reply.silence or "nothing but thoughts")
                 outcome.value, outcome.text, outcome.reason = parse(states[i], text), text, ""
                 outcome.probability = reply.probability
             except ValueError as error:

@@ -73,7 +73,7 @@ def abstention_finding(row, method=""):
 
 def cut_off_finding(name, cut, limit):
     """A warning (str) where many answers met --max_new_tokens, else "". cut: their share."""
-    if cut <= CUT_OFF:
+    if not cut > CUT_OFF:
         return ""
     return (f"warning: {name}: {cut:.0%} of the answers were cut off at --max_new_tokens {limit} and are "
             f"mostly wrong for that; allow more.")

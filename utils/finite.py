@@ -46,7 +46,7 @@ class FiniteSteps:
 
     def __call__(self, step, *update):
         """update: as of `first_fault`. All ranks call it, and agree -> bool. Raises InputError after PATIENCE
-        steps in a row, and where the last step of a run is one of them."""
+        steps in a row, and where a run ends with two."""
         if step != self.step:
             self.in_a_row, self.skipped, self.step = self.in_a_row if self.skipped else 0, 0, step
         faults = gathered([first_fault(*update)])
@@ -56,11 +56,14 @@ class FiniteSteps:
             return True
         self.in_a_row += not self.skipped
         self.skipped += 1
-        if self.in_a_row >= PATIENCE or step + 1 >= self.args.steps:
+        is_last = step + 1 >= self.args.steps
+        if self.in_a_row >= (2 if is_last else PATIENCE):
             raise InputError(f"{fault} is not finite in step {step}, number {self.in_a_row} in a row; lower "
                              f"--lr ({self.args.lr:g}) or the reward's weights: the same command with a "
                              f"lower --lr and --resume from goes on from the newest checkpoint in "
                              f"{self.args.output}")
         if faults[0] is not None or len(faults) == 1:
             cli.warn(f"warning: step {step} is skipped: {fault} is not finite")
+        if is_last:                         # alone: the run ends with the weights of the step before
+            self.in_a_row = 0
         return False

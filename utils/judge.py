@@ -67,7 +67,7 @@ _BOXES_JOINED = re.compile(  # between two boxes: "and", ", or", "and the area i
 _CLOSING_BOLD = re.compile(r"(?P<line>[^\n]*)\*\*\W?(?P<bold>[^*\n]{1,80})\*\*[\s.]*$")  # "so\n**D**"
 _SECOND_THOUGHT = re.compile(r"\b(?:no,|wait\b|actually\b|correction\b|on second thoughts?\b)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？\n]|</")
-_PART_END = re.compile(  # a part opens with the word that joins it on, but "since (A) is red," is cut away
+_CLAUSE_END = re.compile(  # a clause opens with the word that joins it on, but "since (A) is red," is cut away
     r";|^\W*(?:because|since|as|although|while)\s[^,;]*,\s"
     r"|,\s(?=(?:as|which|while|but|in|exactly|respectively)\b)|(?:,\s|\()(?=not\s)"
     r"|\((?=(?:because|since|as)\s)|[,，]\s?(?=而?不是|因为)"
@@ -194,7 +194,7 @@ def _marked(text, choices):
         if choices:
             answer = _letter(_option(clause, choices))
         else:
-            answer = (_parts(clause) or [clause])[0].strip(" *")
+            answer = (_clauses(clause) or [clause])[0].strip(" *")
             if len(answer.split()) > 4:
                 answer = _ending(answer) or _only_number(answer) or answer
             if marker is not markers[-1] and not quantity(answer):  # "the answer is found so: ... would be 7"
@@ -257,23 +257,23 @@ def _asks(text):
     return re.search(r"[?？][\s*$]{0,9}$", text[-20:]) is not None
 
 
-def _parts(sentence):
+def _clauses(sentence):
     """The clauses of a sentence that may state its answer: no reasons, nothing that the answer is set
     against."""
-    return [part for part in _PART_END.split(sentence) if part.strip() and not _ASIDE.match(part)]
+    return [clause for clause in _CLAUSE_END.split(sentence) if clause.strip() and not _ASIDE.match(clause)]
 
 
 def _ending(sentence):
     """The formula, the number, or the at most four words, that a sentence leads up to. None if it denies
     them."""
-    part = (_parts(sentence) or [""])[-1]
-    part = re.sub(r",?\sI (?:believe|think|guess|suppose)\W*$", "", part)
-    part = re.sub(r"[\s$]+is (?:the|our|my) (?:answer|solution)\W*$", "", part)
-    if statement := _statement(part):
+    clause = (_clauses(sentence) or [""])[-1]
+    clause = re.sub(r",?\sI (?:believe|think|guess|suppose)\W*$", "", clause)
+    clause = re.sub(r"[\s$]+is (?:the|our|my) (?:answer|solution)\W*$", "", clause)
+    if statement := _statement(clause):
         return statement
-    *others, value = _VALUE_STARTS.split(part)
-    subject = _SUBJECT_NUMBER.match(part)
-    if subject and len(others) == 1 and not _DOUBTED.search(part):
+    *others, value = _VALUE_STARTS.split(clause)
+    subject = _SUBJECT_NUMBER.match(clause)
+    if subject and len(others) == 1 and not _DOUBTED.search(clause):
         return subject[1].strip()
     value = re.sub(r"\W* (?:is|are) the (?:\w+ )?answer$", "", value.strip(" *$`,"))
     if _NEGATED.search(value):
@@ -286,13 +286,13 @@ def _ending(sentence):
     return number[0] if number else None
 
 
-def _statement(part):
+def _statement(clause):
     r"""The formula that a sentence ends in: "x \neq 3", "5 = 2a + b", a span in $. Not "x = 5", which is
     5."""
-    part = re.sub(r"(=[^$]*)\$\s*(,?\s*(?:and|or)|,)\s*\$(?=[^$]*=)", r"\1 \2 ", part)  # $a=2$ and $b=3$
-    spans = re.split(r"\$+|\\[()\[\]]", part.strip(" *`,."))
+    clause = re.sub(r"(=[^$]*)\$\s*(,?\s*(?:and|or)|,)\s*\$(?=[^$]*=)", r"\1 \2 ", clause)  # $a=2$ and $b=3$
+    spans = re.split(r"\$+|\\[()\[\]]", clause.strip(" *`,."))
     in_span = len(spans) % 2 == 0 or (len(spans) > 1 and not spans[-1])
-    formula = ((spans[-1] or spans[-2]) if in_span else _STATEMENT_STARTS.split(part)[-1]).strip(" *$`,.")
+    formula = ((spans[-1] or spans[-2]) if in_span else _STATEMENT_STARTS.split(clause)[-1]).strip(" *$`,.")
     text = plain(formula)
     if in_span and re.search(r"\\(?:text|mbox)", formula) and "=" not in text:
         return formula
@@ -301,7 +301,7 @@ def _statement(part):
     sides = EQUALS.split(text)
     if len(sides) == 1:
         return formula if in_span or re.search(r"[<>≤≥≠∈±∪]", text) else None
-    named = any(map(is_name, sides)) and formula != part.strip(" *$`,.") and not re.search("[±∈]", text)
+    named = any(map(is_name, sides)) and formula != clause.strip(" *$`,.") and not re.search("[±∈]", text)
     free = len(sides) == 2 and not named and re.search("[a-zA-Z]", text)
     return formula if has_names(text) or free else None
 
@@ -312,7 +312,7 @@ def _only_number(sentence):
     numbers = re.findall(r"\d+(?:[.,:]\d+)*", sentence) + NUMBER_WORD.findall(sentence)
     if len(numbers) != 1 or _DOUBTED.search(sentence):
         return None
-    counted = _COUNTED.search(" ".join(_parts(sentence)))
+    counted = _COUNTED.search(" ".join(_clauses(sentence)))
     return counted and counted[1].strip()
 
 
@@ -445,9 +445,9 @@ def _closing_option(text, choices):
 
 def _arrived_at(sentences, choices):
     """Index of the one option whose value a last sentence arrives at: "36 minus 12 gives 24"."""
-    part = "".join(sentences) and (_parts(sentences[0]) or [""])[-1]
-    value = _ending(part)
-    if not value or not quantity(value) or _DOUBTED.search(part) or not _STATED.search(part[:part.rfind(value)]):
+    clause = "".join(sentences) and (_clauses(sentences[0]) or [""])[-1]
+    value = _ending(clause)
+    if not value or not quantity(value) or _DOUBTED.search(clause) or not _STATED.search(clause[:clause.rfind(value)]):
         return None
     return _is_option(value, choices)
 
@@ -464,26 +464,26 @@ def _claims(sentence, choices):
             sentence = re.sub(pattern, _QUOTED + _letter(quotes[quote]), sentence, flags=fold)
     sentence = re.sub(r"\s;\s[a-z][^A-Z;]*$", "", sentence)  # "D - it is the tallest": an aside
     # "What is not blue is (B)": the end counts
-    ends = [(part, re.split(r"\s(?:is|are|was|were)\s", part)[-1]) for part in _parts(sentence)]
-    return [end if _REJECTED.search(part) else part for part, end in ends if not _REJECTED.search(end)]
+    ends = [(clause, re.split(r"\s(?:is|are|was|were)\s", clause)[-1]) for clause in _clauses(sentence)]
+    return [end if _REJECTED.search(clause) else clause for clause, end in ends if not _REJECTED.search(end)]
 
 
 def _named(sentences, choices):
     """Index of the option that the last clause to name one names, a letter before a text; else None."""
-    parts = [part for sentence in sentences for part in _claims(sentence, choices)][::-1]
+    clauses = [clause for sentence in sentences for clause in _claims(sentence, choices)][::-1]
     letter = f"[A-{_letter(len(choices) - 1)}]"
     listed = rf"(?<!{_QUOTED})\b{letter}\b\W{{0,3}}(?:[,/&]|\b(?:and|to|(or))\b)\W{{0,3}}{letter}\b"
     letters = (rf"[(\[]({letter})[)\]]|\b(?i:option|choice|answer)\s\W?({letter})\b(?!(?<=I)\s[a-z])"
                rf"|\b({letter})(?=\s(?:is|was|must be)\s(?:the\s)?(?:\w+ly\s)?(?:correct|right|best|answer))")
-    for i, part in enumerate(parts):
-        several = re.search(listed, part)
+    for i, clause in enumerate(clauses):
+        several = re.search(listed, clause)
         if several and several[1]:  # "A or B" leaves it open
             return None
         last = rf"|(?:^|\s)({letter})\W*$" if i == 0 else ""  # earlier, "the point B." is a point
-        if not several and (matches := re.findall(letters + last, part)):
+        if not several and (matches := re.findall(letters + last, clause)):
             return ord("".join(matches[-1])) - ord("A")
-    for part in parts:
-        for piece in (part if re.search(r"\b(?:and|or)\b", part) else _VALUE_STARTS.split(part)[-1], part):
+    for clause in clauses:
+        for piece in (clause if re.search(r"\b(?:and|or)\b", clause) else _VALUE_STARTS.split(clause)[-1], clause):
             if quoted := set(re.findall(f"{_QUOTED}({letter})", piece)):
                 return ord(quoted.pop()) - ord("A") if len(quoted) == 1 else None
     return None

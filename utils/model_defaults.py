@@ -1,8 +1,9 @@
 """What goes with a model: for a built-in one the built-in CLIP, Expert and answer length, else asked for."""
 import json
+import shlex
 from pathlib import Path
 
-from utils.cli import TINY, InputError, names_in
+from utils.cli import TINY, InputError, names_in, public_url, shown
 from utils.server import is_url
 
 CLIP = "openai/clip-vit-large-patch14-336"      # the usual one of real models
@@ -51,3 +52,36 @@ def fill_in(args, needs_clip=False):
     if missing:
         raise InputError(f"--model {args.model!r} is no built-in model; say what goes with it: "
                          f"{', '.join(missing)}")
+
+
+def next_evaluation(output, args):
+    """The command that evaluates a training run, complete and as it is typed (str).
+
+    output: the run's folder. args: of the training (model, data, clip, max_new_tokens). Of a file its
+    held-out questions are evaluated; without any, the file itself.
+    """
+    words = ["--model", str(output), "--baseline", shown(args.model)]
+    if (output / "heldout.jsonl").exists():
+        words += ["--data", str(output / "heldout.jsonl"), "--allow_outside"]
+    elif args.data != "synthetic":
+        words += ["--data", str(args.data)] + ["--allow_outside"] * args.run.allow_outside
+    built_in = is_built_in(args.model)
+    if not built_in:
+        words += ["--expert", "self"]
+    if not built_in or Path(args.clip).resolve() != TINY / "clip":
+        words += ["--clip", shown(args.clip)]
+    if not built_in or args.max_new_tokens != BUILT_IN_TOKENS:
+        words += ["--max_new_tokens", str(args.max_new_tokens)]
+    return shlex.join(["python", "eval.py", *words])
+
+
+def source_flags(args, tokens=True):
+    """The flags that a model that is not built in cannot do without (str)."""
+    keys = ("clip", "expert", "expert_model", "check_model", "model_name")
+    flags = {key: public_url(getattr(args, key)) for key in keys
+             if getattr(args, key) not in (None, "", "none")}
+    if is_built_in(args.model):
+        flags = {key: value for key, value in flags.items() if not Path(value).is_relative_to(TINY)}
+    elif tokens:
+        flags["max_new_tokens"] = args.max_new_tokens
+    return "".join(f" --{key} {shlex.quote(str(value))}" for key, value in flags.items())

@@ -11,6 +11,41 @@ import re
 MAX_CRITIQUE = 1000             # characters of a critique that the base model is shown
 MAX_TEXT = 100_000              # characters of a reply that are read
 
+
+def read_body(data):
+    """A reply's body (bytes) -> its JSON object (dict); a stream that nobody asked for is put together. Lines
+    that start with a colon are comments. Raises ValueError or RecursionError."""
+    text = re.sub(r"\A(\s*:[^\n]*\n)+", "", data.decode("utf-8-sig"))
+    value = _assembled(text) if text.lstrip().startswith(("data:", "event:")) else json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def _assembled(text):
+    """The events of a whole stream -> the reply that they make (dict). ValueError where it is torn."""
+    reply, choices = {}, {}
+    lines = [line[5:].strip() for line in text.splitlines() if line.startswith("data:")]
+    for line in lines:
+        event = {} if line == "[DONE]" else json.loads(line)
+        reply |= {name: value for name, value in event.items() if name != "choices" and value is not None}
+        for piece in event.get("choices") or []:
+            choice = choices.setdefault(piece.get("index", 0), {"message": {}, "finish_reason": None})
+            message = choice["message"]
+            for name, value in (piece.get("delta") or piece.get("message") or {}).items():
+                is_more = isinstance(value, (str, list)) and isinstance(message.get(name), type(value))
+                if is_more and name != "role":
+                    message[name] += value
+                elif value is not None:
+                    message[name] = value
+            if tokens := (piece.get("logprobs") or {}).get("content"):
+                choice.setdefault("logprobs", {"content": []})["content"] += tokens
+            choice["finish_reason"] = piece.get("finish_reason") or choice["finish_reason"]
+    if not reply.get("error") and (not choices or not all(c["finish_reason"] for c in choices.values())):
+        raise ValueError("a stream that ends before its reply does")
+    return reply | {"choices": [choices[index] for index in sorted(choices)]}
+
+
 TAG = re.compile(r"<(/?)(?:think|thinking|thoughts?|reasoning)>|◁(/?)think▷|\[(/?)THINK\]", re.IGNORECASE)
 
 
@@ -76,7 +111,7 @@ def _in_prose(text, read):
     """What `read` makes of the one JSON list or object in a longer text that it accepts. ValueError where
     there is none, or several that differ."""
     text, values = text[:10_000], []
-    for span in re.findall(r"\[[^\[\]]*\]|\{[^{}]*\}", text):
+    for span in re.findall(r"\[[^\[\]]*\]", text) + re.findall(r"\{[^{}]*\}", text):
         try:
             value = read(_json(span))
         except ValueError:
@@ -101,10 +136,11 @@ def _probabilities(value, n, candidates):
     """A JSON value -> n numbers >= 0: a list of numbers, {"1": 0.9, ...}, or a list of {"candidate": ...,
     "probability": ...}. ValueError."""
     if isinstance(value, dict) and not any(isinstance(item, list) for item in value.values()):
-        for names in ([str(i) for i in range(1, n + 1)], candidates or []):
-            if len(names) == n and value.keys() == set(names):
-                value = [value[name] for name in names]
-                break
+        orders = [names for names in ([str(i) for i in range(1, n + 1)], [str(c) for c in candidates or []])
+                  if len(names) == n and value.keys() == set(names)]
+        if len(orders) == 2 and orders[0] != orders[1]:
+            raise ValueError("numbers that may mean candidates or their places")
+        value = [value[name] for name in orders[0]] if orders else value
     values = _only_list(value)
     if values and all(isinstance(item, dict) for item in values):
         values = [_entry(item, i, candidates) for i, item in enumerate(values, 1)]
@@ -118,15 +154,21 @@ def _probabilities(value, n, candidates):
     return values
 
 
+PROBABILITY = re.compile("prob|score|confidence|likelihood|p$", re.IGNORECASE)
+
+
 def _entry(item, i, candidates):
-    """The probability of {"candidate": ..., "probability": ...} in its place i, from 1. ValueError."""
-    numbers = [value for name, value in item.items()
-               if re.match("prob|score|confidence|likelihood|p$", name, re.IGNORECASE)]
-    rest = [value for name, value in item.items()
-            if not re.match("prob|score|confidence|likelihood|p$", name, re.IGNORECASE)]
-    named = {str(i)} | ({str(candidates[i - 1])} if candidates and i <= len(candidates) else set())
-    if len(numbers) != 1 or (rest and not any(str(value) in named for value in rest)):
+    """The probability of {"candidate": ..., "probability": ...} in its place i, from 1. ValueError, also
+    where a number may be a candidate or its place."""
+    names = [str(candidate) for candidate in candidates or []]
+    numbers = [value for key, value in item.items() if PROBABILITY.match(key)]
+    rest = {key: str(value) for key, value in item.items() if not PROBABILITY.match(key)}
+    fits = [(key, word) for key, word in rest.items() if word in (str(i), *names[i - 1:i])]
+    if len(numbers) != 1 or rest and not fits:
         raise ValueError("an entry that names no candidate in its place")
+    if any(word in names and word in map(str, range(1, len(names) + 1)) and names[i - 1] != str(i)
+           for _, word in fits):
+        raise ValueError("numbers that may mean candidates or their places")
     return numbers[0]
 
 

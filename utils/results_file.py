@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from utils import cli, distributed, locks, schema
 from utils.cli import InputError, printable
+from utils.findings import cut_off_finding
 from utils.overlap import answer_batches
 from utils.preflight import agreed
 
@@ -296,7 +297,8 @@ def run_resumable(answer_batch, samples, output, settings, batch_size=16, name="
     starts = range(0, len(samples), batch_size)[rank::world]
     total = sum(min(batch_size, len(samples) - start) for start in starts)
     with (distributed.stop_on_signals(signal.SIGTERM, signal.SIGHUP) as stop,
-          tqdm(total=total, desc=printable(name), unit="question", disable=rank > 0) as progress,
+          Progress(total=total, desc=printable(name), unit="question", unit_scale=True, smoothing=0,
+                   disable=rank > 0) as progress,
           open(f"{output}.rank{rank}", "a") as file):
 
         def unanswered():
@@ -309,7 +311,7 @@ def run_resumable(answer_batch, samples, output, settings, batch_size=16, name="
                     if any(sample.id not in done for sample in readable):
                         yield readable
                         continue
-                progress.update(len(batch))
+                progress.skip(len(batch))
 
         for batch, rows in answer_batches(answer_batch, unanswered(), in_flight):
             rows = [_with_earlier_costs(row, stored[0].get(row["id"])) for row in rows
@@ -320,7 +322,7 @@ def run_resumable(answer_batch, samples, output, settings, batch_size=16, name="
                                      "done before is")
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
-            progress.update(len(batch))
+            progress.finish(len(batch))
         stopped = stop.on_any_rank()                # all ranks wait here for each other
     rows = _merge(output, samples, shape) if rank == 0 else None
     if stopped:
@@ -329,6 +331,37 @@ def run_resumable(answer_batch, samples, output, settings, batch_size=16, name="
                      "command goes on from here")
         raise SystemExit(stop.exit_code)
     return rows
+
+
+class Progress(tqdm):
+    """A progress bar in questions that moves within a batch (`advance`). The time left follows from the mean
+    speed of this run: questions that an earlier one answered count for nothing."""
+    current = None              # the bar that `advance` moves
+    begun = 0.0                 # questions of unfinished batches that it has moved already
+
+    def __enter__(self):
+        Progress.current = self
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Progress.current = None
+        return super().__exit__(*error)
+
+    def skip(self, count):
+        self.initial += count
+        self.update(count)
+
+    def finish(self, count):
+        """A batch of `count` questions is done."""
+        self.update(max(0.0, count - self.begun))
+        self.begun = max(0.0, self.begun - count)
+
+
+def advance(questions):
+    """Tell the progress bar that part of a batch is done: its work, counted in questions (float)."""
+    if bar := Progress.current:
+        bar.begun += questions
+        bar.update(questions)
 
 
 def _with_earlier_costs(row, earlier):
@@ -466,6 +499,8 @@ def print_means(rows, samples, args):
         print(cli.strict_json(means | {"open": len(rows) - len(closed)}))
     elif closed:
         print(cli.table({"mean of": average(closed, args.expert_price)}))
+        if warning := cut_off_finding(args.model, average(closed)["cut"], args.max_new_tokens):
+            cli.warn(warning)
     if not args.json:
         print(f"wrote {args.output}")
 
@@ -480,6 +515,8 @@ def average(rows, price=None):
     mean = {"questions": len(rows), "accuracy": sum(graded) / len(graded) if graded else float("nan"),
             "confidence": sum(row["confidence"] for row in rows) / len(rows),
             "abstained": sum(row["abstained"] for row in rows) / len(rows)}
+    cut = [not sample["finished"] for row in rows for sample in row.get("samples", [])]
+    mean["cut"] = sum(cut) / len(cut) if cut else math.nan
     optional = ("expert_retries", "expert_prompt_tokens")
     names = ("tokens", "forward_passes", "expert_calls", *optional, "expert_tokens", "seconds")
     values = {name: [row["ledger"].get(name, 0) for row in rows] for name in names}

@@ -37,7 +37,8 @@ from pathlib import Path
 import httpx2
 from PIL import Image
 
-from utils.cli import PUBLIC, InputError, printable, public_url, warn
+from utils.cli import PUBLIC, InputError, printable, public_url, secrets_in_path, warn
+from utils.replies import read_body
 
 MAX_BODY = 4 * 2**20            # bytes of a reply without log-probs that are read
 BYTES_PER_TOKEN = 4096          # of a reply with 20 alternatives a token
@@ -66,7 +67,12 @@ class Lesson(Exception):
 
 
 class Cut(Exception):
-    """The model thought until its tokens were used up and said nothing."""
+    """The model thought until its tokens were used up and said nothing. read: what to call where there was
+    room for thoughts; None: then it failed."""
+
+    def __init__(self, read=None):
+        super().__init__()
+        self.read = read
 
 
 @dataclass
@@ -230,6 +236,7 @@ MODEL = _any(r"model.{0,80}(not found|n[o']t exist|not available|not a valid|not
              r"model.{0,80}(no such|unknown|invalid)",
              r"model.{0,80}(decommission|deprecated)", "(invalid|unknown|no such) model", "no models? loaded",
              r"deployment.{0,60}not exist", "model_not_found")
+UNWANTED = _any("unexpected", "un(known|supported|recogni[sz]ed)", "invalid", "not (supported|permitted)")
 LONG = _any(r"context.?(length|window|size)", r"too many.{0,10}tokens", "prompt is too long",
             r"exceed.{0,40}tokens", r"maximum.{0,20}(tokens|input)", "longer than the (maximum|max)")
 LARGE = _any("too (large|big)", "entity", "payload", r"size (limit|exceed)",
@@ -248,6 +255,8 @@ class Dialect:
     OPTIONAL = {"temperature": "it samples at its own temperature",
                 "seed": "its samples cannot be drawn again",
                 "top_k": "it samples from all tokens", "n": "each sample is a request of its own"}
+    ONE = _any("(only|just|exactly) (one|1|a single) (completion|choice|candidate|response)",
+               "multiple (completion|choice|candidate|response)s?")
     LIMIT = _any("too (large|long|big|high|many)", "context length", "less than or equal", "at most",
                  "exceed", "<=", "between", "range", "maximum", "greater than", "allowed")
 
@@ -267,6 +276,8 @@ class Dialect:
     def learn(self, words, body):
         """Whether a refusal names a field of `body`, as it was sent, that can be changed: then it is from now
         on."""
+        if body.get("n", 1) > 1 and self.ONE.search(words):
+            return self.drop("n")
         if self.LIMIT.search(words) and not re.search("max_completion_tokens.{0,20}instead", words):
             return self._learn_limit(words, body)
         if "max_tokens" in body and _names(words, "max_tokens"):
@@ -285,7 +296,10 @@ class Dialect:
     def _learn_limit(self, words, body):
         if "top_logprobs" in body and "logprobs" in words:
             numbers = [int(number) for number in re.findall(r"(?<![\w.])\d{1,6}(?!\w|\.\d)", words)]
-            limit = max((number for number in numbers if 0 < number < body["top_logprobs"]), default=5)
+            limit, sent = None, body["top_logprobs"]
+            if not re.search(rf"\b{sent}( \(exclusive|\))|less than {sent}\b", words):
+                limit = max((number for number in numbers if 0 < number < sent), default=5)
+            limit = limit or sent - 1
             if limit < body["top_logprobs"]:
                 self.limits["top_logprobs"] = limit
                 self.say(f"gives at most {limit} top_logprobs")
@@ -409,6 +423,7 @@ class Server:
         self.secrets += [value for name, value in urllib.parse.parse_qsl(parts.query)
                          if name.lower() not in PUBLIC]
         self.secrets += [self.headers.get("Authorization", "").partition(" ")[2]]
+        self.secrets += secrets_in_path(parts.path)
         self.secrets = [urllib.parse.quote(s, safe="") for s in self.secrets] + self.secrets
         self.secrets = sorted({secret for secret in self.secrets if len(secret) >= 8}, key=len, reverse=True)
         self.urls, self.sayings = _endpoints(parts), set()
@@ -481,7 +496,7 @@ class Server:
         path = self.cache / name[:2] / f"{name}.json" if self.cache else None
         if path and path.is_file():
             try:
-                return Answer(read(json.loads(path.read_text())), True, 1, path)
+                return Answer(_read_cut(read, json.loads(path.read_text())), True, 1, path)
             except (*UNUSABLE, ServerError, Cut, Lesson):
                 pass                # torn by a full disk or a kill, or of no use: asked again, written again
         reply, value, requests = self._ask(body, read)
@@ -564,9 +579,7 @@ class Server:
             self._learn(status, data, spelt, url, sent)
             raise self._refusal(status, headers, data)
         try:
-            reply = self.hide(json.loads(data.decode()))
-            if not isinstance(reply, dict):
-                raise ValueError("not a JSON object")
+            reply = self.hide(read_body(data))
         except (ValueError, RecursionError) as error:
             remedy = "check that the URL ends at the API, often /v1"
             if data.lstrip().startswith(b"data:"):
@@ -575,9 +588,10 @@ class Server:
             raise ServerError(self.sentence(why, remedy)) from error
         self._look_for_errors(reply, headers, spelt, url, sent)
         try:
-            return reply, read(reply)
+            had_room = spelt != self.dialect.spell(body, 0) or not self.thinking_tokens
+            return reply, _read_cut(read, reply) if had_room else read(reply)
         except Cut as error:
-            if not self.dialect.thinks and self.thinking_tokens:
+            if not had_room:
                 self.dialect.thinks = True
                 self.say(f"thinks before it speaks: up to {self.thinking_tokens} tokens more "
                          f"(--thinking_tokens)")
@@ -652,11 +666,17 @@ class Server:
         words = self._words(data)
         if status in (400, 422, 501, 200) and self.dialect.learn(words, spelt):
             raise Lesson(words)
-        if status in (404, 405) and len(self.urls) > 1 and not (MODEL.search(words) or BLIND.search(words)):
-            if self.urls[0] == url:                         # not yet changed by a request beside this one
+        if status == 404 and "parameter" in words and self.dialect.learn(words, spelt):
+            raise Lesson(words)
+        was_moved = self.urls[0] != url                     # by a request beside this one
+        if status in (404, 405) and (len(self.urls) > 1 or was_moved) and not (
+                MODEL.search(words) or BLIND.search(words)):
+            if not was_moved:
                 self.urls = self.urls[1:]
                 self.url = public_url(self.urls[0])
             raise Lesson(f"nothing at {public_url(url)}")
+        if status == 500 and UNWANTED.search(words) and self.dialect.learn(words, spelt):
+            raise Lesson(words)
         wants_header = re.search(r"api.?key.{0,20}header|header.{0,20}api.?key|subscription key", words,
                                  re.IGNORECASE)
         if status == 401 and self.key and sent.get("Authorization") == f"Bearer {self.key}" and wants_header:
@@ -675,13 +695,16 @@ class Server:
         def error(kind, remedy="", **how):
             return ServerError(self.sentence(what, remedy), kind, **how)
 
+        if self.flag == "model" and 200 <= status < 500 and status != 429 and re.search("log_?probs", words):
+            return error("run", "a base model's server must return logprobs and top_logprobs; choose another "
+                                "with --model")
         if 300 <= status < 400:
             target = printable(public_url(self.hide(headers.get("location", "another place"))))[:200]
             return error("run", f"it redirects to {target}, which is not followed; give that URL")
         if status == 402 or (status in (400, 403, 429, 200) and QUOTA.search(words)
                              and (wait is None or "insufficient" in words)):
             return error("run", "top up the account or raise its limit; then the same command goes on")
-        if status in (400, 403, 422, 451, 200) and FILTER.search(words):
+        if status == 451 or status in (400, 403, 422, 200) and FILTER.search(words):
             return error("refused", "its filter declines this question")
         if status in (400, 404, 415, 422, 500, 501, 200) and BLIND.search(words):
             return error("run", f"choose a model that sees pictures with {self.name_flag}")
@@ -722,6 +745,16 @@ class Server:
         if isinstance(value, dict):
             return {self.hide(name): self.hide(item) for name, item in value.items()}
         return value
+
+
+def _read_cut(read, reply):
+    """What `read` makes of a reply, also where thoughts had room and were cut. Raises as it does."""
+    try:
+        return read(reply)
+    except Cut as error:
+        if error.read is None:
+            raise
+        return error.read()
 
 
 def data_url(picture, max_side=0):

@@ -97,7 +97,10 @@ def check_rows(rows, sizes, drawn, modules):
 
 def _missing(row, sizes, drawn):
     """What a stored row lacks, "" if nothing. KeyError or the like where a whole part of it is gone."""
-    row["greedy"]["correct"], row["cut_only"], row["expert"]["correct"], row["meta"], row["choices"]
+    row["cut_only"], row["meta"], row["choices"]
+    for name in ("greedy", "expert"):
+        if row[name] is not None:               # --methods may leave it out
+            row[name]["correct"]
     if len(row["samples"]) != drawn:
         return f"{len(row['samples'])} samples, not {drawn},"
     for n in sizes:
