@@ -33,16 +33,12 @@ from utils.rows import ANSWER, LETTERS
 
 def open_data(args):
     """(training questions, held-out questions). Built-in questions have a test split. Of a file at most a
-    fifth is held out, drawn by the seed, and no picture is in both parts. Each question must have a
-    picture."""
+    fifth is held out, drawn by the seed, and no picture is in both parts."""
     if args.data == "synthetic":
         held_out = load("synthetic", "test", args.run.eval_size, args.seed) if args.run.eval_size else []
         return load("synthetic", "train", None, args.seed), held_out
-    samples = list(load(args.data, answered=True, allow_outside=args.run.allow_outside))
-    for sample in samples:
-        if not sample.images:
-            raise InputError(f"question {sample.id!r} has no picture; training noises one, give it or "
-                             f"remove the row")
+    samples = list(load(args.data, strict=not args.run.skip_broken, answered=True,
+                        allow_outside=args.run.allow_outside))
     return hold_out(samples, min(args.run.eval_size, len(samples) // 5), args.seed)
 
 
@@ -87,11 +83,12 @@ class Sample:
     """One question.
 
     id: unique in its source. images: PIL images, paths, or the bytes of a file, opened when `pictures` is
-    called; none for a question of words alone, which training refuses. answer: the gold answer, a LETTER when
-    `choices` (the option texts, "" where a letter is left out) is given, a list where any of several is
-    right, None when unknown. meta: whatever the source knows; the built-in questions carry "skill", "level",
-    "evidence", "rows" and "solution". where: its place in a file, for messages. enough: pixels of a picture
-    that the model can use; larger JPEGs are decoded at a reduced size. wording: of the prompt, of PROMPTS.
+    called; none for a question of words alone, which has no noised twin. answer: the gold answer, a
+    LETTER when `choices` (the option texts, "" where a letter is left out) is given, a list where any of
+    several is right, None when unknown. meta: whatever the source knows; the built-in questions carry
+    "skill", "level", "evidence", "rows" and "solution". where: its place in a file, for messages. enough:
+    pixels of a picture that the model can use; larger JPEGs are decoded at a reduced size.
+    wording: of the prompt, of PROMPTS.
     """
     id: str
     images: list
@@ -118,8 +115,8 @@ class Sample:
         return opened
 
     def picture_sizes(self):
-        """(width, height) of each picture as shown, from the headers of the files alone. Raises
-        InputError."""
+        """(width, height) of each picture as shown, from the beginnings and ends of the files. Raises
+        InputError, also for a file that was cut off."""
         sizes = []
         for image in self.images:
             try:
@@ -130,6 +127,8 @@ class Sample:
 
     def _unreadable(self, image, error):
         name = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
+        if isinstance(image, bytes) and len(image) < 192:               # 255 characters, the longest name
+            name += ", or a long name of a file that does not exist,"
         why = re.sub(r" <_io\.BytesIO[^>]*>", "", reason(error))  # its address differs from time to time
         return InputError(f"{self.where + ': ' if self.where else ''}question {self.id!r}: image {name} "
                           f"cannot be read "
@@ -227,18 +226,20 @@ def load(source, split="train", limit=None, seed=0, strict=True, answered=False,
             raise InputError(f"split {split!r} is unknown; the built-in questions have {', '.join(SPLITS)}")
         return Samples(Synthetic(split, seed, SIZES[split] if limit is None else limit), wording)
     path, rows = open_rows(source)
-    check = _gold_fault if answered else lambda fields: None
+    check = _training_fault if answered else lambda fields: None
     samples = Samples(File(path, rows, limit, strict, check, allow_outside), wording)
     if not len(samples):
         raise InputError(f"data file {str(source)!r} holds no question")
     return samples
 
 
-def _gold_fault(fields):
-    """Why a row cannot be trained on, for its answer, or None. A gold answer must at least match itself."""
+def _training_fault(fields):
+    """Why a row cannot be trained on, or None: its gold answer at least matches itself. Raises InputError
+    for a picture that does not open."""
     if fields["answer"] is None:
         return f"has no answer; give it one ({', '.join(ANSWER[1:])}) or remove the row"
     sample = Sample(**fields)
+    sample.picture_sizes()                      # InputError
     for gold in golds(sample):
         if not re.sub(r"\\boxed|[{}$\s]", "", gold) or not is_correct(f"\\boxed{{{gold}}}", sample):
             return f"has the answer {gold[:60]!r}, which no response can match; write the plain value"

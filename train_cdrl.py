@@ -27,9 +27,9 @@ and stored old log-probs unless --mu is above 1. How a run is run (memory, ranks
 import utils.early  # noqa: F401  # isort: skip
 import argparse
 import random
-import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -51,9 +51,11 @@ from reward import (
 from utils import checkpoint, cli, distributed, explain, locks, logs, lora, memory, preflight, report
 from utils.cli import TINY, RunOptions, option
 from utils.clip_files import count_parameters
+from utils.contact_sheet import write_pairs
 from utils.distributed import QuestionOrder, micro_batches
 from utils.finite import FiniteSteps
 from utils.model_defaults import next_evaluation
+from utils.prefetch import Ahead, has_pictures, reader_of, step_pictures
 from utils.preflight import agreed
 from utils.resample import replace_tied
 from vlm import VLM, load_model
@@ -64,8 +66,7 @@ MIN_DIVISOR = 0.1               # below it nearly all groups of a batch are tied
 
 @dataclass
 class Args:
-    """The settings of the method. The defaults are the paper's objective; RECIPES holds what each recipe
-    changes."""
+    """The settings of the method, by default the paper's; RECIPES holds what each recipe changes."""
     # What is trained, on what, where it goes
     model: str = option(str(TINY / "base"), "model directory or hub id")
     clip: str = option(noise.CLIP, "CLIPModel directory or hub id, finds the key regions")
@@ -185,28 +186,33 @@ class RolloutBatch:
 def make_image_pairs(images, samples, clip, step, args):
     """Noise each question's pictures where the evidence is -> Q lists of pictures, is_control (Q,) bool.
 
-    Controls have the noise on a random region of the same area. None where no term needs noised pictures.
+    Controls have the noise on a random region of the same area. A question without a picture counts as one.
+    None where no term needs noised pictures.
     """
     if not args.uses_noised:
         return None, torch.zeros(len(samples), dtype=torch.bool)
     seeds = [f"{args.seed} {step} {s.id}" for s in samples]
-    is_control = [random.Random(f"control {seed}").random() < args.controls for seed in seeds]
+    is_control = [not pictures or random.Random(f"control {seed}").random() < args.controls
+                  for pictures, seed in zip(images, seeds)]
     regions = ["random" if control else args.region for control in is_control]
     noised_images = noise.make_pairs(images, [s.question for s in samples], clip, noise.parse_t(args.noise_t),
                                      regions, args.mass, seeds)
     return noised_images, torch.tensor(is_control)
 
 
-def roll_out(policy, samples, images, noised_images, is_control, step, args):
+prepare_step = partial(step_pictures, make_image_pairs, data.prompt)
+
+
+def roll_out(policy, samples, images, noised_images, is_control, step, args, inputs=None):
     """G answers to each question on its picture, and on its noised twin -> RolloutBatch of each view.
 
     The noised one is None where no picture was noised. Both views are sampled in one batch. C is read from
-    the raw logits while sampling. policy: a Policy or a VLM.
+    the raw logits while sampling. policy: a Policy or a VLM. inputs: both views encoded, where at hand.
     """
     prompts, seeds = [data.prompt(s) for s in samples], [f"{args.seed} {step} {s.id}" for s in samples]
     views = {"original": images} if noised_images is None else {"original": images, "noised": noised_images}
     all_images, all_prompts = [pictures for view in views.values() for pictures in view], prompts * len(views)
-    inputs = policy.encode(all_images, all_prompts)                # once, for sampling and for learning
+    inputs = inputs or policy.encode(all_images, all_prompts)   # once, for sampling and for learning
     groups = policy.sample(all_images, all_prompts, inputs=inputs, n=args.group_size,
                         seed=seeds + [f"{seed} noised" for seed in seeds] * (len(views) - 1),
                         max_new_tokens=args.max_new_tokens, temperature=args.temperature)
@@ -235,6 +241,7 @@ def add_rewards(original, noised, confidence_map, args):
             continue
         if batch is noised:
             calibration = calibration_reward(c_noised, noised.correct, confidence_map, args)
+            calibration = calibration * has_pictures(noised.images)
         formats = torch.tensor([[format_reward(r.text, r.finished) for r in group]
                                 for group in batch.rollouts])                                         # (Q, G)
         batch.rewards = {"perception": perception, "calibration": calibration, "outcome": batch.correct,
@@ -247,6 +254,8 @@ def add_advantages(original, noised, adv_norm):
         if batch is None:
             continue
         batch.advantages, divisor = group_advantages(sum(batch.rewards.values()), adv_norm)
+        if batch is noised:
+            batch.advantages = batch.advantages * has_pictures(noised.images)
         total, groups = distributed.summed([divisor.sum(), len(divisor)])
         batch.advantage_divisor = max(MIN_DIVISOR, total / groups)
 
@@ -315,6 +324,7 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
         pathwise = -args.pathwise * (sum(terms) / original.advantage_divisor).sum() / num_loss_tokens
         if args.noised_learns:
             term = calibration_reward(c_noised, noised.correct.to(c_noised.device), confidence_map, args)
+            term = term * has_pictures(noised.images).to(term.device)
             pathwise = pathwise - args.pathwise * (term / noised.advantage_divisor).sum() / num_loss_tokens
         loss, sums["pathwise"] = loss + pathwise, pathwise.detach()
     return loss, sums | {"loss": loss.detach()}
@@ -326,7 +336,7 @@ def accumulate_gradients(policy, reference, micro_batches, confidence_map, num_l
     for number, (original, noised, weight) in enumerate(micro_batches):
         policy.sum_gradients(number == len(micro_batches) - 1)             # over ranks, once an update
         loss, sums = cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_tokens, args)
-        (loss * weight).backward()
+        (loss * (weight * policy.loss_scale)).backward()
         totals = {name: totals[name] + float(sums[name]) * weight for name in totals}
     return totals
 
@@ -340,29 +350,28 @@ def fit_map_on_base(policy, clip, order, args):
     pairs = Args(**{**vars(args), "alpha": 1.0, "controls": 0.0})
     measured, steps = [], range(max(1, args.scale_questions // args.batch_size))
     for step in tqdm(steps, desc="base confidence", unit="batch", leave=False, disable=order.rank > 0):
-        samples, name = order.samples(step), f"scale {step}"
-        images = [s.pictures() for s in samples]
-        twins = make_image_pairs(images, samples, clip, name, pairs)
-        views = roll_out(policy, samples, images, *twins, name, pairs)
+        *parts, inputs = agreed(prepare_step, policy, clip, order, step, f"scale {step}", pairs)
+        views = roll_out(policy, *parts, f"scale {step}", pairs, inputs)
         measured.append(torch.stack([torch.stack([view.confidence, view.correct]) for view in views]))
     return fit_confidence_map(*torch.cat(distributed.gathered(measured), 2).flatten(2))       # (2, 2, N)
 
 
-def probe_held_out(vlm, held_out, clip, args, path, order):
+def probe_held_out(vlm, policy, held_out, clip, args, path, order, ts=()):
     """The model's answers to the held-out questions at each noise step, by all ranks -> {t: list of Answer}.
 
     They are stored at `path`, and read from there if the run was stopped after them. None without questions.
     """
     if not held_out:
         return None
-    ts = sorted({*eval.PROBE_STEPS, noise.parse_t(args.noise_t)[1]})
+    ts = sorted({*(ts or eval.PROBE_STEPS), noise.parse_t(args.noise_t)[1]})
     if path.exists():
         return report.read_probe(path, eval.Answer, ts)
     rollouts = args.batch_size // order.world * args.group_size * (1 + args.uses_noised)           # of a step
     mine = [held_out[i] for i in range(order.rank, len(held_out), order.world)]
-    answers_by_t = eval.probe(vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed,
-                              name=path.stem, max_new_tokens=args.max_new_tokens,
-                              batch_size=max(1, min(32, rollouts // PROBE_SAMPLES)))
+    with policy.unsharded():
+        answers_by_t = agreed(lambda: eval.probe(
+            vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed, name=path.stem,
+            max_new_tokens=args.max_new_tokens, batch_size=max(1, min(32, rollouts // PROBE_SAMPLES))))
     answers_by_t = {t: distributed.gathered(answers_by_t[t]) for t in ts}
     if order.rank == 0:
         logs.write_json(path, {t: [asdict(a) for a in answers] for t, answers in answers_by_t.items()})
@@ -371,15 +380,12 @@ def probe_held_out(vlm, held_out, clip, args, path, order):
 
 def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map, args, order):
     """Save the final model, probe it again, write report.png and the table -> its rows (rank 0) or None."""
-    with policy.unsharded():
-        after = probe_held_out(vlm, held_out, clip, args, output / "after.json", order)
+    after = probe_held_out(vlm, policy, held_out, clip, args, output / "after.json", order)
     checkpoint.save_model(output, vlm, policy, compute, args.run.merge)
     if order.rank:
         return None
     logs.write_json(output / "confidence.json", confidence_map)
-    rows = None
-    if held_out:
-        rows = report.finish_run(output, before, after, confidence_map, args, noise.parse_t(args.noise_t)[1])
+    rows = report.finish_run(output, before, after, confidence_map, args, noise.parse_t(args.noise_t)[1])
     print(f"next: {next_evaluation(output, args)}")
     return rows
 
@@ -390,38 +396,39 @@ def train(args):
     rank, world = distributed.place()
     check(args, world)
     if args.run.dry_run:
-        return None if rank else memory.dry_run(args, VLM.load(args.model, meta=True),
+        return None if rank else memory.dry_run(args, VLM.load(args.model, meta=True).read_as(args.run),
                                                 count_parameters(args.clip),
                                                 data.open_data(args)[0], data.prompt, world)
     device = distributed.start_ranks()[2]
     torch.manual_seed(args.seed)
-    # Every check that one rank may fail is agreed upon: all ranks refuse together, before anything is moved
-    # or written.
+    # What one rank refuses all refuse together, before anything is moved or written.
     train_set, held_out = agreed(lambda: data.open_data(args))
     order = QuestionOrder(train_set, args.batch_size, args.seed, rank, world)
-    clip = agreed(lambda: noise.ClipAttention.from_pretrained(args.clip, device, args.run.clip_map,
-                                                              args.run.clip_cache))
+    clip = agreed(noise.ClipAttention.from_pretrained, args.clip, device, args.run.clip_map,
+                  args.run.clip_cache)
     compute = distributed.dtype_of(args.run, device)
-    vlm = agreed(lambda: load_model(args.model, device, compute))
+    vlm = agreed(load_model, args.model, device, compute, args.run)
     if args.run.explain:
         stages = (fit_map_on_base, make_image_pairs, roll_out, add_rewards, add_advantages, cdrl_loss)
         policy = distributed.shard(vlm, device, compute, sharded=False)
         return explain.print_step(args, vlm, policy, clip, order, held_out, stages)
-    agreed(lambda: preflight.check_run(vlm, train_set, held_out, order, args, data.prompt))
+    sound = agreed(lambda: preflight.check_run(vlm, train_set, held_out, order, args, data.prompt))
+    preflight.leave_out(sound, train_set, held_out, args)
     output, newest = checkpoint.open_run(args, vlm, needs_before=bool(held_out))
     if rank == 0 and held_out and args.data != "synthetic":
         data.write_held_out(held_out, output / "heldout.jsonl")     # for eval.py: questions not trained on
+    if rank == 0 and args.uses_noised:
+        write_pairs(output, train_set, lambda *pair: make_image_pairs(*pair, clip, 0, args)[0])
     policy, choices = distributed.prepare(vlm, args, device, compute, world)
     reference = None
     if args.kl_beta:
         reference = lora.Frozen(policy) if args.run.lora_rank else distributed.prepare(
-            load_model(args.model, device, compute), args, device, compute, world, trains=False)[0]
+            load_model(args.model, device, compute, args.run), args, device, compute, world, trains=False)[0]
     parameters = [p for p in policy.parameters() if p.requires_grad]
     # Fused on a GPU: else an update makes a second copy of the weights for a moment.
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0,
                                   fused=parameters[0].device.type == "cuda")
-    with policy.unsharded():
-        before = probe_held_out(vlm, held_out, clip, args, output / "before.json", order)
+    before = probe_held_out(vlm, policy, held_out, clip, args, output / "before.json", order)
     if newest is None:
         start, confidence_map = 0, fit_map_on_base(policy, clip, order, args)
     else:
@@ -433,25 +440,26 @@ def train(args):
 
     def roll_out_others(others, name):                  # I to IV, for --resample
         pictures = [s.pictures() for s in others]
-        pairs = make_image_pairs(pictures, others, clip, name, args)
-        views = roll_out(policy, others, pictures, *pairs, name, args)
+        twins = make_image_pairs(pictures, others, clip, name, args)
+        views = roll_out(policy, others, pictures, *twins, name, args)
         add_rewards(*views, confidence_map, args)
         return views
 
     hopeless, is_finite = preflight.HopelessTraining(args.run.patience), FiniteSteps(args)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="step", disable=rank > 0)
-    with distributed.stop_on_signals() as stop:
+    reader = reader_of(vlm)
+    pairs = Ahead(lambda step: prepare_step(reader, clip, order, step, step, args), args.steps)
+    with distributed.stop_on_signals() as stop, pairs:
         for step in progress:
             lr = args.lr * min(1.0, (step + 1) / 5) * (1 - step / args.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             clock = time.perf_counter()
-            # ---- I. image pairs: i, and i' with the evidence noised
-            samples = order.samples(step)
-            images = [s.pictures() for s in samples]
-            noised_images, is_control = make_image_pairs(images, samples, clip, step, args)
+            # ---- I. image pairs: i, and i' with the evidence noised; made while the step before ran
+            samples, images, noised_images, is_control, inputs = agreed(pairs, step)
             # ---- II. rollouts y on i and y' on i'; III. their confidences C and C' (Eq. 3)
-            original, noised = roll_out(policy, samples, images, noised_images, is_control, step, args)
+            original, noised = roll_out(policy, samples, images, noised_images, is_control, step, args,
+                                        inputs)
             # ---- IV. rewards (Eq. 4, 3.2.2)
             add_rewards(original, noised, confidence_map, args)
             if args.resample:
@@ -470,17 +478,22 @@ def train(args):
             for _ in range(args.mu):
                 updates.append(accumulate_gradients(policy, reference, passes, confidence_map,
                                                     num_loss_tokens, args))
-                updates[-1]["grad_norm"] = distributed.clip_gradients(parameters, args.max_grad_norm)
+                updates[-1]["grad_norm"] = distributed.clip_gradients(policy, args.max_grad_norm)
                 if is_finite(step, samples, batches, passes, updates[-1]):
                     optimizer.step()
                 optimizer.zero_grad()               # frees their memory for the next rollouts
             # ---- VII. log and save
-            seconds = {"seconds/sample": sampled - clock, "seconds/learn": time.perf_counter() - sampled}
+            checkpoint.save_weights(output, vlm, policy, step + 1, args.run, compute)
+            seconds = {"seconds/sample": sampled - clock, "seconds/learn": time.perf_counter() - sampled,
+                       "seconds/pictures_share": pairs.waited / (time.perf_counter() - clock)}
             row = logs.log_row(step, batches, updates, lr) | seconds | {"skipped": is_finite.skipped}
             if args.resample:
                 row["resampled"] = distributed.summed([resampled])[0]
+            if held_out and args.run.eval_every and (step + 1) % args.run.eval_every == 0:
+                row |= report.held_out_row(probe_held_out(vlm, policy, held_out, clip, args,
+                                                          output / f"eval-{step + 1}.json", order, [0]))
             if rank == 0:
-                logs.write_step(output, row, samples, batches)
+                logs.write_step(output, row, samples, batches, args)
                 progress.set_postfix(logs.postfix(row))
             stopped = stop.on_any_rank()
             due = (step + 1) % args.run.save_every == 0 or step + 1 == args.steps
@@ -489,15 +502,9 @@ def train(args):
                                            args.run.keep, compute)
             if stopped:
                 break
-            warning = hopeless(row)
-            if warning and rank == 0:
-                progress.write(f"warning: {warning}", file=sys.stderr)
+            hopeless(row, None if rank else progress)
         if stop.on_any_rank():              # also of a signal during the last save
-            progress.close()
-            if rank == 0:
-                print(f"stopped after step {step + 1}, saved; the same command goes on from here",
-                      file=sys.stderr)
-            raise SystemExit(stop.exit_code)
+            stop.leave(step, progress)
     return finish(vlm, policy, compute, clip, held_out, before, output, confidence_map, args, order)
 
 

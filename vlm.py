@@ -28,7 +28,7 @@ from utils import loading, lora, shared_prefix
 from utils.caches import has_states, new_cache
 from utils.cli import InputError
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
-from utils.prompts import Inputs, place_images
+from utils.prompts import Inputs, Reading, place_images
 from utils.sight import Sight
 
 
@@ -95,7 +95,7 @@ class VLM:
         # eval: with dropout, score would differ from sample
         self.model, self.processor = model.eval(), processor
         self.tokenizer, self.sight = processor.tokenizer, Sight(processor)
-        self.tokenizer.padding_side = "left"
+        self.tokenizer.padding_side, self.reading = "left", Reading()
         self.backbone, self.head = getattr(model, "model", None), model.get_output_embeddings()
         if self.backbone is None or self.head is None:
             raise loading.refusal(model, "it is not a backbone with a head")
@@ -138,6 +138,12 @@ class VLM:
         loading.check(vlm)
         return vlm
 
+    def read_as(self, options):
+        """Prompts from now on with --system, --max_pixels and --min_pixels of these options -> itself."""
+        self.reading = Reading(options.system, options.max_pixels, options.min_pixels)
+        self.reading.check(self.processor)
+        return self
+
     @property
     def device(self):
         weight = self.head.weight
@@ -159,15 +165,15 @@ class VLM:
         or of an Expert cannot open a picture or end the turn. InputError where the model's processor refuses
         the prompts.
         """
-        texts, ordered = [], []
+        texts, ordered, reading = [], [], self.reading
         for pictures, prompt in zip(images, prompts, strict=True):
             content, order = place_images(prompt, len(pictures))
             for piece in content:
                 if piece["type"] == "text":
                     piece["text"] = self.special_tokens.sub(" ", piece["text"])
-            ordered.append([pictures[i] for i in order])
+            ordered.append([reading.picture(pictures[i]) for i in order])
             texts.append(self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True))
+                reading.turns(content), tokenize=False, add_generation_prompt=True))
         bos = self.tokenizer.bos_token              # not once more where the template has written it
         try:
             inputs = self.sight(texts, ordered, add_special_tokens=not (bos and texts[0].startswith(bos)))
@@ -377,10 +383,10 @@ class VLM:
         return logprobs, token_confidence(logits, self.top_k, normalizer)
 
 
-def load_model(path, device, compute):
+def load_model(path, device, compute, run):
     """A model for training keeps the dtype of its file until its weights become fp32, one shard at a time ->
-    VLM."""
-    return VLM.load(path, device, torch.float32 if compute == torch.float32 else "auto")
+    VLM that reads prompts as `run` (RunOptions) says."""
+    return VLM.load(path, device, torch.float32 if compute == torch.float32 else "auto").read_as(run)
 
 
 def generator(seed):

@@ -143,7 +143,7 @@ def training(vlm, size, args, lora_rank=0):
         optimizer.zero_grad()
         learned, peak_learned, _ = clock(device, train_cdrl.accumulate_gradients, policy, None, passes, confidence_map,
                                          num_loss_tokens, settings)
-        distributed.clip_gradients(parameters, 1.0)
+        distributed.clip_gradients(policy, 1.0)
         updated, peak_updated, _ = clock(device, optimizer.step)
     inputs = vlm.encode([sample.images], original.prompts)
     prompt, patches = inputs["input_ids"].shape[1], len(inputs["pixel_values"])

@@ -106,7 +106,7 @@ def profile(rounds, spy):
                               for r in group)
         optimizer.zero_grad()
         train_cdrl.accumulate_gradients(policy, None, passes, confidence_map, num_loss_tokens, args)
-        distributed.clip_gradients(list(policy.parameters()), 1.0)
+        distributed.clip_gradients(policy, 1.0)
         optimizer.step()
         return {"the step": time.perf_counter() - start, "rolling out": rolled - start} | spent
     found = [step(i) for i in range(rounds + 1)][1:]

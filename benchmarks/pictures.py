@@ -75,7 +75,7 @@ def waiting(clip, content, pixels, seconds, photos=16, steps=5):
     step itself is a wait of so many seconds, as a GPU's is."""
     def make(step):
         samples = [data.Sample(f"{step} {i}", [content], QUESTION, enough=pixels) for i in range(photos)]
-        pictures = prefetch.decode_all(samples)
+        _, pictures = prefetch.open_pictures(samples)
         return noise.make_pairs(pictures, [QUESTION] * photos, clip, (999, 999), ["key"] * photos, 0.5, range(photos))
     ahead, waited, start = prefetch.Ahead(make, steps), 0.0, None
     for step in range(steps):

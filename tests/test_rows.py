@@ -69,6 +69,30 @@ SAME = {
     "verl": {"prompt": user("<image>How many?"), "images": [{"path": "a.png"}], "data_source": "geo3k",
              "reward_model": {"style": "rule", "ground_truth": "3"}, "extra_info": {"index": 7, "split": "train"}},
     "a prompt column": {"prompt": "How many?", "image": "a.png", "answer": "3"},
+    "an answer in words": {**PLAIN, "answer": "The answer is 3."},
+    "an answer in bold": {**PLAIN, "answer": "**3**"},
+    "an answer in quotes": {**PLAIN, "answer": '"3"'},
+    "an answer with a heading": {**PLAIN, "answer": "### 3"},
+    "an answer in JSON": {**PLAIN, "answer": '{"answer": "3"}'},
+    "a box in prose": {**PLAIN, "answer": "So there are \\boxed{3} of them."},
+    "a list in a list": {**PLAIN, "answer": [["3"]]},
+    "a tuple as text": {**PLAIN, "answer": "('3',)"},
+    "VQA's answers": {"question": "How many?", "image": "a.png", "answers": [{"answer": "3", "answer_id": i} for i in (1, 2)]},
+    "names in capitals": {"Question": "How many?", "Image": "a.png", "Answer": 3},
+    "Alpaca": {"instruction": "How many?", "input": "", "output": "3", "image": "a.png"},
+    "query and response": {"query": "<image>How many?", "response": "3", "images": ["a.png"]},
+    "image1": {"question": "How many?", "image1": "a.png", "answer": "3"},
+    "messages as text": {"messages": json.dumps(user(PICTURE, QUESTION_TEXT)), "answer": "3"},
+    "parts as text": {"messages": user(json.dumps([PICTURE, QUESTION_TEXT])), "answer": "3"},
+    "input parts": {"messages": user({"type": "input_image", "image_url": "a.png"}, {"type": "input_text", "text": "How many?"}),
+                    "answer": "3"},
+    "Anthropic's picture": {"messages": user({"type": "image", "source": {"type": "base64", "data": encoded()}}, QUESTION_TEXT),
+                            "answer": "3"},
+    "verl's reward as text": {"prompt": user("<image>How many?"), "images": ["a.png"], "reward_model": '{"ground_truth": "3"}'},
+    "a relative file URL": {**PLAIN, "image": "file://a.png"},
+    "bytes as Python writes them": {**PLAIN, "image": f"b'{encoded()}'"},
+    "URL-safe base64": {**PLAIN, "image": encoded().replace("+", "-").replace("/", "_").rstrip("=")},
+    "a list in a list of pictures": {**PLAIN, "image": [["a.png"]]},
 }
 
 
@@ -121,11 +145,36 @@ def test_synonyms_are_any_of_them_and_numbers_are_one_list(folder):
 
 
 @pytest.mark.parametrize("choices", [["A. 2", "B. other"], ["(A) 2", "(B) other"], {"A": "2", "B": "other"},
-                                     {"text": ["2", "other"], "label": ["A", "B"]}])
+                                     {"text": ["2", "other"], "label": ["A", "B"]}, ["a) 2", "b) other"],
+                                     ["A.2", "B.other"], {"a": "2", "b": "other"}, "A. 2\nB. other", "A: 2; B: other",
+                                     [{"label": "A", "text": "2"}, {"label": "B", "text": "other"}]])
 @pytest.mark.parametrize("answer", ["A", "A. 2", "2"])
 def test_choices_are_shown_with_one_letter_each(folder, choices, answer):
     (sample,) = load(folder, {**PLAIN, "choices": choices, "answer": answer}, answered=True)
     assert sample.answer == "A" and data.ask(sample) == "How many?\n(A) 2\n(B) other"
+
+
+def test_options_in_columns_and_an_index_from_zero(folder):
+    for names in (("option_a", "option_b"), ("choice_A", "choice_B"), ("option1", "option2"), ("A", "B")):
+        row = {"question": "Q", "image": "a.png", **dict(zip(names, ("2", "other")))}
+        (sample,) = load(folder, row | {"answer": "B"}, answered=True)
+        assert (sample.choices, sample.answer) == (["2", "other"], "B")
+        assert load(folder, row | {"answer_index": 1}, answered=True)[0].answer == "B"
+    with pytest.raises(InputError, match="put an index that counts from 0 into answer_index"):
+        load(folder, row | {"answer": 1}, answered=True)
+    with pytest.raises(InputError, match=r"has no answer.* \(it has question, image, A, B, verdict\)"):
+        load(folder, row | {"verdict": "B"}, answered=True)
+
+
+@pytest.mark.parametrize("choices", [["1.5", "2.5"], ["A.B. Smith", "B.C. Lee"], ["A - x", "C - y"]])
+def test_options_that_carry_no_letters_of_their_own_stay(folder, choices):
+    assert load(folder, {**PLAIN, "choices": choices, "answer": "B"})[0].choices == choices
+
+
+def test_answers_that_are_sentences_are_counted(folder, capsys):
+    prose = "There are three red circles and all of them lie in the top row, I believe."
+    load(folder, {**PLAIN, "id": 1, "answer": prose}, {**PLAIN, "id": 2}, answered=True)
+    assert "answers of 1 questions are sentences of more than 12 words" in capsys.readouterr().err
 
 
 def test_options_that_merely_begin_with_a_capital_stay(folder):
@@ -133,7 +182,9 @@ def test_options_that_merely_begin_with_a_capital_stay(folder):
     assert sample.choices == ["A cat", "B flat"]
 
 
-@pytest.mark.parametrize("tag", ["<image_1>", "<image1>", "<image 1>", "<|image_1|>", "<IMG>", "<img>", "<image>"])
+@pytest.mark.parametrize("tag", ["<image_1>", "<image1>", "<image 1>", "<|image_1|>", "<IMG>", "<img>", "<image>",
+                                 "[IMAGE]", "<ImageHere>", "<image></image>", "<img>a.png</img>", "![the board](a.png)",
+                                 '<img src="a.png"/>', "<|image_pad|>", "<start_of_image>", "<image_01>", "<picture>"])
 def test_every_spelling_of_a_pictures_place_is_one(folder, tag):
     (sample,) = load(folder, {**PLAIN, "question": f"See {tag}: how many?"})
     assert sample.question in ("See <image>: how many?", "See <image 1>: how many?")
@@ -229,7 +280,7 @@ def test_fuzzed_rows_raise_input_errors_only(folder):
         row = {rng.choice(KEYS): rng.choice(VALUES) for _ in range(rng.randrange(1, 7))}
         rows = formats.Rows([("q.jsonl, line 1", row if rng.random() < 0.9 else rng.choice(VALUES))])
         try:
-            samples = formats.File(path, rows, None, True, data._gold_fault)
+            samples = formats.File(path, rows, None, True, data._training_fault)
         except InputError:
             continue
         assert isinstance(samples[0]["question"], str) and samples[0]["question"]

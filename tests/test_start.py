@@ -66,6 +66,44 @@ def test_a_run_goes_on_with_another_lr_and_says_so(tmp_path, capsys):
     assert metrics[1]["lr"] > 5 * metrics[2]["lr"]
 
 
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_without_a_picture_train_without_a_twin(rows, tmp_path):
+    """Beside others: no perception term, and their noised answers earn and move nothing."""
+    lines = rows.read_text().splitlines()[:4]
+    lines[1:3] = [json.dumps({"id": f"words {i}", "question": "How many?", "answer": "3"}) for i in (1, 2)]
+    rows.write_text("\n".join(lines))
+    train("--data", rows, "--output", tmp_path / "run", "--steps", 1, "--eval_size", 0, "--controls", 0,
+          "--noised_policy", 1)
+    stored = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    bare = [row for row in stored if row["id"].startswith("words")]
+    assert bare and all(row["control"] and row["perception"] == 0 for row in bare)
+    assert all(row["calibration"] == row["advantage"] == 0 for row in bare if row["view"] == "noised")
+    assert any(row["calibration"] for row in bare if row["view"] == "original")
+    assert (tmp_path / "run" / "contact_sheet.png").exists()
+
+
+def test_broken_and_overlong_rows_are_skipped_and_counted(rows, tmp_path, capsys):
+    lines = rows.read_text().splitlines()
+    lines[3] = json.dumps(json.loads(lines[3]) | {"image": "missing.png"})
+    lines[6] = json.dumps(json.loads(lines[6]) | {"question": "word " * 3000})
+    lines[9] = "{"
+    (tmp_path / "5.png").write_bytes((tmp_path / "5.png").read_bytes()[:60])         # of two questions
+    rows.write_text("\n".join(lines))
+    with pytest.raises(InputError, match="has 4 broken rows"):
+        train("--data", rows, "--output", tmp_path / "run", "--steps", 1, "--eval_size", 0)
+    assert not (tmp_path / "run").exists()
+    capsys.readouterr()
+    train("--data", rows, "--output", tmp_path / "run", "--steps", 4, "--eval_size", 0, "--skip_broken")
+    printed = capsys.readouterr().err
+    assert "4 broken rows left out, 16 questions kept" in printed
+    assert "1 broken or overlong questions left out, 15 train" in printed
+    assert len(metrics(tmp_path / "run")) == 4 and all(0 <= row["seconds/pictures_share"] <= 1
+                                                      for row in metrics(tmp_path / "run"))
+
+
 def test_a_stop_token_that_generation_config_leaves_out_still_stops(base, tmp_path):
     """The built-in template ends turns with <|im_end|>; the copy's generation_config names the pad token instead."""
     shutil.copytree(ROOT / "tiny" / "base", tmp_path / "m")

@@ -73,14 +73,18 @@ def load_models(args, expert_tokens, model, vlm_class, rollout_class, clip_class
     distributed.start_ranks()                      # before a model is loaded: each rank to a GPU of its own
     clip, expert = args.clip and clip_class.from_pretrained(args.clip, kind=args.clip_map), None
     if is_url(model):
+        if flags := [f"--{name}" for name in cli.READING if getattr(args, name)]:
+            raise InputError(f"{' and '.join(flags)}: for a model that is loaded here, and --model is a "
+                             f"server; leave it out")
         base = ServerVLM(server(model, args.model_name, "model"), rollout_class)
     else:
-        base = vlm_class.load(model)
+        base = vlm_class.load(model).read_as(args)
     if is_url(args.expert):
         expert = ServerExpert(server(args.expert, args.expert_model, "expert"), expert_tokens)
     elif args.expert not in ("self", "none", model):
         expert = LocalExpert(vlm_class.load(args.expert), expert_tokens)
-    return Models(base, expert, clip, vlm_class.load(args.check_model) if args.check_model else None)
+    checker = vlm_class.load(args.check_model).read_as(args) if args.check_model else None
+    return Models(base, expert, clip, checker)
 
 
 def show_answer(result, record, args, candidates, taus):

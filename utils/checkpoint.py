@@ -19,7 +19,8 @@ from utils.preflight import agreed
 # longer run.)
 FREE = ("output", "steps", "save_every", "keep", "resume", "shard", "offload", "micro_batch", "micro_tokens",
         "memory",
-        "activation_checkpointing", "clip_cache", "allow_outside", "patience")
+        "activation_checkpointing", "clip_cache", "allow_outside", "patience", "picture_threads",
+        "eval_every", "weights_every", "keep_weights", "log")
 
 # `--resume from` may change these as well. With another batch size the order of the questions goes on
 # elsewhere.
@@ -241,6 +242,30 @@ def save_checkpoint(output, vlm, policy, optimizer, step, confidence_map, keep, 
         raise InputError(f"{cli.shown(final)} cannot be written ({cli.reason(error)}); is the disk full? "
                          f"The checkpoints "
                          "before it are whole, and the same command goes on from there") from error
+
+
+def save_weights(output, vlm, policy, step, run, dtype):
+    """weights-STEP, a model that `VLM.load` opens, every --weights_every steps; the newest --keep_weights of
+    them stay. All ranks call it."""
+    if not run.weights_every or step % run.weights_every:
+        return
+    state = distributed.full_state_dict(policy, dtype)
+
+    def write():
+        if dist.is_initialized() and dist.get_rank():
+            return
+        final, temporary = output / f"weights-{step}", output / f".weights-{step}.tmp"
+        loading.save(vlm, temporary, state)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+        saved = sorted(output.glob("weights-*"), key=step_of)
+        for old in saved[:-run.keep_weights]:
+            shutil.rmtree(old, ignore_errors=True)
+    try:
+        distributed.together(write)
+    except OSError as error:
+        raise InputError(f"{cli.shown(output / f'weights-{step}')} cannot be written ({cli.reason(error)}); "
+                         f"is the disk full? The same command goes on from the newest checkpoint") from error
 
 
 def save_model(output, vlm, policy, dtype, merge):

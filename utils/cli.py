@@ -42,6 +42,9 @@ def add_sources(parser):
                         "change the last digits")
     parser.add_argument("--model", default=str(TINY / "base"),
                         help="base: model directory, hub id, or URL of a server")
+    for name in READING:
+        flag = RunOptions.__dataclass_fields__[name]
+        parser.add_argument(f"--{name}", type=flag.type, default=flag.default, help=flag.metadata["help"])
     parser.add_argument("--model_name", default="", help="the base model's name on its server (key: "
                                                          "MODEL_API_KEY)")
     parser.add_argument("--check_model", help="local model for Visual Self-Check when --model is a server")
@@ -77,6 +80,9 @@ def add_sources(parser):
     parser.add_argument("--ask_above", type=int, default=1000,
                         help="calls of servers above which a run needs consent")
     parser.add_argument("--yes", action="store_true", help="consent to any number of calls")
+
+
+READING = ("system", "max_pixels", "min_pixels")        # flags of every command
 
 
 def check_sources(args):
@@ -274,10 +280,24 @@ class RunOptions:
     save_every: int = option(20, "steps between checkpoints", least=1)
     keep: int = option(2, "newest checkpoints that stay", least=1)
     allow_outside: bool = option(False, "pictures of --data may lie outside its folder")
+    system: str = option("", "a system prompt before each question")
+    max_pixels: int = option(0, "larger pictures are shrunk to so many pixels, for any class of model; 0: "
+                                "none is", least=0)
+    min_pixels: int = option(0, "smaller pictures are enlarged to so many pixels; 0: none is", least=0)
+    skip_broken: bool = option(False, "broken and overlong rows of --data are left out and counted; else "
+                                      "they end the run")
+    picture_threads: int = option(2, "threads that open the next step's pictures", least=1)
+    eval_every: int = option(0, "steps between evaluations of the held-out questions, clean and noised; 0: "
+                                "before and after alone", least=0)
+    weights_every: int = option(0, "steps between copies of the weights alone, weights-STEP; 0: none",
+                                least=0)
+    keep_weights: int = option(3, "newest of them that stay", least=1)
+    log: str = option("none", "metrics.jsonl also goes to tensorboard or wandb (optional packages)",
+                      ("none", "tensorboard", "wandb"))
     eval_size: int = option(200, "held-out questions for the table before and after; 0 = no table", least=0)
     dtype: str = option("auto", "of the computation, auto: bfloat16 on a GPU, else float32; weights stay "
                                 "float32 beside it",
-                        ("auto", "float32", "bfloat16"))
+                        ("auto", "float32", "bfloat16", "float16"))
     shard: str = option("auto", "fsdp: each rank holds a share of weights, gradients and optimizer state; "
                                 "none: all of it; "
                         "auto: fsdp where all of it is over half of a GPU's memory", ("auto", "none", "fsdp"))

@@ -1,12 +1,14 @@
-"""A picture of what the noise does to one question: the map, each region's mask, the noised pictures."""
-import matplotlib
+"""Pictures to look at: what the noise does to one question, and whether it lies on the evidence of eight."""
+import textwrap
+from pathlib import Path
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
+import numpy as np
+from PIL import Image, ImageDraw
 
 from utils.cli import InputError
 
 MODES = ("key", "random", "inverse")
+QUESTIONS, SIDE, MARGIN = 8, 224, 8             # of a sheet of pairs; pixels of a picture and beside it
 
 
 def contact_sheet(image, question, attention, mass, ts, path, seed, region, diffuse):
@@ -15,6 +17,9 @@ def contact_sheet(image, question, attention, mass, ts, path, seed, region, diff
     attention (H, W): of the image (PIL). region, diffuse: of `noise.py`. Raises InputError where path cannot
     be written.
     """
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
     figure, axes = pyplot.subplots(len(MODES), 3 + len(ts), figsize=(2.1 * (3 + len(ts)), 2.3 * len(MODES)))
     for row, mode in zip(axes, MODES):
         mask = region(attention, mass, mode, seed)
@@ -39,3 +44,54 @@ def contact_sheet(image, question, attention, mass, ts, path, seed, region, diff
                          "file") from error
     finally:
         pyplot.close(figure)
+
+
+def write_pairs(folder, samples, twins_of):
+    """Write folder/contact_sheet.png, once: the first questions with a picture, each picture, where the noise
+    goes (red), and the noised twin, at the size of the sheet.
+
+    twins_of: function(Q lists of pictures, Q samples) -> Q lists of `noise.NoisedPicture`s.
+    """
+    path = Path(folder) / "contact_sheet.png"
+    chosen, images = [], []
+    for sample in (samples[i] for i in range(min(len(samples), 16 * QUESTIONS))):
+        if sample.images and len(chosen) < QUESTIONS and not path.exists():
+            try:
+                images.append(sample.pictures()[:1])
+                chosen.append(sample)
+            except InputError:              # it is refused, or skipped, at its own step
+                pass
+    if not chosen:
+        return
+    rows = [_row(sample.question + " (a control: the noise spares it)" * (twins[0].overlap is not None),
+                 pictures[0], twins[0])
+            for sample, pictures, twins in zip(chosen, images, twins_of(images, chosen))]
+    columns = [rows[:len(rows) // 2], rows[len(rows) // 2:]] if len(rows) > 1 else [rows]
+    height = max(sum(row.height for row in column) for column in columns)
+    sheet = Image.new("RGB", (sum(column[0].width for column in columns), height), "white")
+    for left, column in enumerate(columns):
+        top = 0
+        for row in column:
+            sheet.paste(row, (left * row.width, top))
+            top += row.height
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    print(f"wrote {path}; look at it: is the noise on the evidence?")
+
+
+def _row(question, image, twin):
+    """A question in words above its picture, the picture with the noise's place in red, and the twin."""
+    scale = SIDE / max(image.size)
+    small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    mask = twin.mask_at(*small.size)
+    mask = np.ones((small.height, small.width)) if mask is None else mask
+    red = Image.composite(Image.new("RGB", small.size, "red"), small,
+                          Image.fromarray(np.rint(mask * 140).astype(np.uint8)))
+    noised = twin.at_size(small.size)
+    words = textwrap.wrap(" ".join(question.split()), 100)[:3]
+    top = 14 * (len(words) + 1)
+    row = Image.new("RGB", (3 * (SIDE + MARGIN) + MARGIN, top + small.height + MARGIN), "white")
+    ImageDraw.Draw(row).multiline_text((MARGIN, 4), "\n".join(words), fill="black", font_size=12)
+    for i, picture in enumerate((small, red, noised)):
+        row.paste(picture.convert("RGB"), (MARGIN + i * (SIDE + MARGIN), top))
+    return row

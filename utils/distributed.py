@@ -17,6 +17,7 @@ needs beside it, does not need them.
 import os
 import random
 import signal
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -46,6 +47,7 @@ from utils.cli import InputError
 
 GIB = 2**30
 COMFORTABLE = 0.5       # of a device's memory: above it `--shard auto` shards the state of training
+FLOAT16_SCALE = 2**12
 LARGE = 1e9             # parameters: above it `--activation_checkpointing auto` is on
 # A rank that is done with its share waits for the slowest one as long as this.
 PATIENCE = timedelta(days=30)
@@ -114,6 +116,14 @@ class StopRequest:
     def on_any_rank(self):
         """Whether one has come on any rank (bool). All ranks call it."""
         return summed([float(self.came)])[0] > 0
+
+    def leave(self, step, progress):
+        """End the program after a step that has been saved."""
+        progress.close()
+        if place()[0] == 0:
+            print(f"stopped after step {step + 1}, saved; the same command goes on from here",
+                  file=sys.stderr)
+        raise SystemExit(self.exit_code)
 
 
 def gathered(items):
@@ -210,6 +220,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self._vlm = vlm.model, [vlm]            # in a list: a VLM is no module
         self.units = []                                     # its FSDP2 units; none when it is not sharded
+        self.loss_scale = 1         # of the backward pass; gradients of float16 lie in its range then
 
     def forward(self, *args, **kwargs):
         return self._vlm[0].score(*args, **kwargs) if args else None
@@ -262,6 +273,7 @@ def shard(vlm, device, compute, sharded, offload=False, trains=True):
     gradients and optimizer state stay in the CPU's memory between uses. trains: weights become fp32.
     """
     policy = Policy(vlm)
+    policy.loss_scale = FLOAT16_SCALE if compute == torch.float16 else 1
     world = dist.get_world_size() if dist.is_initialized() else 1
     adapted = lora.is_adapted(vlm.model)
     if not needs_fsdp(world, sharded, offload, compute, vlm.model.dtype if adapted else torch.float32):
@@ -305,8 +317,13 @@ def prepare(vlm, args, device, compute, world, trains=True):
     return policy, describe(compute, sharded, gradient_checkpointing, world)
 
 
-def clip_gradients(parameters, largest):
-    """Clip the gradient's norm, taken over all ranks' shares -> its value before (float)."""
+def clip_gradients(policy, largest):
+    """Divide gradients by the loss's scale and clip their norm, taken over all ranks' shares -> its value
+    before (float)."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    for p in parameters if policy.loss_scale != 1 else ():
+        if p.grad is not None:
+            p.grad.div_(policy.loss_scale)
     norm = nn.utils.clip_grad_norm_(parameters, largest)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 

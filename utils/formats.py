@@ -11,6 +11,12 @@ from utils.cli import InputError, reason, warn
 from utils.rows import IMAGE, LAYOUT, QUESTION, SUFFIXES, image_cells, to_sample
 
 SHOWN_FAULTS = 20           # broken rows that are named one by one
+SENTENCE = 12               # words; no short answer is longer
+
+
+def _is_sentence(fields):
+    golds = fields["answer"] if isinstance(fields["answer"], list) else [fields["answer"] or ""]
+    return not fields["choices"] and min(len(gold.split()) for gold in golds) > SENTENCE
 
 
 class File(Sequence):
@@ -24,7 +30,7 @@ class File(Sequence):
     def __init__(self, path, rows, limit, strict, fault_of, allow_outside=False):
         self.path, self.rows, self.allow_outside = path, rows, allow_outside
         self.indices, self.broken = array("q"), 0
-        seen_ids, faults, systems = set(), [], 0
+        seen_ids, faults, systems, sentences = set(), [], 0, 0
         for index in range(len(rows)):
             if limit is not None and len(self.indices) == limit:
                 break
@@ -34,7 +40,8 @@ class File(Sequence):
                 if id in seen_ids:
                     raise InputError(f"{where}: id {id!r} occurs twice; make ids unique")
                 if fault := fault_of(fields):
-                    raise InputError(f"{where}: question {id!r} {fault}")
+                    names = ", ".join(map(str, rows[index][1]))[:200] if fields["answer"] is None else ""
+                    raise InputError(f"{where}: question {id!r} {fault}" + f" (it has {names})" * bool(names))
             except InputError as error:
                 self.broken += 1
                 faults += [error] * (self.broken <= SHOWN_FAULTS)
@@ -42,6 +49,7 @@ class File(Sequence):
             seen_ids.add(id)
             self.indices.append(index)
             systems += "system" in fields["meta"]
+            sentences += _is_sentence(fields)
         for error in faults if self.broken > 1 or not strict else ():
             warn(f"{'broken' if strict else 'left out'}: {error}")
         if self.broken and strict:
@@ -53,6 +61,9 @@ class File(Sequence):
             raise InputError(f"{path} has no row that can be used; the first: {faults[0]}")
         if self.broken:
             warn(f"{path}: {self.broken} broken rows left out, {len(self.indices)} questions kept")
+        if sentences:
+            warn(f"{path}: the answers of {sentences} questions are sentences of more than {SENTENCE} words, "
+                 f"which a response must repeat to be right")
         if systems:
             warn(f"{path}: the system prompts of {systems} rows are not used; the prompt asks for a boxed "
                  f"answer")

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -229,7 +230,8 @@ def check_meta(vlm):
 
 
 def trial(vlm):
-    """Two pictures and two prompts, encoded -> (images, prompts, inputs).
+    """Two pictures and two prompts, encoded -> (images, prompts, inputs). Says on stderr where the chat
+    template opens no turn for the answer.
 
     InputError for a class whose settings or inputs show that it cannot work here; no weight is needed."""
     images = [[Image.new("RGB", (64, 64), "gray")], [Image.new("RGB", (120, 40), "red")]]
@@ -246,6 +248,13 @@ def trial(vlm):
     alone = position_ids(vlm.model, vlm.encode(images[1:], prompts[1:]))
     if not torch.equal(alone, position_ids(vlm.model, inputs)[..., 1:, -alone.shape[-1]:]):
         raise InputError("it gives a prompt other positions alone than in a batch")
+    turn = vlm.reading.turns([{"type": "text", "text": "?"}])
+    opened, closed = (vlm.processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=opens)
+                      for opens in (True, False))
+    if opened == closed:
+        print(f"the chat template of {type(vlm.model).__name__} has no generation prompt: the model opens "
+              f"its own turn, after {closed[-20:]!r}; if it was trained otherwise, mend the template",
+              file=sys.stderr)
     return images, prompts, inputs
 
 

@@ -2,6 +2,7 @@
 resume."""
 import json
 import math
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -48,6 +49,11 @@ def statistics(batches):
             total, ranks = summed([chosen.sum(), 1])
             if total:  # the mean over all ranks' questions, once the ranks' values are averaged
                 stats[name] = float(gap[chosen].sum()) * ranks / total
+        overlaps = [twin.overlap for pictures in noised.images for twin in pictures
+                    if getattr(twin, "overlap", None) is not None]
+        total, count, ranks = summed([sum(overlaps), len(overlaps), 1])
+        if count:           # what the controls cover of the key region all the same
+            stats["overlap/controls"] = total / count
     return stats
 
 
@@ -70,9 +76,30 @@ def postfix(row):
             "gap": f"{row.get('gap', math.nan):.2f}"}
 
 
-def write_step(output, row, samples, batches):
-    """Append to metrics.jsonl, and to samples.jsonl all that rebuilds the step's first two questions by
-    hand."""
+@lru_cache(1)
+def tracker(kind, output):
+    """Where a line of metrics.jsonl goes as well -> function(row). kind: "none", "tensorboard" or "wandb"."""
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(str(output / "tensorboard"))
+
+        def track(row):
+            for name, value in row.items():
+                writer.add_scalar(name, value, row["step"])
+            writer.flush()
+        return track
+    if kind == "wandb":
+        import wandb
+        run = wandb.init(project="cdrl", name=output.name, dir=str(output), resume="allow", id=output.name,
+                         config=json.loads((output / "args.json").read_text()))
+        return lambda row: run.log(row, step=row["step"])
+    return lambda row: None
+
+
+def write_step(output, row, samples, batches, args):
+    """Append to metrics.jsonl (and --log), and to samples.jsonl all that rebuilds the step's first two
+    questions by hand."""
+    tracker(args.run.log, output)(row)
     with open(output / "metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
     with open(output / "samples.jsonl", "a") as file:
@@ -134,6 +161,9 @@ def trim_logs(output, step):
 
     Says on stderr where earlier steps are missing.
     """
+    for path in output.glob("eval-*.json"):
+        if path.stem[5:].isdecimal() and int(path.stem[5:]) > step:
+            path.unlink()
     for path in (output / "metrics.jsonl", output / "samples.jsonl"):
         earlier = [(line + "\n", row["step"]) for line, row in _rows(path) if row["step"] < step]
         if lost := step - len({number for _, number in earlier}):

@@ -3,7 +3,7 @@ import json
 import shlex
 from pathlib import Path
 
-from utils.cli import TINY, InputError, names_in, public_url, shown
+from utils.cli import READING, TINY, InputError, names_in, public_url, shown
 from utils.server import is_url
 
 CLIP = "openai/clip-vit-large-patch14-336"      # the usual one of real models
@@ -65,6 +65,9 @@ def next_evaluation(output, args):
         words += ["--data", str(output / "heldout.jsonl"), "--allow_outside"]
     elif args.data != "synthetic":
         words += ["--data", str(args.data)] + ["--allow_outside"] * args.run.allow_outside
+    for name in READING:                    # how the training put its prompts and pictures
+        if value := getattr(args.run, name):
+            words += [f"--{name}", str(value)]
     built_in = is_built_in(args.model)
     if not built_in:
         words += ["--expert", "self"]

@@ -2,6 +2,7 @@
 animation."""
 import hashlib
 import io
+import math
 import os
 import stat
 import warnings
@@ -38,14 +39,42 @@ def open_header(source):
 
 
 def shown_size(source):
-    """(width, height) of a picture as `load_picture` returns it, from the file's header alone. Raises one of
-    UNREADABLE."""
+    """(width, height) of a picture as `load_picture` returns it, from the file's header. Where its end looks
+    cut off, it is decoded. A file that has not changed is read once. Raises one of UNREADABLE."""
+    if isinstance(source, bytes):
+        return _shown_size(source)
+    status = os.stat(source)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no regular file")
+    return _shown_size_of_file(str(source), status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(2**20)
+def _shown_size_of_file(path, changed, size):
+    return _shown_size(path)
+
+
+def _shown_size(source):
+    if _looks_cut_off(source):
+        return load_picture(source).size
     with open_header(source) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _check_shape(file)
         turned = file.getexif().get(0x0112, 1) in (5, 6, 7,
                                                    8) and file.format != "TIFF"  # Pillow turns a TIFF itself
         return file.size[::-1] if turned else file.size
+
+
+def _looks_cut_off(source):
+    """Whether the end of a JPEG, PNG, GIF or WebP file is missing, as after a broken transfer."""
+    with (io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")) as file:
+        begin, size = file.read(12), file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 4096))
+        end = file.read()
+    if begin.startswith(b"RIFF"):
+        return 8 + int.from_bytes(begin[4:8], "little") > size
+    marks = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND", b"GI": b"\x3b"}
+    return marks.get(begin[:2], b"") not in end
 
 
 def load_picture(source, enough=None):
@@ -77,6 +106,21 @@ def open_picture(path):
         return load_picture(path)
     except UNREADABLE as error:
         raise InputError(f"image {str(path)!r} cannot be read ({reason(error)})") from error
+
+
+def limited_size(size, least=0, most=0):
+    """(width, height) of the same shape with at least and at most so many pixels (0: no bound)."""
+    area = size[0] * size[1]
+    bound = most if most and area > most else least if area < least else area
+    if bound == area:
+        return size
+    scale, rounded = math.sqrt(bound / area), math.floor if bound < area else math.ceil
+    return tuple(max(1, rounded(side * scale)) for side in size)
+
+
+def resized(image, size):
+    """A PIL image at another size, resampled once."""
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
 def _check_shape(file):
@@ -179,6 +223,11 @@ class LazyTwin(Image.Image):
         if self.mask is None or self.mask.shape == (height, width):
             return self.mask
         return np.asarray(self.mask_picture((width, height)), dtype=np.float64) / 255
+
+    def at_size(self, size):
+        """The same twin of the source at another size."""
+        make, (source, *rest) = self.__reduce__()
+        return make(resized(source, size), *rest)
 
     def load(self):
         if self._im is None:

@@ -4,26 +4,29 @@ Sizes of pictures come from their headers, and tokens from the processor's own a
 ten thousand photos take seconds, and a question whose photo is larger than all others is found before its
 step.
 """
+import importlib.util
 import re
 import shutil
+import sys
+from pathlib import Path
 
 from PIL import Image
 
 from utils import cli
 from utils.cli import InputError, warn
-from utils.distributed import gathered
+from utils.distributed import dtype_of, gathered, parameters, place
 
 SHOWN_FAULTS = 20
 # tokens that text and template may share or not; lengths within it of the limit are counted exactly
 MARGIN = 8
 
 
-def agreed(check):
-    """Run check() on this rank -> its result. Where any rank's check raises InputError, all ranks raise the
-    first rank's sentence: no rank is left waiting for one that refused."""
+def agreed(check, *arguments):
+    """Run check(*arguments) on this rank -> its result. Where any rank's check raises InputError, all ranks
+    raise the first rank's sentence: no rank is left waiting for one that refused."""
     result, fault = None, None
     try:
-        result = check()
+        result = check(*arguments)
     except InputError as error:
         fault = str(error)
     faults = [text for text in gathered([fault]) if text is not None]
@@ -47,6 +50,9 @@ def check_settings(args, world):
     if args.batch_size % world:
         raise InputError(f"--batch_size {args.batch_size} does not divide over {world} ranks; use a "
                          f"multiple of {world}")
+    if args.run.log != "none" and importlib.util.find_spec(args.run.log) is None:
+        raise InputError(f"--log {args.run.log} needs a package that is not here; pip install "
+                         f"{args.run.log}, or leave the flag out")
     if args.lr > 1e30:
         raise InputError(f"--lr is {args.lr:g}; AdamW moves every weight by about as much a step, 1e-6 "
                          "suits a 7B model")
@@ -71,7 +77,7 @@ class PromptLengths:
     def __call__(self, sizes, prompt):
         """sizes: list of (width, height). -> (tokens of the prompt within MARGIN, those of its pictures)."""
         words = len(self.vlm.tokenizer(re.sub(r"<image ?\d{0,3}>", "", prompt))["input_ids"])
-        pictures = self.picture_tokens(tuple(sizes))
+        pictures = self.picture_tokens(tuple(self.vlm.reading.size(size) for size in sizes))
         return words + pictures, pictures
 
     def picture_tokens(self, sizes):
@@ -108,12 +114,12 @@ def tower_pixels(vlm):
     return vlm.sight.levels(inputs[name].cpu())[:, 0].size
 
 
-def check_questions(lengths, samples, prompt_of, max_new_tokens, context):
+def check_questions(lengths, samples, prompt_of, max_new_tokens, context, skip_broken=False):
     """Every picture has a readable header, every prompt and its completion fit the context -> list of
     (tokens, of them pictures, sample), one a question.
 
     lengths: `PromptLengths`. A prompt that did not fit would have to be cut, image tokens included. Raises
-    InputError; all faults but the first are named on stderr.
+    InputError; all faults but the first are named on stderr. skip_broken: they are left out.
     """
     counts, faults = [], []
     for sample in samples:
@@ -130,6 +136,10 @@ def check_questions(lengths, samples, prompt_of, max_new_tokens, context):
             counts.append((tokens, pictures, sample))
         except InputError as error:
             faults.append(str(error))
+    if skip_broken and faults:
+        for fault in faults[:SHOWN_FAULTS]:
+            warn(f"left out: {fault}")
+        return counts
     if len(faults) > 1:
         for fault in faults[:SHOWN_FAULTS]:
             warn(f"broken: {fault}")
@@ -142,9 +152,12 @@ def check_questions(lengths, samples, prompt_of, max_new_tokens, context):
 
 
 def check_run(vlm, train_set, held_out, order, args, prompt_of):
-    """Check this rank's share of the questions before training. Pictures of a file are then decoded no larger
-    than the vision tower can use. Built-in questions are alike in length: those of the first steps stand for
-    all."""
+    """Check this rank's share of the questions before training. Raises InputError.
+
+    Pictures of a file are then decoded no larger than the vision tower can use. With --skip_broken the
+    questions that any rank found broken or overlong leave both lists, and are counted on stderr. Built-in
+    questions are alike in length: those of the first steps stand for all.
+    """
     if isinstance(train_set, list):
         indices, largest = range(len(train_set)), tower_pixels(vlm)
         for sample in (*train_set, *held_out):
@@ -152,19 +165,65 @@ def check_run(vlm, train_set, held_out, order, args, prompt_of):
     else:
         indices = sorted({i for step in range(min(args.steps, 16)) for i in order.indices(step)})
     questions = [train_set[i] for i in indices] + list(held_out)
-    check_questions(PromptLengths(vlm), questions[order.rank::order.world], prompt_of, args.max_new_tokens,
-                    vlm.context)
+    counts = check_questions(PromptLengths(vlm), questions[order.rank::order.world], prompt_of,
+                             args.max_new_tokens, vlm.context, args.run.skip_broken)
+    _check_mixture(vlm, questions, prompt_of)
+    total, trained = parameters(vlm, args.freeze_vision, args.run.lora_rank, args.run.lora_target)
+    check_disk(args, total, trained, dtype_of(args.run, vlm.device).itemsize)
+    return [sample.id for *_, sample in counts]
 
 
-def disk_plan(folder, parameters, trained, itemsize, keep):
-    """Bytes that a run writes, and what is free -> (needed, free).
+def leave_out(sound, train_set, held_out, args):
+    """With --skip_broken keep the questions of these ids, of all ranks, in both lists (in place). All ranks
+    call it. InputError where nothing is left to train on."""
+    if not args.run.skip_broken or not isinstance(train_set, list):             # built-in questions
+        return
+    sound, before = {*gathered(sound)}, len(train_set) + len(held_out)
+    for questions in (train_set, held_out):
+        questions[:] = [sample for sample in questions if sample.id in sound]
+    if not train_set:
+        raise InputError("--skip_broken leaves no question to train on; repair those named above")
+    if (missing := before - len(train_set) - len(held_out)) and place()[0] == 0:
+        warn(f"{missing} broken or overlong questions left out, {len(train_set)} train")
+
+
+def _check_mixture(vlm, questions, prompt_of):
+    """Refuse questions without a picture beside others where the model's processor does."""
+    pairs = {bool(sample.images): sample for sample in questions}
+    if len(pairs) < 2:
+        return
+    try:
+        vlm.encode([sample.pictures() for sample in pairs.values()], [prompt_of(s) for s in pairs.values()])
+    except InputError as error:
+        raise InputError(f"question {pairs[False].id!r} has no picture and others have one: {error}; remove "
+                         f"one kind") from error
+
+
+def disk_plan(folder, parameters, trained, itemsize, keep, copies=0):
+    """Bytes that a run writes, and what is free for them -> (needed, free).
 
     A checkpoint holds the model (itemsize bytes a parameter), fp32 weights and two moments of AdamW for what
-    trains. `keep` of them stay while one more is written, and the final model comes on top.
+    trains. `keep` of them stay while one more is written. copies: of the weights alone, likewise. The final
+    model comes on top. What the folder holds already is free for them, too.
     """
     checkpoint = itemsize * parameters + 4 * parameters + 8 * trained
+    models = 1 + (copies + 1) * bool(copies)
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return (keep + 1) * checkpoint + itemsize * parameters, shutil.disk_usage(folder).free
+    return (keep + 1) * checkpoint + models * itemsize * parameters, shutil.disk_usage(folder).free + held
+
+
+def check_disk(args, parameters, trained, itemsize):
+    """-> (needed, free) GiB of the disk under --output. parameters: all of a model. Raises InputError where
+    a run needs more than is free."""
+    saved = trained if args.run.lora_rank and not args.run.merge else parameters
+    copies = args.run.keep_weights * bool(args.run.weights_every)
+    plan = disk_plan(Path(args.output), saved, trained, itemsize, args.run.keep, copies)
+    needed, free = (size / 2**30 for size in plan)
+    if needed > free:
+        raise InputError(f"the run writes {needed:.2f} GiB into {args.output}, whose disk has {free:.2f} "
+                         f"free; make room, lower --keep ({args.run.keep}), or choose another --output")
+    return needed, free
 
 
 class HopelessTraining:
@@ -189,9 +248,9 @@ class HopelessTraining:
     def __init__(self, patience):
         self.patience, self.in_a_row = patience, dict.fromkeys(self.SIGNS, 0)
 
-    def __call__(self, row):
-        """row: a dict of metrics. Raises InputError after `patience` hopeless steps -> a sentence to print,
-        or None."""
+    def __call__(self, row, progress=None):
+        """row: a dict of metrics; progress: the tqdm above which warnings are printed -> the warning, or
+        None. Raises InputError after `patience` hopeless steps."""
         said = []
         for sign, (is_hopeless, cure) in self.SIGNS.items():
             self.in_a_row[sign] = self.in_a_row[sign] + 1 if is_hopeless(row) else 0
@@ -201,4 +260,7 @@ class HopelessTraining:
                                  "with --patience 0")
             if self.in_a_row[sign] == 1:
                 said.append(f"{sign} in step {row['step']}; if that goes on, {cure}")
-        return "; and ".join(said) or None
+        warning = "; and ".join(said) or None
+        if warning and progress is not None:
+            progress.write(f"warning: {warning}", file=sys.stderr)
+        return warning

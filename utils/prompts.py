@@ -1,9 +1,11 @@
 """Prompts as a model takes them: their wording, where pictures stand, rows of a batch encoded once."""
 import re
+from dataclasses import dataclass
 
 import torch
 
-from utils.cli import InputError
+from utils.cli import InputError, reason
+from utils.pictures import limited_size, resized
 
 # The hints of MathVista's own evaluation, by (question type, answer type, decimals).
 MATHVISTA = {
@@ -82,6 +84,46 @@ def place_images(prompt, count):
             pieces.append({"type": "text", "text": piece})
     front = [i for i in range(count) if i not in order]
     return [{"type": "image"} for _ in front] + pieces, front + order
+
+
+@dataclass
+class Reading:
+    """How prompts and pictures are put to a model. system: words of a system turn before each prompt; none
+    where "". max_pixels, min_pixels: larger pictures are shrunk, smaller ones enlarged; 0: no bound."""
+    system: str = ""
+    max_pixels: int = 0
+    min_pixels: int = 0
+
+    def turns(self, content):
+        """The content of a user's turn -> a chat (list of turns)."""
+        system = {"role": "system", "content": [{"type": "text", "text": self.system}]}
+        return [system] * bool(self.system) + [{"role": "user", "content": content}]
+
+    def picture(self, image):
+        """A picture within the bounds; the picture itself where it is."""
+        size = self.size(image.size)
+        if size == image.size:
+            return image
+        return image.at_size(size) if hasattr(image, "at_size") else resized(image, size)
+
+    def size(self, size):
+        """(width, height) of a picture within the bounds, of the same shape."""
+        return limited_size(size, self.min_pixels, self.max_pixels)
+
+    def check(self, processor):
+        """InputError for bounds that contradict each other, and for a template without a system turn."""
+        if 0 < self.max_pixels < self.min_pixels:
+            raise InputError(f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}")
+        if not self.system:
+            return
+        try:
+            text = processor.apply_chat_template(self.turns([{"type": "text", "text": "?"}]), tokenize=False)
+            why = "" if self.system.strip() in text else "drops it"
+        except Exception as error:          # templates fail in any way on roles that they do not know
+            why = f"refuses it: {reason(error)}"
+        if why:
+            raise InputError(f"--system {self.system[:40]!r}: the model's chat template {why}; put the words "
+                             f"into the questions")
 
 
 class Inputs(dict):

@@ -450,11 +450,23 @@ def read_probe(path, answer_class, ts=()):
         raise InputError(f"{path} is damaged ({error}); restore it, or start again with --resume no") from error
 
 
+def held_out_row(answers_by_t):
+    """What --eval_every adds to a line of metrics.jsonl (dict): accuracy on clean and on noised pictures, and
+    the gap of C between them. answers_by_t: {noise step: list of Answer}."""
+    clean, noised = answers_by_t[0], answers_by_t[max(answers_by_t)]
+    means = [[np.mean([getattr(a, name) for a in answers]) for answers in (clean, noised)]
+             for name in ("correct", "confidence")]
+    return {"held_out/accuracy": float(means[0][0]), "held_out/accuracy_noised": float(means[0][1]),
+            "held_out/gap": float(means[1][0] - means[1][1])}
+
+
 def finish_run(output, before, after, confidence_map, args, t):
     """The end of a training run: report.png, and the table before and after on the terminal -> its rows.
 
     before, after: {noise step: list of Answer}. t: the noise step of the table's noised column.
     """
+    if before is None:                      # no questions were held out
+        return None
     draw_report(output, before, after, confidence_map, args, t)
     rows = before_after(*(within_skills(answers[0], answers[t], confidence_map)
                           for answers in (before, after)))
