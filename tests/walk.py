@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 READING_ORDER = ("train_cdrl.py", "reward.py", "noise.py", "vlm.py", "data.py", "catts.py", "policy.py",
                  "eval.py")
 CLOSED = {"sample", "score", "contrast", "maps", "map", "pictures", "is_correct", "accepts", "prompt_length",
-          "encode", "boxes", "extract_answer", "InputError", "forward", "write_step"}
+          "encode", "boxes", "extract_answer", "InputError", "forward", "write_step",
+          "open_pictures"}
 # The command of --explain in the README, and below it what it prints.
 PAGE = re.compile(r"(\n\$ (python train_cdrl\.py --explain[^\n]*)\n)(.*?)(```\n)", re.S)
 # Tensors, lists, files and dicts have methods of these names.
@@ -48,6 +49,11 @@ class Project:
             for node in tree.body:
                 if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                     self.definitions[module, node.name] = node
+                if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) \
+                        and ast.unparse(node.value.func) == "partial":
+                    function = ast.unparse(node.value.args[0])
+                    self.imports[module][node.targets[0].id] = self.imports[module].get(
+                        function, (module, function))
                 if isinstance(node, ast.ClassDef):
                     for method in (child for child in node.body if isinstance(child, ast.FunctionDef)):
                         self.definitions[module, f"{node.name}.{method.name}"] = method
@@ -99,7 +105,18 @@ def step_walk(project):
                 if module == "train_cdrl" and ".backward(" in ast.unparse(node)}
     call = next(node for node in ast.walk(loop) if isinstance(node, ast.Call)
                 and ast.unparse(node.func) in backward)
-    return project.walk("train_cdrl", loop, last_line=call.end_lineno)
+    visited = project.walk("train_cdrl", loop, last_line=call.end_lineno)
+    # What the loop calls by a name of its function: a lambda or a nested function (the next step's pictures).
+    loaded = {node.id for node in ast.walk(loop) if isinstance(node, ast.Name)}
+    train = next(node for node in project.trees["train_cdrl"].body if isinstance(node, ast.FunctionDef)
+                 and loop in ast.walk(node))
+    for node in ast.walk(train):
+        if isinstance(node, ast.Assign) and {name.id for name in node.targets if isinstance(name, ast.Name)} & loaded:
+            for body in (child for child in ast.walk(node.value) if isinstance(child, ast.Lambda)):
+                project.walk("train_cdrl", body, visited=visited)
+        elif isinstance(node, ast.FunctionDef) and node.name in loaded:
+            project.walk("train_cdrl", node, visited=visited)
+    return visited
 
 
 def walk_sentence(project):
