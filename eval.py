@@ -41,6 +41,7 @@ from utils import (
     stored,
 )
 from utils.cli import InputError
+from utils.contact_sheet import write_pairs
 from utils.experts import Memo, batches_in_flight, sample_from
 from utils.judge import accepts, extract_answer, is_correct
 from utils.metrics import calibrated
@@ -372,6 +373,10 @@ def measure(name, controller, samples, args, settings):
             collect, more, shape = collectors[part]
             frame, defaults = evaluation.stored_settings(args, part, evaluation.model_names(args)[name])
             path, in_flight = folder / f"{part}.jsonl", 1
+            if part == "probe" and clip is not None and distributed.place()[0] == 0:
+                write_pairs(folder, samples, lambda images, some: make_pairs(
+                    images, [s.question for s in some], clip, (max(args.t),) * 2,
+                    [args.regions[0]] * len(some), settings.mass, [f"{settings.seed} {s.id}" for s in some]))
             if part == "votes":
                 answering.ask_consent(args, samples, controller, path, sizes=args.sizes)
                 in_flight = batches_in_flight(args.batch_size, vlm, controller.expert)
