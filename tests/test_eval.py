@@ -311,8 +311,9 @@ def test_broken_rows_are_named_and_left_out(tmp_path, capsys):
     assert [row["id"] for row in stored(tmp_path / "out")] == ["q0", "q3"]
     said = capsys.readouterr().err
     assert "q1" in said and "'q2' is empty" in said
-    with pytest.raises(InputError, match="q2"):
+    with pytest.raises(InputError, match="2 broken rows, each .* named above"):
         eval.main([*argv, "--strict"])
+    assert "question 'q1': image" in (said := capsys.readouterr().err) and "'q2' is empty" in said
 
 
 # ---- Intervals, maps, thresholds

@@ -20,6 +20,8 @@ class Toy:
     """Three words, two pictures, one parameter vector: logits = W[picture, last word] theta. An answer has one word, or, with
     `longest` 2, ends with word 0 or after two. Each question has a copy of theta, and so a gradient of its own."""
 
+    loss_scale = 1.0                    # of a Policy in float16 it is more
+
     def __init__(self, longest):
         generator = torch.Generator().manual_seed(3)
         self.maps = torch.randn(2, 4, 3, 4, generator=generator, dtype=torch.float64)         # (view, last word, V, D)
