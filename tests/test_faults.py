@@ -550,6 +550,14 @@ def test_a_terminal_shows_text_and_obeys_none(capsys):
     assert sys.stdout is not None and not isinstance(sys.stdout, cli.Terminal)
 
 
+@pytest.fixture(autouse=True)
+def hears_hangups():
+    """Also where the tests run under nohup, which ignores them."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_scheduler_and_a_closed_terminal_end_a_program_with_code_0(number, capsys):
     def main():
@@ -638,8 +646,8 @@ def test_a_number_that_is_not_finite_is_named_and_its_step_skipped(spoil, words,
 def test_a_skipped_step_changes_no_weight_and_is_counted_in_the_log(tmp_path, monkeypatch):
     draw = train_cdrl.roll_out
 
-    def spoilt(policy, samples, images, noised, control, step, args):
-        views = draw(policy, samples, images, noised, control, step, args)
+    def spoilt(policy, samples, images, noised, control, step, *rest):
+        views = draw(policy, samples, images, noised, control, step, *rest)
         if step == 1:
             at(views[0].confidence, (0, 0))
         return views
