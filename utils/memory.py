@@ -22,7 +22,7 @@ from utils.caches import StateLayer, new_cache
 from utils.cli import InputError
 from utils.distributed import GIB, choices, describe, device_memory, dtype_of, parameters, state_bytes
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
-from utils.preflight import PromptLengths, check_disk, check_questions
+from utils.preflight import PromptLengths, check_questions, disk_of_run
 
 ASKED = 32              # questions whose tokens are counted
 
@@ -198,7 +198,9 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
                if any(c in cells for cells in rows.values())]
     print("\nGiB a rank")
     print(cli.table({name: {c: cells.get(c, "") for c in columns} for name, cells in rows.items()}))
-    print("\ndisk: {:.2f} GiB are written, {:.2f} are free".format(*check_disk(args, total, trained, size)))
+    needed, free = disk_of_run(args, total, trained, size)      # said alone: the run may be elsewhere
+    print(f"\ndisk: {needed:.2f} GiB are written, {free:.2f} are free here"
+          + ("; too few, a run here would be refused" if needed > free else ""))
     memory, here = device_memory(args.run, device), int(os.environ.get("LOCAL_WORLD_SIZE", world))
     waiting = here * sum(value for (where, _), value in state.items() if where == "CPU") + 4 * saved
     waiting = max(waiting, here * file) / GIB  # not at once: what is kept is made share by share

@@ -213,17 +213,20 @@ def disk_plan(folder, parameters, trained, itemsize, keep, copies=0):
     return (keep + 1) * checkpoint + models * itemsize * parameters, shutil.disk_usage(folder).free + held
 
 
-def check_disk(args, parameters, trained, itemsize):
-    """-> (needed, free) GiB of the disk under --output. parameters: all of a model. Raises InputError where
-    a run needs more than is free."""
+def disk_of_run(args, parameters, trained, itemsize):
+    """-> (needed, free) GiB of the disk under --output. parameters: all of a model."""
     saved = trained if args.run.lora_rank and not args.run.merge else parameters
     copies = args.run.keep_weights * bool(args.run.weights_every)
     plan = disk_plan(Path(args.output), saved, trained, itemsize, args.run.keep, copies)
-    needed, free = (size / 2**30 for size in plan)
+    return tuple(size / 2**30 for size in plan)
+
+
+def check_disk(args, parameters, trained, itemsize):
+    """Raises InputError where a run needs more of the disk than is free; see `disk_of_run`."""
+    needed, free = disk_of_run(args, parameters, trained, itemsize)
     if needed > free:
         raise InputError(f"the run writes {needed:.2f} GiB into {args.output}, whose disk has {free:.2f} "
                          f"free; make room, lower --keep ({args.run.keep}), or choose another --output")
-    return needed, free
 
 
 class HopelessTraining:
