@@ -212,7 +212,7 @@ def test_controls_are_noised_elsewhere_and_earn_no_perception_term(fresh, clip):
     _, key, _ = step_views(fresh, clip, controls=0.0)
     assert all(torch.equal(a.advantages, b.advantages) for a, b in zip(controls, random))
     assert controls[1].images == random[1].images != key[1].images
-    assert set(logs.statistics(controls)) - set(logs.statistics(key)) == {"gap/controls"}
+    assert set(logs.statistics(controls)) - set(logs.statistics(key)) == {"gap/controls", "overlap/controls"}
     _, mixed, _ = step_views(fresh, clip, controls=0.5)
     assert mixed[0].is_control.any() and not mixed[0].is_control.all()
     assert torch.equal(mixed[0].rewards["perception"].any(-1), ~mixed[0].is_control)

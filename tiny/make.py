@@ -37,12 +37,7 @@ import eval
 import noise
 import train_cdrl
 from tiny import questions
-from utils import (
-    cli,
-    experts,
-    judge,
-    tables,
-)
+from utils import cli, judge, replies, tables
 from utils.loading import load_processor
 from vlm import VLM
 
@@ -476,7 +471,7 @@ def roles_of(model, samples):
     found["Voter"] = []
     for text, some, s in zip(ballots, answers, samples):
         try:
-            found["Voter"].append(judge.accepts(some[int(np.argmax(experts.parse_probabilities(text, len(some))))], s))
+            found["Voter"].append(judge.accepts(some[int(np.argmax(replies.parse_probabilities(text, len(some))))], s))
         except ValueError:
             found["Voter"].append(False)
     found["Critic"] = [text.strip().endswith("correct") == judge.accepts(some[0], s)
