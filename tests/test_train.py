@@ -265,7 +265,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, base, capsys):
         (["--mass", "0"], "mass"), (["--steps", "0"], "steps"), (["--micro_batch", "0"], "micro_batch"),
         (["--clip", str(tmp_path)], "CLIP"), (["--model", str(tmp_path / "nowhere")], "nowhere"),
         (["--model", str(tmp_path / "blind")], "image processor"), ({"image": "bad.png"}, "q2"),
-        ({"image": "absent.png"}, "q2"), ({"image": None}, "q2"), ({"image": []}, "q2"), ({"question": 5}, "q2"),
+        ({"image": "absent.png"}, "q2"), ({"question": 5}, "q2"),
         (["--model", str(tmp_path / "torn")], "torn"), (["--clip", str(tmp_path / "torn_clip")], "torn_clip"),
         (["--output", str(bad / "x")], "output"), (["--alpha", "inf"], "alpha"), (["--lr", "nan"], "lr"),
         (["--temperature", "inf"], "temperature"), (["--seed", "9" * 30], "seed"), (["--clip_low", "5"], "clip_low"),
@@ -554,7 +554,8 @@ def test_bf16_with_fp32_weights_offloaded_frozen_vision_blocks_run_again(first, 
     assert abs(a[0]["loss"] - b[0]["loss"]) < 0.05 and abs(a[0]["original/confidence"] - b[0]["original/confidence"]) < 0.2
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "runs").glob("*.sh")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", sorted({*(ROOT / "runs").glob("*.sh")} - {ROOT / "runs" / "paper_table.sh"}),
+                         ids=lambda path: path.stem)
 def test_the_recipes_for_gpus_are_what_train_cdrl_takes(script, tmp_path):
     for name in ("python", "torchrun"):
         (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
@@ -589,10 +590,10 @@ def test_a_dry_run_prints_what_is_needed_and_refuses_what_cannot_fit(tmp_path, c
     train_cdrl.main(["--output", str(tmp_path / "run"), "--dry_run"])
     printed = capsys.readouterr().out
     assert "1,242,688 parameters" in printed and "16 of them pictures" in printed and not (tmp_path / "run").exists()
-    (tmp_path / "blind.jsonl").write_text('{"id": "q1", "question": "1 + 1?", "answer": "2"}\n')
+    (tmp_path / "open.jsonl").write_text('{"id": "q1", "question": "1 + 1?"}\n')
     for flags, why in ((["--memory", "0.1"], "do not fit into 0.1"), (["--max_new_tokens", "5000"], "context is 4096"),
                        (["--clip", "no/clip"], "CLIP model 'no/clip' cannot be loaded"),
-                       (["--data", str(tmp_path / "blind.jsonl")], "question 'q1' has no picture")):
+                       (["--data", str(tmp_path / "open.jsonl")], "question 'q1' has no answer")):
         with pytest.raises(SystemExit) as stop:
             train_cdrl.main(["--dry_run", *flags])
         assert stop.value.code == 2 and why in capsys.readouterr().err

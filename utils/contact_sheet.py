@@ -63,7 +63,7 @@ def write_pairs(folder, samples, twins_of):
                 pass
     if not chosen:
         return
-    rows = [_row(sample.question + " (a control: the noise spares it)" * (twins[0].overlap is not None),
+    rows = [_row(sample.question + " (a control: the noise spares it)" * is_control(twins[0]),
                  pictures[0], twins[0])
             for sample, pictures, twins in zip(chosen, images, twins_of(images, chosen))]
     columns = [rows[:len(rows) // 2], rows[len(rows) // 2:]] if len(rows) > 1 else [rows]
@@ -79,15 +79,21 @@ def write_pairs(folder, samples, twins_of):
     print(f"wrote {path}; look at it: is the noise on the evidence?")
 
 
+def is_control(twin):
+    """Whether a twin's noise spares the evidence (bool). A fork's twin, a plain picture, does not say."""
+    return getattr(twin, "overlap", None) is not None
+
+
 def _row(question, image, twin):
     """A question in words above its picture, the picture with the noise's place in red, and the twin."""
     scale = SIDE / max(image.size)
     small = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-    mask = twin.mask_at(*small.size)
+    is_lazy = hasattr(twin, "mask_at")                  # else a fork's twin, a plain picture
+    mask = twin.mask_at(*small.size) if is_lazy else None
     mask = np.ones((small.height, small.width)) if mask is None else mask
     red = Image.composite(Image.new("RGB", small.size, "red"), small,
                           Image.fromarray(np.rint(mask * 140).astype(np.uint8)))
-    noised = twin.at_size(small.size)
+    noised = twin.at_size(small.size) if is_lazy else twin.resize(small.size)
     words = textwrap.wrap(" ".join(question.split()), 100)[:3]
     top = 14 * (len(words) + 1)
     row = Image.new("RGB", (3 * (SIDE + MARGIN) + MARGIN, top + small.height + MARGIN), "white")
