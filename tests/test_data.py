@@ -237,7 +237,7 @@ def test_hostile_cells_are_data(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(("size", "picture_bytes"), [(20_000, 3_000), (200_000, 60)])
+@pytest.mark.parametrize(("size", "picture_bytes"), [(20_000, 3_000), (60_000, 60)])
 def test_of_a_tsv_only_the_places_of_its_rows_are_held(tmp_path, size, picture_bytes):
     cell = base64.b64encode(bytes(picture_bytes)).decode()
     path = tmp_path / "big.tsv"
