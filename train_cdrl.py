@@ -350,8 +350,8 @@ def fit_map_on_base(policy, clip, order, args):
     pairs = Args(**{**vars(args), "alpha": 1.0, "controls": 0.0})
     measured, steps = [], range(max(1, args.scale_questions // args.batch_size))
     for step in tqdm(steps, desc="base confidence", unit="batch", leave=False, disable=order.rank > 0):
-        *parts, inputs = agreed(prepare_step, policy, clip, order, step, f"scale {step}", pairs)
-        views = roll_out(policy, *parts, f"scale {step}", pairs, inputs)
+        *batch, inputs = agreed(prepare_step, policy, clip, order, step, f"scale {step}", pairs)
+        views = roll_out(policy, *batch, f"scale {step}", pairs, inputs)
         measured.append(torch.stack([torch.stack([view.confidence, view.correct]) for view in views]))
     return fit_confidence_map(*torch.cat(distributed.gathered(measured), 2).flatten(2))       # (2, 2, N)
 
