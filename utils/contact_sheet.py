@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from utils import inputs
 from utils.cli import InputError
+from utils.pictures import open_picture
 
 MODES = ("key", "random", "inverse")
 QUESTIONS, SIDE, MARGIN = 8, 224, 8             # of a sheet of pairs; pixels of a picture and beside it
@@ -44,6 +46,19 @@ def contact_sheet(image, question, attention, mass, ts, path, seed, region, diff
                          "file") from error
     finally:
         pyplot.close(figure)
+
+
+def sheet_of_file(args, open_clip, region, diffuse):
+    """`contact_sheet` of the picture and question of `noise.py`'s command. open_clip() -> a ClipAttention."""
+    if not args.question.strip():
+        raise InputError("the question is empty; give the words that say what to look for")
+    if not 0 < args.mass <= 1:
+        raise InputError(f"--mass is {args.mass}; a number above 0 and at most 1 is expected")
+    inputs.refuse_as_output(args.output, image=args.image)
+    image = open_picture(args.image)
+    attention = open_clip().map(image, args.question)
+    contact_sheet(image, args.question, attention, args.mass, args.t, args.output, args.seed, region, diffuse)
+    print(f"wrote {args.output}\nnext: python train_cdrl.py --noise_t {args.t[-1]} --mass {args.mass:g}")
 
 
 def write_pairs(folder, samples, twins_of):

@@ -274,3 +274,10 @@ def _content(path):
     """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+def shrunk(image, longest):
+    """A PIL image whose longer side has at most `longest` pixels; None leaves it."""
+    scale = (longest or max(image.size)) / max(image.size)
+    size = [max(1, round(side * scale)) for side in image.size]
+    return image if scale >= 1 else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)

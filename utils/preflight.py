@@ -21,22 +21,6 @@ SHOWN_FAULTS = 20
 MARGIN = 8
 
 
-def agreed(check, *arguments):
-    """Run check(*arguments) on this rank -> its result. Where any rank's check raises InputError, all ranks
-    raise the first rank's sentence: no rank is left waiting for one that refused."""
-    result, fault = None, None
-    try:
-        result = check(*arguments)
-    except InputError as error:
-        fault = str(error)
-    faults = [text for text in gathered([fault]) if text is not None]
-    if fault is not None and fault != faults[0]:
-        warn(f"also: {fault}")
-    if faults:
-        raise InputError(faults[0])
-    return result
-
-
 def check_settings(args, world):
     """Refuse settings that cannot work, each in one sentence."""
     cli.check_bounds(args)
