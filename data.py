@@ -12,7 +12,6 @@ warm-up of `tiny/` reads it, and `meta["rows"]`, the board in words).
 
 Left out on purpose: downloads. A file is opened where the user has it.
 """
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,13 +19,13 @@ from PIL import Image
 
 from tiny import questions
 from tiny.questions import SIZES, SPLITS, Synthetic
-from utils.cli import InputError, reason
+from utils.cli import InputError
 from utils.formats import File, open_rows
 from utils.held_out import hold_out
-from utils.judge import is_correct
-from utils.pictures import UNREADABLE, load_picture, shown_size
+from utils.pictures import UNREADABLE, load_picture, shown_size, unreadable
+from utils.preflight import training_fault
 from utils.prompts import PROMPTS, project_prompt
-from utils.rows import ANSWER, LETTERS
+from utils.rows import LETTERS
 
 
 def open_data(args):
@@ -88,13 +87,8 @@ class Sample:
         return sizes
 
     def _unreadable(self, image, error):
-        name = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
-        if isinstance(image, bytes) and len(image) < 192:               # 255 characters, the longest name
-            name += ", or a long name of a file that does not exist,"
-        why = re.sub(r" <_io\.BytesIO[^>]*>", "", reason(error))  # its address differs from time to time
-        return InputError(f"{self.where + ': ' if self.where else ''}question {self.id!r}: image {name} "
-                          f"cannot be read "
-                          f"({why}); repair or remove it")
+        return InputError(f"{self.where + ': ' if self.where else ''}question {self.id!r}: "
+                          f"{unreadable(image, error)}; repair or remove it")
 
 
 def ask(sample):
@@ -188,21 +182,8 @@ def load(source, split="train", limit=None, seed=0, strict=True, answered=False,
             raise InputError(f"split {split!r} is unknown; the built-in questions have {', '.join(SPLITS)}")
         return Samples(Synthetic(split, seed, SIZES[split] if limit is None else limit), wording)
     path, rows = open_rows(source)
-    check = _training_fault if answered else lambda fields: None
+    check = (lambda fields: training_fault(Sample(**fields), golds)) if answered else lambda fields: None
     samples = Samples(File(path, rows, limit, strict, check, allow_outside), wording)
     if not len(samples):
         raise InputError(f"data file {str(source)!r} holds no question")
     return samples
-
-
-def _training_fault(fields):
-    """Why a row cannot be trained on, or None: its gold answer at least matches itself. Raises InputError
-    for a picture that does not open."""
-    if fields["answer"] is None:
-        return f"has no answer; give it one ({', '.join(ANSWER[1:])}) or remove the row"
-    sample = Sample(**fields)
-    sample.picture_sizes()                      # InputError
-    for gold in golds(sample):
-        if not re.sub(r"\\boxed|[{}$\s]", "", gold) or not is_correct(f"\\boxed{{{gold}}}", sample):
-            return f"has the answer {gold[:60]!r}, which no response can match; write the plain value"
-    return None

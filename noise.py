@@ -8,7 +8,6 @@ the same area that show the effect is about evidence and not about noise: `rando
 and `inverse` (the least attended). `ClipAttention.from_pretrained(cache=FOLDER)` keeps its maps on disk for
 further epochs and runs.
 """
-import argparse
 import math
 import os
 import random
@@ -202,7 +201,8 @@ def region(attention, mass=0.5, mode="key", seed=0):
     """Where the noise goes -> (H, W) float array in [0, 1], feathered at its edges.
 
     attention (H, W) that sums to 1. key: the smallest region that holds `mass` (0, 1] of it. random: the same
-    shape elsewhere, as `spare` puts it. inverse: the same number of pixels, the least attended. all: ones.
+    shape, shifted to where it covers least of the key region, of SHIFTS seeded shifts around the picture's
+    edges. inverse: the same number of pixels, the least attended. all: ones.
     """
     if mode not in MODES:
         raise ValueError(f"region mode is {mode!r}; one of {', '.join(MODES)} is expected")
@@ -216,19 +216,12 @@ def region(attention, mass=0.5, mode="key", seed=0):
     chosen[order[-area:] if mode == "inverse" else order[:area]] = True
     chosen = chosen.reshape(attention.shape)
     if mode == "random":
-        chosen = spare(chosen, seed)
+        rng, key = random.Random(f"region {seed}"), chosen
+        shifts = [(rng.randrange(key.shape[0]), rng.randrange(key.shape[1])) for _ in range(SHIFTS)]
+        chosen = min((np.roll(key, shift, (0, 1)) for shift in shifts),
+                     key=lambda shifted: np.count_nonzero(shifted & key))
     feather = ImageFilter.GaussianBlur(max(attention.shape) / 100)
     return np.asarray(Image.fromarray(chosen.astype(np.uint8) * 255).filter(feather), dtype=np.float64) / 255
-
-
-def spare(key, seed):
-    """A key region (H, W) bool -> the same shape where it covers least of it: the best of SHIFTS seeded
-    shifts, around the picture's edges. On average over all shifts the overlap is the region's share of the
-    picture."""
-    rng = random.Random(f"region {seed}")
-    shifts = [(rng.randrange(key.shape[0]), rng.randrange(key.shape[1])) for _ in range(SHIFTS)]
-    return min((np.roll(key, shift, (0, 1)) for shift in shifts),
-               key=lambda shifted: np.count_nonzero(shifted & key))
 
 
 def parse_t(text):
@@ -241,11 +234,6 @@ def parse_t(text):
     if low > high:
         raise InputError(f"noise range {text!r} runs backwards; write {high}-{low}")
     return low, high
-
-
-def make_pair(images, question, clip, t=(999, 999), mode="key", mass=0.5, seed=0):
-    """`make_pairs` of one question -> list of PIL images."""
-    return make_pairs([images], [question], clip, t, [mode], mass, [seed])[0]
 
 
 def make_pairs(images, questions, clip, t, modes, mass, seeds):
@@ -275,20 +263,8 @@ def make_pairs(images, questions, clip, t, modes, mass, seeds):
 
 
 def main(argv=None):
-    from utils.contact_sheet import sheet_of_file  # matplotlib, which nothing else here needs
-    parser = argparse.ArgumentParser(description="Write a contact sheet: the map, masks, noised pictures.")
-    parser.add_argument("image", help="a picture")
-    parser.add_argument("question", help="the question that guides the attention")
-    parser.add_argument("--clip", default=CLIP, help="CLIPModel directory or hub id")
-    parser.add_argument("--clip_map", default="auto", choices=KINDS, help="the map it makes: ClipAttention")
-    parser.add_argument("--mass", type=float, default=0.5, help="share of the attention in the key region")
-    parser.add_argument("--t", type=int, nargs="+", default=[300, 500, 700, 999], help="noise steps to show")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="noise_sheet.png")
-    args = parser.parse_args(argv)
-    for t in args.t:
-        parse_t(t)
-    sheet_of_file(args, lambda: ClipAttention.from_pretrained(args.clip, kind=args.clip_map), region, diffuse)
+    from utils.contact_sheet import command  # matplotlib, which nothing else here needs
+    command(argv, CLIP, KINDS, ClipAttention.from_pretrained, region, diffuse, parse_t)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,6 @@ from reward import (
     fit_confidence_map,
     format_reward,
     group_advantages,
-    outcome_reward,
     rollout_confidence,
     sequence_confidence,
 )
@@ -54,6 +53,7 @@ from utils.contact_sheet import write_pairs
 from utils.distributed import QuestionOrder, agreed, micro_batches
 from utils.finite import FiniteSteps
 from utils.held_out import HeldOutProbe, write_held_out
+from utils.judge import is_correct
 from utils.model_defaults import next_evaluation
 from utils.prefetch import Ahead, open_pictures, reader_of
 from utils.resample import replace_tied
@@ -242,7 +242,7 @@ def roll_out(policy, samples, images, noised_images, is_control, inputs, name, a
     for view, images in pictures.items():
         rows = [len(views) * len(samples) + q for q in range(len(samples))]
         rollouts = [groups[row] for row in rows]
-        correct = torch.tensor([[outcome_reward(r.text, s) for r in group]
+        correct = torch.tensor([[float(is_correct(r.text, s)) for r in group]
                                 for s, group in zip(samples, rollouts)])                              # (Q, G)
         policy_weight = 1.0 if view == "original" else args.noised_policy * args.noised_learns
         views.append(RolloutBatch(view, images, prompts, rollouts, rollout_confidence(rollouts), correct,

@@ -89,7 +89,7 @@ def profile(rounds, spy):
         setattr(owner, name, wrapper)
     timed(noise, "make_pairs", "pictures: key regions and noise")
     timed(vlm, "encode", "pictures and prompts: pre-processing")
-    timed(train_cdrl, "outcome_reward", "judge")
+    timed(train_cdrl, "is_correct", "judge")
 
     def step(number):
         samples = [data.synthetic("train", 0, number * args.batch_size + i) for i in range(args.batch_size)]

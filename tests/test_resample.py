@@ -8,6 +8,7 @@ import torch
 import data
 import train_cdrl
 from utils.distributed import QuestionOrder
+from utils.judge import is_correct
 from utils.resample import replace_tied
 
 ARGS = replace(train_cdrl.parse(["--recipe", "grpo"]), group_size=3, max_new_tokens=48)
@@ -37,7 +38,7 @@ def test_tied_groups_give_way_and_the_rest_stays(base, attempts):
         assert after.rewards["outcome"][q].tolist() == original.rewards["outcome"][q].tolist()
     for q, sample in enumerate(mine):           # question, prompt and rollouts belong together
         assert after.prompts[q] == data.prompt(sample)
-        assert after.correct[q].tolist() == [train_cdrl.outcome_reward(r.text, sample) for r in after.rollouts[q]]
+        assert after.correct[q].tolist() == [float(is_correct(r.text, sample)) for r in after.rollouts[q]]
 
 
 def test_a_run_counts_what_it_replaced(tmp_path):
