@@ -170,12 +170,13 @@ CURES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "mak
 
 
 def command(name, function):
-    """Run a command's main function: quiet libraries, a terminal that obeys no text, and bad input as one
-    sentence on stderr.
+    """Run a command's main function: quiet libraries, a terminal that obeys no text, bad input as one
+    sentence on stderr, ranks that part at the end.
 
     Exit codes: 0 done, or stopped by SIGTERM or SIGHUP with everything saved; 2 bad input, a full disk or a
     file that went away; 130 Ctrl-C; 141 the reader of a pipe went away; 1 a fault of this program.
     """
+    import torch.distributed as dist
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -210,6 +211,8 @@ def command(name, function):
     finally:
         sys.stdout, sys.stderr = streams
         os.umask(umask)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _ended(sentence, code):
@@ -339,6 +342,17 @@ def add_options(parser, settings):
                             help=f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%"),
                             default=f.default if parser.argument_default is None else parser.argument_default,
                             **kind)
+
+
+def parse_recipe(settings, recipes, argv=None):
+    """Flags of two dataclasses, `settings` (the method) and RunOptions, its field `run` -> settings:
+    defaults, then recipes[settings.recipe], then explicit flags."""
+    parser = argparse.ArgumentParser(description="Train CDRL.", argument_default=argparse.SUPPRESS)
+    add_options(parser, settings)
+    add_options(parser, RunOptions)
+    flags = vars(parser.parse_args(argv))
+    run = RunOptions(**{f.name: flags.pop(f.name) for f in fields(RunOptions) if f.name in flags})
+    return settings(**{**recipes[flags.get("recipe", settings.recipe)], **flags}, run=run)
 
 
 def reason(error):
