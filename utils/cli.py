@@ -411,14 +411,14 @@ def public_url(url):
     """A URL as it may be printed and stored: without user:password@, its query's values and its path's tokens
     hidden. Other words stay as they are."""
     try:
-        parts = urllib.parse.urlsplit(url.strip() if "://" in url else f"//{url.strip()}")
-        tokens = secrets_in_path(parts.path) if "://" in url or re.search("[.:]", parts.netloc) else []
-        if not parts.query and "@" not in parts.netloc and not tokens:
+        address = urllib.parse.urlsplit(url.strip() if "://" in url else f"//{url.strip()}")
+        tokens = secrets_in_path(address.path) if "://" in url or re.search("[.:]", address.netloc) else []
+        if not address.query and "@" not in address.netloc and not tokens:
             return url
-        path = "/".join("..." if segment in tokens else segment for segment in parts.path.split("/"))
+        path = "/".join("..." if segment in tokens else segment for segment in address.path.split("/"))
         query = "&".join(pair if pair.partition("=")[0].lower() in PUBLIC else pair.partition("=")[0] + "=..."
-                         for pair in parts.query.split("&") if pair)
-        public = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], path=path,
+                         for pair in address.query.split("&") if pair)
+        public = urllib.parse.urlunsplit(address._replace(netloc=address.netloc.rpartition("@")[2], path=path,
                                                         query=query, fragment=""))
         return public if "://" in url else public.removeprefix("//")
     except ValueError:
