@@ -21,8 +21,9 @@ The package math-verify changes no verdict unless `use_math_verify` switches it 
 import re
 from functools import lru_cache
 
-from utils.answers import EQUALS, LABEL, NUMBER_WORD, SEQUENCE
-from utils.answers import bare_letter, has_names, is_name, plain, quantity, said_once, same_answer, same_text
+from utils.answers import EQUALS, LABEL, NUMBER_WORD, SEQUENCE, bare_letter, has_names, is_name, plain
+
+from utils.answers import quantity, said_once, same_answer, same_text  # isort: skip
 
 MAX_RESPONSE = 50_000  # characters of a response that are read: its first fifth, and its end
 MAX_ANSWER = 1000      # characters of an answer; longer ones are compared as they stand
@@ -314,9 +315,9 @@ def equivalent(a, b, choices=None):
 
 
 def is_correct(text, sample):
-    """The judge: whether the response `text` answers `sample` (a data.Sample) correctly. Unanswered: False.
+    """R_out: does the response `text` answer `sample` correctly (a data.Sample: .id, .answer, .choices, .meta)?
 
-    sample.answer: with choices the option's letter, else a value; a list or tuple means any of it. As in
+    Unanswered: False. sample.answer: with choices the option's letter, else a value; a list or tuple means any of it. As in
     MathVista's judge, meta["answer_type"] == "float" rounds both sides to meta["precision"] decimals. Raises
     ValueError if the sample has no gold answer.
     """
