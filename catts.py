@@ -23,7 +23,6 @@ import sys
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 import data
 import noise
@@ -488,11 +487,7 @@ def run(argv=None):
 
 
 def main(argv=None):
-    try:
-        cli.command("catts.py", lambda: run(argv))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    cli.command("catts.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

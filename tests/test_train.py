@@ -240,6 +240,16 @@ def test_a_flag_wins_over_its_recipe():
     assert parse([]).output == "runs/cdrl" and parse(["--recipe", "grpo"]).output == "runs/grpo"
 
 
+def test_a_stored_run_is_todays_row_where_a_setting_is_new_or_has_gone():
+    sys.path.insert(0, str(ROOT / "results"))
+    import recipes
+    settings = checkpoint.settings_of(parse([]))
+    older = {key: value for key, value in settings.items() if key != "resample"} | {"a_flag_that_went": 3}
+    assert recipes.same_settings(older, settings)
+    assert not recipes.same_settings(older, settings | {"resample": 2})
+    assert not recipes.same_settings(older | {"lr": 1.0}, settings)
+
+
 def question(tmp_path, **row):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     rows = [{"id": f"q{i}", "image": "a.png", "question": "How many?", "answer": "1"} for i in range(4)]

@@ -370,12 +370,12 @@ def _with_earlier_costs(row, earlier):
     if not (earlier and is_open(earlier) and "ledger" in row and "ledger" in earlier):
         return row
     before = earlier["ledger"]["parts"]
-    parts = {name: before[name] if costs.get("cached_calls") and name in before else costs
+    by_source = {name: before[name] if costs.get("cached_calls") and name in before else costs
              for name, costs in row["ledger"]["parts"].items()}
-    ledger = row["ledger"] | {"parts": parts}
-    for name in {name for costs in parts.values() for name in costs}:
+    ledger = row["ledger"] | {"parts": by_source}
+    for name in {name for costs in by_source.values() for name in costs}:
         ledger[name] = 0
-        for costs in parts.values():
+        for costs in by_source.values():
             ledger[name] = _sum(ledger[name], costs.get(name, 0))
     return row | {"ledger": ledger}
 
