@@ -34,27 +34,33 @@ CLOSE = Fraction(1, 10**6)  # relative, never absolute: all of physics is below 
 # ---- Plain text: one spelling of LaTeX and Unicode
 
 _CHARACTERS = str.maketrans("−–—⁄÷×·‘’′“”⩽⩾", "---//**'''\"\"≤≥") | {
-    ord("√"): r"\sqrt", ord("π"): r"\pi", ord("∞"): r"\infty"}
+    ord(sign): command for sign, command in zip("√π∞∠△", (r"\sqrt", r"\pi", r"\infty", r"\angle ", r"\triangle "))}
 _COMMANDS = dict(pair.split(":") for pair in (
     r"times:* cdot:* div:/ dfrac:\frac tfrac:\frac cfrac:\frac pm:± approx:≈ simeq:≈ infty:infinity "
     r"leq:≤ le:≤ leqslant:≤ geq:≥ ge:≥ geqslant:≥ lt:< gt:> neq:≠ ne:≠ in:∈ cup:∪ varnothing:∅ emptyset:∅ "
-    r"Omega:Ω ohm:Ω mu:μ degree:° degrees:° lbrace:\{ rbrace:\}").split())
-_COMMANDS |= {"pi": "pi ", "quad": " ", "qquad": " "}
+    r"langle:( rangle:) Omega:Ω ohm:Ω mu:μ degree:° degrees:° lbrace:\{ rbrace:\}").split())
+_COMMANDS |= {"pi": " pi ", "quad": " ", "qquad": " "}
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"\\(begin|end)\{[bp]matrix\}", r"\\\1{matrix}"),
     (r"\\\\(?![a-zA-Z])", ";"),  # the rows of a matrix
-    (r"\*\*|`|\\(?:left|right|[bB]igg?[lr]?|displaystyle|boxed|textdollar)(?![a-zA-Z])|\\[()\[\]!]", ""),
+    (r"\\(sin|cos|tan|log|ln|exp)\s*\((\w+)\)", r"\\\1 \2"),                               # \ln(2)
+    (r"^\\\{\s*\\\}$", r"\\emptyset"), (r"\\overline\s*\{([A-Z]{2,9})\}", r"\1"),
+    (r"\\mathbb\s*\{?R\}?(?!\s*[\^_+\w])|^all real numbers$", "(-infinity, infinity)"),
+    (r"\*\*|`|\\(?:(?:left|right)\.?|[bB]igg?[lr]?|displaystyle|boxed|textdollar)(?![a-zA-Z])|\\[()\[\]!]", ""),
     (r"\\?[$€£¥₹]|\\(?=%)", ""),
     (r"\\(?:text|math|operatorname|mbox|hbox|boldsymbol)\w*\s*\{([^{}]*)\}", r" \1"),    # \mbox{red}
+    (r"(?<=\d)(?:st|nd|rd|th)\b|(?<=\d)\s?\^\s?\{?\s?(?:st|nd|rd|th)\b\s?\}?", ""),           # 5^{th}
     (r"\\(?:text|math)[a-z]+|\\[\s,;:]|~", " "),                                         # 54\,321
     (r"\{,\}", ","),                                                                     # 54{,}321
     (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
     (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
     (rf"\\({'|'.join(_COMMANDS)})(?![a-zA-Z])", lambda command: _COMMANDS[command[1]]),
-    (r"<=|=<", "≤"), (r">=", "≥"), (r"!=", "≠"),
+    (r"<=|=<", "≤"), (r">=", "≥"), (r"!=", "≠"), (r"(?<![\w)])\+(?=infinity)", ""),
     (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"),                                                 # 2x10^3
     (r"\\sqrt\s*\[(\w)\]", r"\\root{\1}"),                                               # \sqrt[3]{8}
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),                                        # \frac12
-    (r"^\s*(?:(?:about|approximately|around|roughly)\s|≈)\s*|\s\((?:approximately|approx\.?|roughly)\)$", ""))]
+    (r"^\s*(?:(?:about|approximately|around|roughly)\s|≈|\\sim\b)\s*"                        # about 5
+     r"|\s\((?:approx|roughly|rounded|to\s)[^()]*\)$", ""))]
 
 
 @lru_cache(2**12)      # an answer meets every option, item by item
@@ -132,7 +138,8 @@ def _terms(text):
 
 def _same_region(a, b):
     """For intervals and inequalities, whether they are the same; None where both sides are neither."""
-    unions = [[_interval(piece) for piece in re.split(r"\s*(?:∪|\bor\b)\s*", side)] for side in (a, b)]
+    either = (re.sub(r"^(\w+)\s?≠\s?([^≠]+)$", r"\1 < \2 or \1 > \2", side) for side in (a, b))
+    unions = [[_interval(piece) for piece in re.split(r"\s*(?:∪|\bor\b)\s*", side)] for side in either]
     if all(map(all, unions)):
         return _same_items(*unions, _same_interval, any_order=True)
     if not _RELATION.search(a + b):
@@ -147,7 +154,7 @@ def _interval(text):
     """(name or None, low end, closed?, high end, closed?) of "[0, 5)", "0 ≤ x < 5" or "x ≥ 0", else None."""
     if match := _INTERVAL.fullmatch(text):
         name, left, low, high, right = match.groups()
-        return name, low.strip(), left == "[", high.strip().lstrip("+"), right == "]"
+        return name, low.strip(), left == "[", high.strip(), right == "]"
     terms = _terms(text)
     if len(terms) == 3 and is_name(terms[0]) != is_name(terms[2]):
         terms = ["-infinity", "<", *terms] if is_name(terms[0]) else [*terms, "<", "infinity"]
@@ -305,9 +312,10 @@ _EQUAL_PAIR = re.compile(r"(.+?)(?:\s\(|\s*[=≈]\s*)(?:or )?(.+?)\)?")  # 5 (fi
 _THOUSANDS = re.compile(  # 1,234, 1 234; not 1 200/300
     r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\d.,])[1-9]\d{0,2}(?:\s\d{3})+(?![\d,]|\s?/|\s\d)")
 _MIXED = re.compile(r"(?<![\d.])(\d+)(?:\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s+(\d+)\s*/\s*(\d+))")  # 2 1/2
+_REPEATING = re.compile(r"(\d*)\.(\d{0,9})\\(?:overline|bar|dot)\s*\{?(\d{1,9})\}?")  # 0.1\overline{6}
 SEQUENCE = re.compile(r"\d+(?:\s*[-/:]\s*\d+){2,}|\d+\s*-\s*\d+")  # 5-4-3-2-1, a date, a range: no arithmetic
 _UNIT = re.compile(  # a symbol, or a word after a space, and what follows it up to an exponent
-    r"\s*|\s*(?:[%°'\"]|[^\x00-\x7f±]|(?:[pnμcdmkMGT]?(?:m|g|s|[lL]|A|V|W|N|J|F|Ω|Pa|Hz)|[KC]|in|ft|h|hr|min|sq)\b"
+    r"\s*|\s*(?:[%°'\"]|[^\x00-\x7f±]|(?:[pnμcdmkMGT]?(?:m|g|s|[lL]|A|V|W|N|J|F|Ω|Pa|Hz)|[KC]|in|ft|h|hr|min|sq|o'clock)\b"
     r"|(?<=\s)(?!(?:and|not|than|more|less|plus|minus|over)\b)[^\W\d_]{3,})[^\d\\]*(?:\^?\(?-?\d\)?)?")
 _UNIT_NAMES = dict(pair.split(":") for pair in (
     "meter:m metre:m gram:g second:s sec:s liter:L litre:L amp:A ampere:A volt:V watt:W newton:N joule:J farad:F "
@@ -331,6 +339,7 @@ def quantity(text):
     if fraction := _FRACTION_WORD.match(text):
         text = _fraction(fraction) + text[fraction.end():]
     text = _HUNDRED.sub(lambda word: str(100 * int(word[1] or 1) + int(word[2] or 0)), _in_digits(text))
+    text = re.sub(r"(?<=\d) and a half\b", ".5", text)
     if re.search(r"/|%|frac", text):
         text = re.sub(r"\sof\s\D*$", "", text)  # "1/2 of the cake"; "one of them" is no 1
     text = _arithmetic(text)
@@ -350,7 +359,7 @@ def _unit(text):
         return _UNIT_NAMES.get(word[0].lower(), _UNIT_NAMES.get(singular.lower(), singular))
 
     text = re.sub(r"\b(?:square|sq\.?|(cubic))\s(\w+)", lambda power: power[2] + "23"[bool(power[1])], text)
-    text = re.sub(r"[\s^()]", "", re.sub(r"[^\W\d_]+|['\"]", symbol, text))
+    text = re.sub(r"[\s^()*]", "", re.sub(r"[^\W\d_]+|['\"]", symbol, text))
     return text if text.strip("23") else ""
 
 
@@ -410,7 +419,9 @@ _BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, ":": 2, "^": 3}
 
 
 def _arithmetic(text):
-    """Digits without separators, mixed numbers as sums, every bracket round."""
+    """Digits without separators, repeating decimals as fractions, mixed numbers as sums, every bracket round."""
+    text = _REPEATING.sub(lambda number: "((0{0}{1}{2}-0{0}{1})/({3}-{4}))".format(
+        *number.groups(), 10**len(number[2] + number[3]), 10**len(number[2])), text)
     text = _THOUSANDS.sub(lambda number: re.sub(r"[,\s]", "", number[0]), text)
     text = _MIXED.sub(lambda mixed: "({}+{}/{})".format(*filter(None, mixed.groups())), text)
     return text.translate(str.maketrans("{}[]", "()()"))

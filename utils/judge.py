@@ -56,13 +56,13 @@ _CLOSING_BOLD = re.compile(r"(?P<line>[^\n]*)\*\*\W?(?P<bold>[^*\n]{1,80})\*\*[\
 _SECOND_THOUGHT = re.compile(r"\b(?:no,|wait\b|actually\b|correction\b|on second thoughts?\b)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？\n]|</")  # "It is B." and "<answer>B</answer>", not "3.5"
 _CLAUSE_END = re.compile(  # "8, not 6", "B; A is wrong"; the joining word opens a clause, but "since (A) is red," goes
-    r";|^\W*(?:because|since|as|although|while)\s[^,;]*,\s"
-    r"|,\s(?=(?:as|which|while|but|in|exactly|respectively)\b)|(?:,\s|\()(?=not\s)"
-    r"|\((?=(?:because|since|as)\s)|[,，]\s?(?=而?不是|因为)"
+    r";|^\W*not\s[^,;]{1,40}?,?\sbut\s(?:rather\s)?|^\W*(?:because|since|as|although|while)\s[^,;]*,\s"
+    r"|,\s(?=(?:as|which|while|but|however|in|exactly|respectively)\b)|(?:,\s|\()(?=not\s)"
+    r"|\((?=(?:because|since|as|confidence)\b)|[,，]\s?(?=而?不是|因为)"
     r"|,?\s(?=(?:because|since|although|whereas|rather than|instead of|and not|so|hence|thus|therefore)\b)",
     re.IGNORECASE)
 _ASIDE = re.compile(  # "because A is too dark", "in total"
-    r"\W*(?:(?:because|since|although|whereas|rather|instead|and not|not|as|while|in (?:total|all)|exactly"
+    r"\W*(?:(?:because|since|confidence|although|whereas|rather|instead|and not|not|as|while|in (?:total|all)|exactly"
     r"|respectively)\b|而?不是|因为)", re.IGNORECASE)
 _NEGATED = re.compile(r"\b(?:not|neither|nor|never|cannot)\b|n['’]t\b", re.IGNORECASE)  # "We do not see 5"
 _REJECTED = re.compile(  # "B is wrong"
@@ -116,7 +116,7 @@ def extract_answer(text, choices=None):
     verdict = re.match(r"\s*(yes|no|true|false)\s*[,.;\n]", text, re.IGNORECASE)
     if verdict:
         return verdict[1]
-    sentence = re.split(r"[.!?]\s+|\n", text[-MAX_ANSWER:].rstrip(" .!?*$\n"))[-1]
+    sentence = re.split(r"[.!?]\s+|\n", text[-MAX_ANSWER:].rstrip(" .!?*$`\n"))[-1]
     answer = _ending(sentence) or (None if _asks(text) else _only_number(sentence))
     return answer and re.sub(r"^[A-J]\.(?=\d)", "", answer)  # "C.162 °": an option's letter, glued on
 
@@ -132,6 +132,7 @@ def _texts(choices):
 def _response(text):
     """The first turn, without "I hope it is correct" at its end. Of a very long one, beginning and end."""
     roles = ("", "assistant", "user", "model")
+    text = text.replace("<|begin_of_box|>", r"\boxed{").replace("<|end_of_box|>", "}")  # GLM-4.1V
     text = next((turn for turn in _CHAT_TOKEN.split(text) if turn.strip() not in roles), "").rstrip()
     if len(text) > MAX_RESPONSE:
         text = text[:MAX_RESPONSE // 5] + "\n" + text[-MAX_RESPONSE * 4 // 5:]
@@ -362,7 +363,7 @@ def _letter(option):
 
 def _labelled(text, choices):
     """Index of the option that a text is by its letter, alone or before the option's text; or None."""
-    match = LABEL.fullmatch(plain(text).strip(" *#$"))
+    match = LABEL.fullmatch(re.sub(r"^(\W*[A-Z]\.)(?=[^\W\d])", r"\1 ", plain(text).strip(" *#$\"")))  # "B.red"
     option = ord(match[1].upper()) - ord("A") if match else len(choices)
     named = option < len(choices) and (not match[3] or same_text(match[3], choices[option]))
     return option if named else None
@@ -444,7 +445,7 @@ def _named(sentences, choices):
     letter = f"[A-{_letter(len(choices) - 1)}]"
     listed = rf"(?<!{_QUOTED})\b{letter}\b\W{{0,3}}(?:[,/&]|\b(?:and|to|(or))\b)\W{{0,3}}{letter}\b"
     letters = (rf"[(\[]({letter})[)\]]|\b(?i:option|choice|answer)\s\W?({letter})\b(?!(?<=I)\s[a-z])"
-               rf"|\b({letter})(?=\s(?:is|was|must be)\s(?:the\s)?(?:\w+ly\s)?(?:correct|right|best|answer))")
+               rf"|\b({letter})(?=\s(?:is|was|must be)\s(?:the\s)?(?:\w+ly\s)?(?:correct|right|best|better|answer))")
     for i, clause in enumerate(clauses):
         several = re.search(listed, clause)
         if several and several[1]:  # "A or B" leaves it open
