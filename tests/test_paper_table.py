@@ -78,7 +78,7 @@ def paper_run(two_ranks):
     assert len(commands) == 3 * len(LAYOUTS) + 1
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
         patch.chdir(ROOT)
-        patch.setattr(tables, "ROUNDS", 50)
+        patch.setattr(tables, "ROUNDS", 20)
         for words in commands:
             eval.main(words[1:]) if words[0] == "eval.py" else paper_table.main(words[2:])
     assert votes.read_bytes() == before                     # answered by the two ranks: gone on with, not again
