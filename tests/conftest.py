@@ -53,6 +53,19 @@ def pytest_sessionfinish():
     POOL.shutdown(wait=False, cancel_futures=True)
 
 
+def recorded(folder, run):
+    """The Python commands of a shell script, which records them and runs none -> list of words behind `python` or `torchrun`.
+    run: a function that runs the script with the variables it is given."""
+    shims, record = folder / "shims", folder / "commands"
+    shims.mkdir(exist_ok=True)
+    for name in ("python", "torchrun"):
+        (shims / name).write_text('#!/bin/bash\nprintf "%s\\0" "$@" >> "$RECORD"; printf "\\n" >> "$RECORD"\n')
+        (shims / name).chmod(0o755)
+    record.write_text("")
+    run(PATH=f"{shims}:{os.environ['PATH']}", RECORD=str(record))
+    return [line.split("\0")[:-1] for line in record.read_text().splitlines()]
+
+
 @pytest.fixture(scope="session")
 def base():
     return VLM.load(ROOT / "tiny" / "base")

@@ -198,6 +198,11 @@ def test_the_progress_bar_moves_within_a_batch_and_ends_at_its_total():
         assert bar.n == 8 and bar.begun == 0
         bar.finish(4)
         assert bar.n == 12
+    with results_file.Progress(total=0.3, disable=False, smoothing=0, leave=False) as bar:
+        for _ in range(3):
+            results_file.advance(0.1)                               # 0.1 + 0.1 + 0.1 > 0.3
+        bar.finish(0.3)
+        assert bar.n == 0.3
     results_file.advance(1.0)                                       # without a bar: nothing
 
 

@@ -360,6 +360,7 @@ class Progress(tqdm):
 def advance(questions):
     """Tell the progress bar that part of a batch is done: its work, counted in questions (float)."""
     if bar := Progress.current:
+        questions = min(questions, max(0.0, bar.total - bar.n))     # thirds of a batch sum to more
         bar.begun += questions
         bar.update(questions)
 
