@@ -2,6 +2,7 @@
 import json
 import re
 import shlex
+import time
 import types
 
 import numpy as np
@@ -165,12 +166,18 @@ def test_wordings():
 def test_costs_count_every_generation():
     args, _ = parsed("--data", "x.tsv", "--samples", "8", "--corruptions", "fog", "blur")
     parts = cost.eval_parts(args, list(data.MODULES))
-    rows = cost.table(parts, 100, length=50, rate=1000, max_new_tokens=64, expert_tokens=256)
+    rows = cost.table(parts, 100, cost.Speed(length=50, rate=1000), max_new_tokens=64, expert_tokens=256)
     assert rows["samples"]["generations"] == 800 and rows["probe"]["generations"] == 200
     assert rows["corruptions"]["generations"] == 100 * (1 + 2 * 5 * 2)
     assert rows["self_check"]["hours"] == pytest.approx(2 * 100 * 50 / 1000 / 3600)     # contrast: two views
     assert rows["all"]["Expert calls"] == 300 and rows["all"]["Expert tokens, at most"] == 300 * 256
     assert rows["all"]["tokens"] == 50 * rows["all"]["generations"] == sum(r["tokens"] for n, r in rows.items() if n != "all")
+    slow = cost.table(parts, 100, cost.Speed(50, 1000, prompt=3.6), 64, 256, local_expert=True)
+    seconds = {name: 3600 * (slow[name]["hours"] - rows[name]["hours"]) for name in rows}
+    assert seconds["samples"] == pytest.approx(100 * 3.6)               # a question's samples share its prompt
+    assert seconds["self_check"] == pytest.approx(100 * 2 * 3.6)        # both pictures
+    assert seconds["probe"] == pytest.approx(100 * (2 + 3) * 3.6)       # clean, noised; and the states on three
+    assert seconds["self_consistency"] == pytest.approx(100 * (3.6 + .256))     # the Voter alone
     lean, _ = parsed("--data", "x.tsv", "--no-probe", "--methods", "modules")
     assert {*cost.eval_parts(lean, list(data.MODULES))} == {"samples", *data.MODULES}
 
@@ -183,8 +190,15 @@ def test_batches_are_bounded_by_tokens():
 def test_the_rate_is_measured_without_the_first_question():
     rollouts = [[types.SimpleNamespace(tokens=[0] * length, finished=length < 6) for length in (4, 6)]] * 3
     drawn = []
-    length, rate, cut = cost.measure(lambda count: drawn.append(count) or rollouts[:count])
-    assert drawn == [1, None] and length == 5 and cut == 0.5 and rate > 0
+
+    def draw(count, **length):
+        drawn.append((count, length))
+        time.sleep(.02)                                            # the prompts
+        time.sleep(0 if length else .03)                           # 30 tokens
+        return rollouts[:count]
+    speed = cost.measure(draw, 3)
+    assert drawn == [(1, {}), (None, {"max_new_tokens": 1}), (None, {})] and speed.length == 5 and speed.cut == 0.5
+    assert .02 / 3 <= speed.prompt and 30 / speed.rate < 2 * .03 + .02
 
 
 def test_the_progress_bar_moves_within_a_batch_and_ends_at_its_total():
