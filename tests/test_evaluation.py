@@ -1,5 +1,7 @@
 """What a user types for a real model: nothing of the built-in world comes in silently, and costs are known before."""
+import csv
 import json
+import math
 import re
 import shlex
 import time
@@ -218,6 +220,31 @@ def test_the_progress_bar_moves_within_a_batch_and_ends_at_its_total():
         bar.finish(0.3)
         assert bar.n == 0.3
     results_file.advance(1.0)                                       # without a bar: nothing
+
+
+def test_results_open_in_a_spreadsheet(tmp_path):
+    """A line an answer, read back; texts that start like a formula are no formula."""
+    rows = [{"id": name, "images": ["a, b.png"], "gold": gold, "choices": None, "meta": {"level": "hard"}}
+            for name, gold in (("=1+1", "-3"), ('q "2"\nélan', "@x"))]
+    outcomes = [tables.Outcome(row["id"], confidence, True, 5) for row in rows for confidence in (.25, math.nan)]
+    evaluation.write_results(tmp_path / "results.jsonl", rows, {"pass@1": outcomes, "greedy": outcomes[:1]}, {"model": "m"})
+    assert (tmp_path / "results.csv").read_bytes().startswith(b"\xef\xbb\xbfid,images,gold,model,level,type,method,confidence,")
+    with open(tmp_path / "results.csv", encoding="utf-8-sig", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["method"] for line in lines] == ["pass@1", "pass@1", "greedy", "pass@1", "pass@1"]
+    assert (lines[0]["id"], lines[0]["gold"], lines[0]["images"], lines[0]["confidence"]) == ("'=1+1", "-3", "a, b.png", "0.25")
+    assert (lines[3]["id"], lines[3]["gold"], lines[4]["confidence"]) == (rows[1]["id"], "'@x", "")
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_errors_among_the_answered_stand_beside_what_was_left_open():
+    ledger = dict.fromkeys(("tokens", "forward_passes", "expert_calls", "expert_tokens", "seconds"), 1)
+    rows = [{"correct": correct, "confidence": .5, "abstained": abstained, "ledger": ledger}
+            for correct, abstained in ((True, False), (False, False), (False, True), (None, False))]
+    mean = results_file.average(rows)
+    assert mean["abstained"] == .25 and mean["errors, answered"] == .5 and mean["accuracy"] == pytest.approx(1 / 3)
+    assert "errors, answered" not in results_file.average(rows[:2])
+    assert math.isnan(results_file.average(rows[2:3])["errors, answered"])
 
 
 # ---- Findings in words

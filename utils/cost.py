@@ -106,8 +106,8 @@ def table(parts, num_questions, speed, max_new_tokens, expert_tokens, ranks=1, l
 def show(title, rows, speed, batch_size, local_expert):
     """Print the costs of one model."""
     print(f"\n{title}: measured on the first batch of {batch_size}: {speed.length:.0f} tokens an answer, "
-          f"{speed.rate:.0f} tokens a second, {speed.prompt:.2g} seconds a prompt, {speed.cut:.0%} cut off at "
-          f"the limit")
+          f"{speed.rate:.0f} tokens a second, {speed.prompt:.2g} seconds a prompt, {speed.cut:.0%} cut off "
+          f"at the limit")
     shown = {name: row | {"hours": float(f"{row['hours']:.3g}")} for name, row in rows.items()}
     print(cli.table(shown))
     calls = rows["all"]["Expert calls"]
