@@ -111,7 +111,7 @@ def sample_weights(confidences, probabilities, settings):
         weights = torch.tensor(probabilities, dtype=torch.float64)
     else:
         weights = torch.ones_like(c)
-    num_kept = math.ceil(settings.top_share * len(c) - 1e-9)
+    num_kept = len(c) - math.ceil((1 - settings.top_share) * (len(c) - 1) - 1e-9)  # above a percentile
     weights[c.argsort(descending=True, stable=True)[num_kept:]] = 0
     total = weights.sum()
     return (weights / total if total > 0 else torch.full_like(weights, 1 / len(c))).tolist()

@@ -151,7 +151,8 @@ tables.ROUNDS = 50          # of the bootstrap
 def evaluated(output):
     """One small run of the command, the Expert as the baseline, in a process of its own: its folder."""
     flags = [*SMALL, "--baseline", str(ROOT / "tiny" / "expert"), "--output", str(output)]
-    subprocess.run([sys.executable, "-c", f"import eval; eval.ROUNDS = 50; eval.main({flags})"], cwd=ROOT, check=True,
+    code = f"import eval; from utils import tables; tables.ROUNDS = 50; eval.main({flags})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
                    env=ENVIRONMENT, capture_output=True)
     return output
 

@@ -1,5 +1,7 @@
 """The command line of eval.py: its flags and what they imply, stored results, what the terminal shows."""
 import argparse
+import csv
+import io
 import math
 import os
 import re
@@ -196,7 +198,8 @@ def model_folder(args, name):
 
 
 def write_results(path, rows, methods, about):
-    """results.jsonl: a question a line, with its subsets and what each method made of it.
+    """results.jsonl: a question a line, with its subsets and what each method made of it. Beside it
+    results.csv, a line an answer of a method, for a spreadsheet.
 
     rows: stored votes; methods: {method: list of Outcome}; about: what the row was made with (dict).
     """
@@ -209,6 +212,21 @@ def write_results(path, rows, methods, about):
                               "subsets": labels_of(row), "methods": by_id[row["id"]], **about})
              for row in rows]
     cli.write_atomically(path, "".join(line + "\n" for line in lines))
+    flat = [{"id": row["id"], "images": " ".join(map(str, row.get("images") or ())), "gold": row["gold"],
+             **about, **labels_of(row), "method": method, **fields}
+            for row in rows for method, results in by_id[row["id"]].items() for fields in results]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(key for line in flat for key in line), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _cell(value) for key, value in line.items()} for line in flat)
+    cli.write_atomically(path.with_suffix(".csv"), "\ufeff" + text.getvalue())      # Excel asks for the mark
+
+
+def _cell(value):
+    """A cell: empty for nan. No spreadsheet takes it for a formula: text like one gets an apostrophe."""
+    if value != value:
+        return ""
+    return f"'{value}" if isinstance(value, str) and re.match(r"[=+@\t\r]|-(?!\.?\d)", value) else value
 
 
 def describe_run(args, settings, samples, num_rows, scales):

@@ -516,6 +516,9 @@ def average(rows, price=None):
     mean = {"questions": len(rows), "accuracy": sum(graded) / len(graded) if graded else float("nan"),
             "confidence": sum(row["confidence"] for row in rows) / len(rows),
             "abstained": sum(row["abstained"] for row in rows) / len(rows)}
+    answered = [row["correct"] for row in rows if row["correct"] is not None and not row["abstained"]]
+    if len(answered) < len(graded):
+        mean["errors, answered"] = 1 - sum(answered) / len(answered) if answered else math.nan
     cut = [not sample["finished"] for row in rows for sample in row.get("samples", [])]
     mean["cut"] = sum(cut) / len(cut) if cut else math.nan
     optional = ("expert_retries", "expert_prompt_tokens")
