@@ -72,12 +72,13 @@ class Program:
             rank.kill()
 
     def wait(self, timeout=240):
-        """-> subprocess.CompletedProcess. A rank that fails ends the others, as torchrun does."""
-        end = time.monotonic() + timeout
+        """-> subprocess.CompletedProcess. Ranks that do not end after one has failed are killed."""
+        end, failed = time.monotonic() + timeout, None
         while any(rank.exitcode is None for rank in self.ranks):
             if self.returncode:
-                time.sleep(0.5)
-                self.kill()
+                failed = failed or time.monotonic()
+                if time.monotonic() > failed + 20:
+                    self.kill()
             if time.monotonic() > end:
                 self.kill()
                 raise subprocess.TimeoutExpired(str(self.ranks), timeout)
