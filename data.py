@@ -24,7 +24,7 @@ from utils.formats import File, open_rows
 from utils.held_out import hold_out
 from utils.pictures import UNREADABLE, load_picture, shown_size, unreadable
 from utils.preflight import training_fault
-from utils.prompts import PROMPTS, project_prompt
+from utils.prompts import PROMPTS, project_prompt, think_prompt
 from utils.rows import LETTERS
 
 
@@ -32,10 +32,11 @@ def open_data(args):
     """(training questions, held-out questions). Built-in questions have a test split. Of a file at most a
     fifth is held out, drawn by the seed, and no picture is in both parts."""
     if args.data == "synthetic":
-        held_out = load("synthetic", "test", args.run.eval_size, args.seed) if args.run.eval_size else []
-        return load("synthetic", "train", None, args.seed), held_out
+        def built_in(split, number):
+            return load("synthetic", split, number, args.seed, wording=args.run.prompt)
+        return built_in("train", None), built_in("test", args.run.eval_size) if args.run.eval_size else []
     samples = list(load(args.data, strict=not args.run.skip_broken, answered=True,
-                        allow_outside=args.run.allow_outside))
+                        allow_outside=args.run.allow_outside, wording=args.run.prompt))
     return hold_out(samples, min(args.run.eval_size, len(samples) // 5), args.seed)
 
 
@@ -119,7 +120,7 @@ def critic_prompt(sample, answer):
 
 def reflect_prompt(sample, answer, critique):
     """The base model answers again with the critique (paper 3.3, Self-Reflection)."""
-    instruction = project_prompt("", sample)
+    instruction = (think_prompt if sample.wording == "think" else project_prompt)("", sample)
     return f"{ask(sample)}\nEarlier answer: {answer}\nCritique: {critique}{instruction}"
 
 

@@ -131,8 +131,15 @@ def confidence_reward(c, c_noised, correct, is_control, confidence_map, args):
 # ------------------------------------------------------------------------------------------------------------
 # Outcome and format (paper 3.2.2), advantages
 
-def format_reward(text, finished):
-    r"""R_format in {0., 1.}: one well-formed, non-empty `\boxed{}`, words before it, `finished` by EOS."""
+THINK = re.compile(r"\s*<think>(?=\s*\w)(?:(?!</?think>).)*</think>\s*<answer>\s*(?!</answer>)\S"
+                   r"(?:(?!</?(?:answer|think)>).)*</answer>\s*", re.DOTALL)
+
+
+def format_reward(text, finished, wording="project"):
+    r"""R_format in {0., 1.}: words, then one well-formed, non-empty `\boxed{}`, `finished` by EOS; with the
+    wording "think": `<think>words</think><answer>...</answer>` and nothing else."""
+    if wording == "think":
+        return float(finished and THINK.fullmatch(text) is not None)
     boxed = boxes(text)
     if not finished or len(boxed) != 1 or text.count("\\boxed") != 1:
         return 0.0

@@ -252,7 +252,7 @@ def add_rewards(views, confidence_map, args):
     for view in views:
         if view is not original:
             calibration = calibration_reward(c_noised, view.correct, confidence_map, args) * view.has_pictures
-        formats = torch.tensor([[format_reward(r.text, r.finished) for r in group]
+        formats = torch.tensor([[format_reward(r.text, r.finished, args.run.prompt) for r in group]
                                 for group in view.rollouts])                                          # (Q, G)
         view.rewards = {"perception": perception, "calibration": calibration, "outcome": view.correct,
                         "format": formats}

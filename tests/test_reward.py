@@ -287,6 +287,35 @@ def test_format_reward(text, finished, wanted):
     assert reward.format_reward(text, finished) == wanted
 
 
+@pytest.mark.parametrize(("text", "finished", "wanted"), [
+    ("<think>three and four</think><answer>7</answer>", True, 1.0),
+    (" <think>\n3 + 4\n</think>\n\n<answer>\n7 </answer>\n", True, 1.0),
+    ("<think>a < b</think><answer>\\boxed{7}</answer>", True, 1.0),
+    ("<think>three and four</think><answer>7</answer>", False, 0.0),
+    ("<think></think><answer>7</answer>", True, 0.0),
+    ("<think>3 + 4</think><answer> </answer>", True, 0.0),
+    ("<think>3 + 4</think>7", True, 0.0),
+    ("<answer>7</answer>", True, 0.0),
+    ("So: <think>3 + 4</think><answer>7</answer>", True, 0.0),
+    ("<think>3 + 4</think><answer>7</answer> or 8", True, 0.0),
+    ("<think>3 + 4</think><answer>7</answer><answer>8</answer>", True, 0.0),
+    ("<think>3<think>4</think></think><answer>7</answer>", True, 0.0),
+    (r"Three and four: \boxed{7}", True, 0.0),
+    ("<think>" + "<answer>" * 5000, True, 0.0),
+])
+def test_format_reward_of_tags(text, finished, wanted):
+    assert reward.format_reward(text, finished, "think") == wanted
+
+
+def test_the_answer_in_tags_is_the_one_judged():
+    for text, answer in (("<think>The answer is 5.</think><answer>7</answer>", "7"),
+                         (r"<think>\boxed{5}</think> <answer>\boxed{7}</answer>", "7"),
+                         ("<think>5 or 7</think>\n<answer>\n7\n</answer>", "7")):
+        assert is_correct(text, SimpleNamespace(id="q", answer=answer, choices=None, meta={}))
+    sample = SimpleNamespace(id="q", answer="B", choices=["red", "blue"], meta={})
+    assert is_correct("<think>Not (A).</think><answer>(B) blue</answer>", sample)
+
+
 def test_outcome_reward_is_the_judge():
     sample = SimpleNamespace(id="q", answer="7", choices=None, meta={})
     assert is_correct(r"so \boxed{7}", sample) is True

@@ -26,7 +26,8 @@ from train_cdrl import accumulate_gradients, parse, policy_loss
 from utils import checkpoint, cli, distributed, held_out, loading, logs, memory
 from utils.cli import InputError
 from utils.distributed import QuestionOrder
-from vlm import VLM
+from utils.model_defaults import next_evaluation
+from vlm import VLM, Rollout
 
 TINY = ["--steps", "3", "--batch_size", "6", "--group_size", "2", "--eval_size", "0", "--max_new_tokens", "24",
         "--scale_questions", "16"]
@@ -249,6 +250,28 @@ def test_a_stored_run_is_todays_row_where_a_setting_is_new_or_has_gone():
     assert recipes.same_settings(older, settings)
     assert not recipes.same_settings(older, settings | {"resample": 2})
     assert not recipes.same_settings(older | {"lr": 1.0}, settings)
+
+
+def test_the_form_of_answers_is_that_of_prompt_reward_and_evaluation(tmp_path):
+    for flags in ([], question(tmp_path)):
+        args = parse(["--prompt", "think", "--eval_size", "1", *flags])
+        samples = [s for s, *_ in filter(None, data.open_data(args))]
+        assert samples and all("<answer>" in data.prompt(s) and "<answer>" in data.reflect_prompt(s, "1", "No.") for s in samples)
+        assert "--prompt think" in next_evaluation(tmp_path, args)
+        assert "boxed" in data.prompt(data.open_data(parse(["--eval_size", "1", *flags]))[0][0])
+    assert "--prompt" not in next_evaluation(tmp_path, parse([]))
+    views = view_of([["<think>one</think><answer>1</answer>", r"One: \boxed{1}"]])
+    for wording, formats in (("think", [1, 0]), ("project", [0, 1])):
+        train_cdrl.add_rewards(views, None, parse(["--recipe", "grpo", "--prompt", wording]))
+        assert views[0].rewards["format"].tolist() == [formats]
+
+
+def view_of(texts):
+    """One view, with a group of texts for each question."""
+    rollouts = [[Rollout(text, torch.ones(3), torch.zeros(3), torch.ones(3), True) for text in group] for group in texts]
+    zeros = torch.zeros(len(texts), len(texts[0]))
+    return [train_cdrl.RolloutBatch("original", [[]] * len(texts), ["?"] * len(texts), rollouts, zeros, zeros,
+                                    zeros[:, 0].bool(), None, [], 1.0)]
 
 
 def question(tmp_path, **row):

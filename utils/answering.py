@@ -33,8 +33,8 @@ PRESETS = {
 def add_choices(parser):
     """Flags of eval.py and catts.py alike: wording, presets, the judge, and what it would cost."""
     parser.add_argument("--prompt", default="project", choices=PROMPTS,
-                        help="project: think, then one box; bare: the question alone; official: the "
-                             "benchmark's own hint")
+                        help="project: think, then one box; think: <think> and <answer> tags; bare: the "
+                             "question alone; official: the benchmark's own hint")
     parser.add_argument("--preset", choices=PRESETS, help="settings of a paper; flags beside it count")
     parser.add_argument("--math_verify", action="store_true", default=None,
                         help="let the package math-verify accept answers that the rules refuse")

@@ -283,6 +283,8 @@ class RunOptions:
     save_every: int = option(20, "steps between checkpoints", least=1)
     keep: int = option(2, "newest checkpoints that stay", least=1)
     allow_outside: bool = option(False, "pictures of --data may lie outside its folder")
+    prompt: str = option("project", "form of an answer, which R_format pays: project: words, then one box; "
+                                    "think: <think> and <answer> tags", ("project", "think"))
     system: str = option("", "a system prompt before each question")
     max_pixels: int = option(0, "larger pictures are shrunk to so many pixels, for any class of model; 0: "
                                 "none is", least=0)

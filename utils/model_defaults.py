@@ -68,6 +68,8 @@ def next_evaluation(output, args):
     for name in READING:                    # how the training put its prompts and pictures
         if value := getattr(args.run, name):
             words += [f"--{name}", str(value)]
+    if args.run.prompt != "project":
+        words += ["--prompt", args.run.prompt]
     built_in = is_built_in(args.model)
     if not built_in:
         words += ["--expert", "self"]

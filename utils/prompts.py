@@ -25,6 +25,13 @@ def project_prompt(question, sample):
     return f"{question}\nThink step by step, then put {what} in \\boxed{{}}."
 
 
+def think_prompt(question, sample):
+    """The same in tags, as DeepSeek-R1 and its followers are trained."""
+    what = "the letter of the answer" if sample.choices else "the answer"
+    return (f"{question}\nThink step by step inside <think> and </think>, then put {what} inside <answer> "
+            "and </answer>.")
+
+
 def bare_prompt(question, sample):
     """The question and its options, nothing else."""
     return question
@@ -62,7 +69,7 @@ def _mathvista(question, sample):
     return f"Hint: Please answer the question{joint}{hint}.\nQuestion: {stem}{choices}"
 
 
-PROMPTS = {"project": project_prompt, "bare": bare_prompt, "official": official_prompt}
+PROMPTS = {"project": project_prompt, "think": think_prompt, "bare": bare_prompt, "official": official_prompt}
 
 
 def place_images(prompt, count, special_tokens):
