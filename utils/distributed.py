@@ -24,6 +24,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -227,9 +228,19 @@ class Policy(nn.Module):
 
     def score(self, images, prompts, completions, *, temperature=1.0, inputs=None, rows=None):
         """`VLM.score`, with gradient. inputs: `VLM.encode` of these prompts and others, of which they are
-        `rows` (indices)."""
+        `rows` (indices).
+
+        Ranks gather and sum the vision tower's weights together. One whose prompts have no picture therefore
+        reads one more prompt, with a grey picture, whose scores are dropped and whose gradient is 0."""
         inputs = inputs and inputs.rows(rows)               # here: FSDP makes a plain dict of it on the way
-        return self(images, prompts, completions, temperature=temperature, inputs=inputs)
+        if not self.units or any(images):
+            return self(images, prompts, completions, temperature=temperature, inputs=inputs)
+        n = len(completions) // len(prompts)
+        scores = self([*images, [Image.new("RGB", (64, 64), "gray")]], [*prompts, "?"],
+                      [*completions, *completions[:1] * n], temperature=temperature)
+        kept, dropped = scores.split([len(completions), n])
+        nothing = 0 * dropped.logprobs.sum()
+        return kept._replace(logprobs=kept.logprobs + nothing, confidence=kept.confidence + nothing)
 
     def encode(self, images, prompts):
         return self._vlm[0].encode(images, prompts)
