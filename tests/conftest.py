@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from programs import ENVIRONMENT  # noqa: E402, F401  # a test beside a program may set variables for itself
 
 import data  # noqa: E402
 from noise import ClipAttention  # noqa: E402
@@ -19,8 +20,6 @@ from vlm import VLM  # noqa: E402
 # One core for the tests of this process, the other for what starts ahead; two threads of the tiny model gain little.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-# Of programs that scenarios start: a test beside them may set variables for itself.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 REAL = ROOT.parent / "shared" / "data"
 AHEAD, FOUND, POOL, SCRATCH = {}, {}, ThreadPoolExecutor(1), tempfile.TemporaryDirectory(prefix="cdrl-tests-")
 
@@ -52,6 +51,19 @@ def pytest_collection_finish(session):
 
 def pytest_sessionfinish():
     POOL.shutdown(wait=False, cancel_futures=True)
+
+
+def recorded(folder, run):
+    """The Python commands of a shell script, which records them and runs none -> list of words behind `python` or `torchrun`.
+    run: a function that runs the script with the variables it is given."""
+    shims, record = folder / "shims", folder / "commands"
+    shims.mkdir(exist_ok=True)
+    for name in ("python", "torchrun"):
+        (shims / name).write_text('#!/bin/bash\nprintf "%s\\0" "$@" >> "$RECORD"; printf "\\n" >> "$RECORD"\n')
+        (shims / name).chmod(0o755)
+    record.write_text("")
+    run(PATH=f"{shims}:{os.environ['PATH']}", RECORD=str(record))
+    return [line.split("\0")[:-1] for line in record.read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")

@@ -133,10 +133,7 @@ def main():
     distributed.agreed(check)
     open({moved!r}, "w")
 
-try:
-    cli.command("program", main)
-finally:
-    dist.destroy_process_group()
+cli.command("program", main)
 """
 
 
