@@ -4,8 +4,8 @@ import re
 
 import pytest
 from conftest import ROOT
+from families import gemma4, qwen3_5, qwen3_vl, untyped
 from PIL import Image
-from test_models import gemma4, qwen3_5, qwen3_vl, untyped
 from test_plan import LARGE_CLIP, flags_of
 from transformers import CLIPImageProcessor, Qwen2VLImageProcessor
 from transformers.models.gemma4 import Gemma4ImageProcessorPil

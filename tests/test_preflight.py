@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ENVIRONMENT, ROOT
+from families import FAMILIES, NEEDS_TORCHVISION, write
 from PIL import Image
-from test_models import FAMILIES, NEEDS_TORCHVISION, write
 
 import data
 from utils import distributed, held_out, preflight

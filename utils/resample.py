@@ -1,30 +1,32 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476): questions whose answers all earn the same give way to others.
+"""Dynamic sampling (DAPO, arXiv 2503.14476): other questions for those whose answers all earn the same.
 
-A tied group has no advantage, so that its rollouts were drawn for nothing but their confidence.
+Such a tied group has no advantage, and its rollouts teach only their confidence.
 """
 import random
 
+from utils import distributed
+
 
 def replace_tied(samples, views, order, step, roll_out, attempts):
-    """Draw other questions for tied groups, at most `attempts` times -> samples, views, how many.
+    """Draw other questions for tied groups, at most `attempts` times -> samples, views, number replaced.
 
-    views: RolloutBatch of each, with rewards; the first one decides. order: QuestionOrder. roll_out(samples,
-    name) -> the views of other questions, with rewards; name seeds them. The questions of an attempt follow
-    from seed, step, attempt and rank. A slot whose new group is tied, too, keeps its question.
+    views: RolloutBatch of each view, with rewards; the first view decides. order: QuestionOrder.
+    roll_out(samples, name) -> views of other questions, with rewards; the name seeds them. The questions
+    follow from seed, step, attempt and rank. A question whose replacement is tied as well stays.
     """
     replaced = 0
     for attempt in range(attempts):
-        slots = views[0].is_tied.nonzero()[:, 0].tolist()
-        if not slots:
+        tied = views[0].is_tied.nonzero()[:, 0].tolist()
+        if not distributed.summed([len(tied)])[0]:      # ranks stop together: a rollout gathers the weights
             break
         draw = random.Random(f"resample {order.seed} {step} {attempt} {order.rank}")
-        others = [order.questions[draw.randrange(len(order.questions))] for _ in slots]
+        others = draw.choices(order.questions, k=max(1, len(tied)))
         other_views = roll_out(others, f"{step} resample {attempt}")
-        places = (~other_views[0].is_tied).nonzero()[:, 0].tolist()
-        indices = list(range(len(samples)))
-        for slot, place in zip(slots, places):
-            indices[slot] = len(samples) + place
-        replaced += len(places)
-        views = [view.joined(other).select(indices) for view, other in zip(views, other_views)]
-        samples = [[*samples, *others][i] for i in indices]
+        untied = (~other_views[0].is_tied).nonzero()[:, 0].tolist()
+        rows = list(range(len(samples)))
+        for slot, other in zip(tied, untied):
+            rows[slot] = len(samples) + other
+            replaced += 1
+        samples = [[*samples, *others][row] for row in rows]
+        views = [view.joined(other).select(rows) for view, other in zip(views, other_views)]
     return samples, views, replaced
