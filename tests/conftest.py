@@ -15,7 +15,11 @@ from programs import ENVIRONMENT  # noqa: E402, F401  # a test beside a program 
 
 import data  # noqa: E402
 from noise import ClipAttention  # noqa: E402
+from utils.experts import LocalExpert  # noqa: E402
 from vlm import VLM  # noqa: E402
+
+TAUS = {"samples": 1.0, "voter": 0.5, "self_reflection": 0.5, "self_check": 0.5}
+KEY = "sk-very-secret-0123"             # of an Expert's server
 
 # One core for the tests of this process, the other for what starts ahead; two threads of the tiny model gain little.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -97,3 +101,8 @@ def mixed():
     images[1] = [images[1][0].resize((60, 180))]
     images[2] = [images[2][0], images[0][0].resize((200, 90))]
     return images, [data.prompt(s) for s in samples]
+
+
+@pytest.fixture(scope="session")
+def expert():
+    return LocalExpert(VLM.load(ROOT / "tiny" / "expert"), 192)

@@ -20,7 +20,8 @@ CONTEXT.set_forkserver_preload(["preloaded"])
 
 def start_server():
     """The process that all programs are forked from."""
-    path, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), str(ROOT / "tests")      # where it finds `preloaded`
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests"), path]))   # where it finds `preloaded`
     multiprocessing.forkserver.ensure_running()
     os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
 
@@ -72,17 +73,20 @@ class Program:
             rank.kill()
 
     def wait(self, timeout=240):
-        """-> subprocess.CompletedProcess. A rank that fails ends the others, as torchrun does."""
-        end = time.monotonic() + timeout
+        """-> subprocess.CompletedProcess. Ranks that do not end after one has failed are killed."""
+        end, failed = time.monotonic() + timeout, None
         while any(rank.exitcode is None for rank in self.ranks):
             if self.returncode:
-                time.sleep(0.5)
-                self.kill()
+                failed = failed or time.monotonic()
+                if time.monotonic() > failed + 20:
+                    self.kill()
             if time.monotonic() > end:
                 self.kill()
                 raise subprocess.TimeoutExpired(str(self.ranks), timeout)
             time.sleep(0.02)
         stdout, stderr = (Path(path).read_text() for path in self.printed)
+        for path in self.printed:
+            os.unlink(path)
         return subprocess.CompletedProcess([], self.returncode, stdout, stderr)
 
 

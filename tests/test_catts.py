@@ -9,7 +9,7 @@ import time
 import programs
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, ahead
+from conftest import ENVIRONMENT, KEY, ROOT, TAUS, ahead
 from PIL import Image
 
 import catts
@@ -18,17 +18,8 @@ from catts import SOURCE, Controller, Settings, Vote, can_stop_early, record, sa
 from data import MODULES
 from utils import results_file
 from utils.cli import InputError
-from utils.experts import LocalExpert, Reply
+from utils.experts import Reply
 from utils.replies import parse_order
-from vlm import VLM
-
-TAUS = {"samples": 1.0, "voter": 0.5, "self_reflection": 0.5, "self_check": 0.5}
-KEY = "sk-very-secret-0123"
-
-
-@pytest.fixture(scope="module")
-def expert():
-    return LocalExpert(VLM.load(ROOT / "tiny" / "expert"), 192)
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,13 @@ import json
 import re
 import threading
 import time
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
 import servers
 import torch
-from conftest import ROOT
+from conftest import KEY, TAUS
 from PIL import Image
 
 import catts
@@ -22,20 +21,12 @@ from catts import Controller, Settings, record, tally
 from data import MODULES
 from utils import cli, results_file, tables
 from utils.cli import InputError
-from utils.experts import LocalExpert, ServerExpert, ServerVLM, ask_role
+from utils.experts import ServerExpert, ServerVLM, ask_role
 from utils.overlap import answer_batches
 from utils.replies import parse_order, parse_probabilities, read_body
 from utils.results_file import STILL_OPEN
 from utils.server import Server, data_url, is_url, told_wait
-from vlm import VLM, Rollout
-
-TAUS = {"samples": 1.0, "voter": 0.5, "self_reflection": 0.5, "self_check": 0.5}
-KEY = "sk-very-secret-0123"
-
-
-@pytest.fixture(scope="module")
-def expert():
-    return LocalExpert(VLM.load(ROOT / "tiny" / "expert"), 192)
+from vlm import Rollout
 
 
 @pytest.fixture(scope="module")
@@ -563,7 +554,6 @@ def test_a_table_says_on_how_many_questions_the_expert_failed(tmp_path, capsys, 
     """Over --max_failed no row is called CA-TTS; the same command then makes the table of an undisturbed
     run."""
     monkeypatch.setattr(tables, "ROUNDS", 10)               # intervals are not what is tested
-    monkeypatch.setattr(tables, "summary_intervals", partial(tables.summary_intervals, rounds=10))
 
     def ill(request):
         return act_as_expert(request) if request.count % 5 else servers.refuse(500, "now and then I break")

@@ -187,6 +187,32 @@ class QuestionOrder:
         return indices
 
 
+def replace_tied(samples, views, order, step, roll_out, attempts):
+    """Dynamic sampling (DAPO, arXiv 2503.14476): a group whose answers all earn the same has no advantage.
+    Draw other questions for those, at most `attempts` times -> samples, views, number replaced.
+
+    views: RolloutBatch of each, with rewards; the first one decides. order: QuestionOrder. roll_out(samples,
+    name) -> the views of other questions, with rewards; name seeds them. The questions of an attempt follow
+    from seed, step, attempt and rank. A question whose replacement is tied as well stays.
+    """
+    replaced = 0
+    for attempt in range(attempts):
+        tied = views[0].is_tied.nonzero()[:, 0].tolist()
+        if not summed([len(tied)])[0]:          # all ranks or none: they gather the weights to roll out
+            break
+        draw = random.Random(f"resample {order.seed} {step} {attempt} {order.rank}")
+        others = draw.choices(order.questions, k=max(1, len(tied)))
+        other_views = roll_out(others, f"{step} resample {attempt}")
+        untied = (~other_views[0].is_tied).nonzero()[:, 0].tolist()
+        rows = list(range(len(samples)))
+        for slot, other in zip(tied, untied):
+            rows[slot] = len(samples) + other
+            replaced += 1
+        samples = [[*samples, *others][row] for row in rows]
+        views = [view.joined(other).select(rows) for view, other in zip(views, other_views)]
+    return samples, views, replaced
+
+
 def micro_batches(vlm, views, run):
     """Split a step's rollouts for the forward and backward passes -> list of (views, weight).
 
