@@ -206,8 +206,8 @@ def test_gradient_equals_that_of_plain_forwards_and_a_step_along_it_lowers_the_l
 def differences(folder):
     """All families in one program of two ranks -> {family: how far the gradient is off}."""
     paths = [write(family, folder / family.__name__) for family in FAMILIES if not absent(family)]
-    done = programs.run("tests/two_ranks.py", folder / "differences.json", *paths, ranks=2,
-                        env={**ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"})
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = programs.Program("tests/two_ranks.py", folder / "differences.json", *paths, ranks=2, env=environment).wait(1200)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "differences.json").read_text())
 

@@ -41,7 +41,9 @@ def difference(path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    differences = {Path(path).name: difference(path) for path in sys.argv[2:]}
-    if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(differences))
+    differences = {}
+    for path in sys.argv[2:]:
+        differences[Path(path).name] = difference(path)
+        if dist.get_rank() == 0:
+            Path(sys.argv[1]).write_text(json.dumps(differences))
     dist.destroy_process_group()
