@@ -95,9 +95,7 @@ class VLM:
         self.model, self.processor = model.eval(), processor
         self.tokenizer, self.sight = processor.tokenizer, Sight(processor)
         self.tokenizer.padding_side, self.reading = "left", Reading()
-        self.backbone, self.head = getattr(model, "model", None), model.get_output_embeddings()
-        if self.backbone is None or self.head is None:
-            raise loading.refusal(model, "it is not a backbone with a head")
+        self.backbone, self.head = loading.backbone_of(model), model.get_output_embeddings()
         self.text_config = model.config.get_text_config()
         self.vocabulary = self.head.weight.shape[0]
         self.top_k = top_k_for(self.vocabulary)
@@ -122,7 +120,7 @@ class VLM:
         sentence, for a path without a model, a model without an image processor, or a class that cannot work
         here."""
         if meta:
-            vlm = cls(*loading.open_meta(lora.base_of(path) or path))
+            vlm = cls(*loading.open_meta(path))
             loading.check_meta(vlm)
             return vlm
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,7 +20,8 @@ CONTEXT.set_forkserver_preload(["preloaded"])
 
 def start_server():
     """The process that all programs are forked from."""
-    path, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), str(ROOT / "tests")      # where it finds `preloaded`
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests"), path]))   # where it finds `preloaded`
     multiprocessing.forkserver.ensure_running()
     os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 from conftest import ROOT
+from families import gemma4, qwen3_5, qwen3_vl, untyped
 from PIL import Image
-from test_models import gemma4, qwen3_5, qwen3_vl, untyped
 from test_plan import LARGE_CLIP, flags_of
 from transformers import CLIPImageProcessor, Qwen2VLImageProcessor
 from transformers.models.gemma4 import Gemma4ImageProcessorPil
@@ -72,3 +72,8 @@ def test_the_stated_memory_is_what_a_dry_run_computes(script, name, tmp_path, ca
     peak = round(max(map(float, re.search(r"peak: ([\d.]+) GiB while rolling out, ([\d.]+)", printed).groups())))
     default = flags[flags.index("--model") + 1] == name
     assert (f"not yet measured: {peak} GiB" if default else f"--model {name}: {peak} GiB") in text, printed
+    row = next(line for line in (ROOT / "runs" / "README.md").read_text().splitlines() if line.startswith(f"| `runs/{script}.sh"))
+    assert row.split("|")[3].strip() == str(peak) if default else f": {peak}" in row
+    if "Qwen3.5" in name:       # a matrix of 128 x 128 in fp32 for 32 heads of 24 layers, and a convolution's last words
+        a_rank = int(re.search(r"a rank at most (\d+)", printed)[1])
+        assert 48 < float(re.search(r"states of the rollouts +([\d.]+)", printed)[1]) * 1024 / a_rank < 51

@@ -5,8 +5,8 @@ import json
 import programs
 import pytest
 from conftest import ROOT
+from families import FAMILIES, NEEDS_TORCHVISION, write
 from PIL import Image
-from test_models import FAMILIES, NEEDS_TORCHVISION, write
 
 import data
 from utils import distributed, held_out, preflight

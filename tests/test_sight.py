@@ -5,8 +5,9 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, NEEDS_TORCHVISION, paligemma2, write
 from PIL import Image
-from test_models import FAMILIES, NEEDS_TORCHVISION, paligemma2, pixels_of, write
+from test_models import pixels_of
 
 import noise
 from vlm import VLM

@@ -24,6 +24,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -188,27 +189,27 @@ class QuestionOrder:
 
 def replace_tied(samples, views, order, step, roll_out, attempts):
     """Dynamic sampling (DAPO, arXiv 2503.14476): a group whose answers all earn the same has no advantage.
-    Draw other questions for those, at most `attempts` times -> samples, views, how many.
+    Draw other questions for those, at most `attempts` times -> samples, views, number replaced.
 
     views: RolloutBatch of each, with rewards; the first one decides. order: QuestionOrder. roll_out(samples,
     name) -> the views of other questions, with rewards; name seeds them. The questions of an attempt follow
-    from seed, step, attempt and rank. A slot whose new group is tied, too, keeps its question.
+    from seed, step, attempt and rank. A question whose replacement is tied as well stays.
     """
     replaced = 0
     for attempt in range(attempts):
-        slots = views[0].is_tied.nonzero()[:, 0].tolist()
-        if not slots:
+        tied = views[0].is_tied.nonzero()[:, 0].tolist()
+        if not summed([len(tied)])[0]:          # all ranks or none: they gather the weights to roll out
             break
         draw = random.Random(f"resample {order.seed} {step} {attempt} {order.rank}")
-        others = [order.questions[draw.randrange(len(order.questions))] for _ in slots]
+        others = draw.choices(order.questions, k=max(1, len(tied)))
         other_views = roll_out(others, f"{step} resample {attempt}")
-        places = (~other_views[0].is_tied).nonzero()[:, 0].tolist()
-        indices = list(range(len(samples)))
-        for slot, place in zip(slots, places):
-            indices[slot] = len(samples) + place
-        replaced += len(places)
-        views = [view.joined(other).select(indices) for view, other in zip(views, other_views)]
-        samples = [[*samples, *others][i] for i in indices]
+        untied = (~other_views[0].is_tied).nonzero()[:, 0].tolist()
+        rows = list(range(len(samples)))
+        for slot, other in zip(tied, untied):
+            rows[slot] = len(samples) + other
+            replaced += 1
+        samples = [[*samples, *others][row] for row in rows]
+        views = [view.joined(other).select(rows) for view, other in zip(views, other_views)]
     return samples, views, replaced
 
 
@@ -267,9 +268,19 @@ class Policy(nn.Module):
 
     def score(self, images, prompts, completions, *, temperature=1.0, inputs=None, rows=None):
         """`VLM.score`, with gradient. inputs: `VLM.encode` of these prompts and others, of which they are
-        `rows` (indices)."""
+        `rows` (indices).
+
+        Ranks gather and sum the vision tower's weights together. One whose prompts have no picture therefore
+        reads one more prompt, with a grey picture, whose scores are dropped and whose gradient is 0."""
         inputs = inputs and inputs.rows(rows)               # here: FSDP makes a plain dict of it on the way
-        return self(images, prompts, completions, temperature=temperature, inputs=inputs)
+        if not self.units or any(images):
+            return self(images, prompts, completions, temperature=temperature, inputs=inputs)
+        n = len(completions) // len(prompts)
+        scores = self([*images, [Image.new("RGB", (64, 64), "gray")]], [*prompts, "?"],
+                      [*completions, *completions[:1] * n], temperature=temperature)
+        kept, dropped = scores.split([len(completions), n])
+        nothing = 0 * dropped.logprobs.sum()
+        return kept._replace(logprobs=kept.logprobs + nothing, confidence=kept.confidence + nothing)
 
     def encode(self, images, prompts):
         return self._vlm[0].encode(images, prompts)

@@ -27,6 +27,7 @@ from transformers import (
     ImageProcessingMixin,
     ProcessorMixin,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from utils import lora, shared_prefix
 from utils.caches import new_cache, tensors_of, with_tensors
@@ -214,7 +215,9 @@ def open_model(path, device, dtype):
 
 
 def open_meta(path):
-    """`open_model` without weights, on the meta device."""
+    """`open_model` without weights, on the meta device. Of an adapter's folder: the base that it names."""
+    while base := lora.base_of(path):
+        path = base
     with opening("model", path), torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path, **SAFE))
     return model, load_processor(path)
@@ -348,6 +351,36 @@ def refusal(model, why):
 
 # ------------------------------------------------------------------------------------------------------------
 # What differs between classes
+
+def backbone_of(model):
+    """The part of a model below its head, called with inputs by name -> outputs with `last_hidden_state`.
+    InputError for a class without a head."""
+    if model.get_output_embeddings() is None:
+        raise refusal(model, "it has no vocabulary head")
+    backbone = getattr(model, "model", None)
+    return Headless(model) if backbone is None else backbone
+
+
+class Headless:
+    """The backbone of a class that has none by itself (Llama 4): the whole model, of which what the
+    head reads is returned. The head itself sees the last word only."""
+
+    def __init__(self, model):
+        self.model, self.forward = model, model.forward         # whose arguments are looked at
+
+    def __call__(self, **inputs):
+        read = []
+
+        def keep(_, args):
+            read.append(args[0])
+            return (args[0][:, -1:],)
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        try:
+            self.model(**inputs)
+        finally:
+            hook.remove()
+        return BaseModelOutput(last_hidden_state=read[0])
+
 
 def eos_ids(model, tokenizer, template_of=None):
     """The ids that end a completion -> (E,) int64: those of generation_config, the tokenizer's, the

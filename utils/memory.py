@@ -32,10 +32,6 @@ def host_memory():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
-
-
-
-
 def activations(config, tokens, size, gradient_checkpointing, read):
     """Bytes that the backward pass needs of `tokens` passing the blocks of a text or vision config.
 
@@ -127,9 +123,9 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
     for s in chosen:
         inputs = vlm.encode([s.pictures()], [prompt_of(s)])
         ids = inputs["input_ids"]
-        vision_tokens = sum(patches(value, sight) for key, value in inputs.items() if "pixel_values" in key)
-        counts.append((ids.shape[1], int((ids == image_id).sum()), vision_tokens))
-    prompt, picture, vision = (max(column) for column in zip(*counts))
+        patch_count = sum(patches(value, sight) for key, value in inputs.items() if "pixel_values" in key)
+        counts.append((ids.shape[1], int((ids == image_id).sum()), patch_count))
+    prompt, picture, vision_tokens = (max(column) for column in zip(*counts))
 
     if prompt + args.max_new_tokens > vlm.context:
         raise InputError(f"a prompt takes {prompt} tokens and --max_new_tokens {args.max_new_tokens} more, "
@@ -187,6 +183,9 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
     print(f"{cli.shown(args.model)}: {total:,} parameters ({vision:,} of them vision), {trained:,} train"
           + f", {active:,} are active for a token" * (loading.experts(text)[0] > 1))
     print(describe(compute, state_sharded, gradient_checkpointing, world) + ", offload" * args.run.offload)
+    if args.run.lora_rank:
+        print(f"the frozen weights stay in {str(vlm.model.dtype).removeprefix('torch.')}: 4-bit ones (QLoRA) "
+              "are not supported")
     print(f"tokens: longest of {len(chosen)} prompts {prompt}, {picture} of them pictures; completion "
           f"{args.max_new_tokens}")
     a_rank = questions * views * args.group_size
