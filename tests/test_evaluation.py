@@ -219,6 +219,10 @@ def test_the_progress_bar_moves_within_a_batch_and_ends_at_its_total():
             results_file.advance(0.1)                               # 0.1 + 0.1 + 0.1 > 0.3
         bar.finish(0.3)
         assert bar.n == 0.3
+    with results_file.Progress(total=4, disable=True) as bar:       # of another rank than the first
+        bar.skip(2)
+        results_file.advance(1.0)
+        bar.finish(2)
     results_file.advance(1.0)                                       # without a bar: nothing
 
 

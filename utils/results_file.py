@@ -348,8 +348,9 @@ class Progress(tqdm):
         return super().__exit__(*error)
 
     def skip(self, count):
-        self.initial += count
-        self.update(count)
+        if not self.disable:            # tqdm gives a bar that is not shown no `initial`
+            self.initial += count
+            self.update(count)
 
     def finish(self, count):
         """A batch of `count` questions is done."""
