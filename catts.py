@@ -18,11 +18,9 @@ other questions go on: what may wait is a generator. With `--policy policy.json`
 pays (policy.py). Left out on purpose: streaming.
 """
 import utils.early  # noqa: F401  # isort: skip
-import argparse
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -465,28 +463,12 @@ def build(args, settings, model=None):
 
 
 def run(argv=None):
-    parser = argparse.ArgumentParser(description="CA-TTS: answer with samples, an Expert, and votes.")
-    parser.add_argument("image", nargs="?", help="a picture")
-    parser.add_argument("question", nargs="?", help="a question about it")
-    parser.add_argument("--choices", nargs="+", help="options of a multiple-choice question")
-    parser.add_argument("--output", default="runs/catts/results.jsonl", help="file for the results of --data")
-    parser.add_argument("--json", action="store_true", help="print the result, or the means, as JSON")
-    cli.add_sources(parser)
-    answering.add_choices(parser)
-    cli.add_options(parser, Settings)
-    parser.set_defaults(max_new_tokens=None)
     argv = sys.argv[1:] if argv is None else argv
+    parser = answering.question_parser(Settings)
     args = answering.parse_with_preset(parser, argv)
     fill_in(args)
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
-    if (args.data is None) == (args.image is None) or (args.image is None) != (args.question is None):
-        raise InputError("give either IMAGE and \"QUESTION\", or --data FILE")
-    cli.check_choices(args.choices)
-    if args.image:
-        if not args.question.strip():
-            raise InputError("the question is empty; give the words that ask for something in the picture")
-        sample = Sample(Path(args.image).name, [args.image], args.question.strip(), None, args.choices)
-        sample.pictures()                              # a broken one is refused before a model is loaded
+    if (sample := answering.question_of(args, Sample)) is not None:
         controller = build(args, settings)
         result = controller.answer(sample)
         table = None if controller.policy else tally(result.votes, controller.taus, args.choices)

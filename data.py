@@ -12,23 +12,20 @@ warm-up of `tiny/` reads it, and `meta["rows"]`, the board in words).
 
 Left out on purpose: downloads. A file is opened where the user has it.
 """
-import base64
-import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from PIL import Image
 
 from tiny import questions
 from tiny.questions import SIZES, SPLITS, Synthetic
-from utils.cli import InputError, reason, strict_json, write_atomically
+from utils.cli import InputError
 from utils.formats import File, open_rows
-from utils.judge import is_correct
-from utils.pictures import UNREADABLE, groups_by_picture, load_picture, shown_size
+from utils.held_out import hold_out
+from utils.pictures import UNREADABLE, load_picture, shown_size, unreadable
+from utils.preflight import training_fault
 from utils.prompts import PROMPTS, project_prompt
-from utils.rows import ANSWER, LETTERS
+from utils.rows import LETTERS
 
 
 def open_data(args):
@@ -40,42 +37,6 @@ def open_data(args):
     samples = list(load(args.data, strict=not args.run.skip_broken, answered=True,
                         allow_outside=args.run.allow_outside))
     return hold_out(samples, min(args.run.eval_size, len(samples) // 5), args.seed)
-
-
-def hold_out(samples, size, seed):
-    """(training questions, at most `size` held-out ones). Questions that share a picture, by its content or
-    by image_id, go to the same side. InputError where that leaves nothing to hold out."""
-    groups = {}
-    for i, group in enumerate(groups_by_picture(samples)):
-        groups.setdefault(group, []).append(i)
-    groups = list(groups.values())
-    random.Random(f"hold out {seed}").shuffle(groups)
-    chosen = []
-    for group in groups:
-        if len(chosen) + len(group) <= size:
-            chosen += group
-    if size and not chosen:
-        raise InputError(f"none of {size} questions can be held out: the pictures are shared by too many "
-                         f"questions, the fewest by "
-                         f"{min(map(len, groups))}; raise --eval_size, or set it to 0")
-    chosen = {*chosen}
-    return [s for i, s in enumerate(samples) if i not in chosen], [s for i, s in enumerate(samples)
-                                                                   if i in chosen]
-
-
-def write_held_out(samples, path):
-    """Held-out questions of a file as a .jsonl that `load` opens, with allow_outside: pictures stay where
-    they are."""
-    lines = []
-    for s in samples:
-        images = [base64.b64encode(image).decode() if isinstance(image, bytes)
-                  else str(Path(image).absolute())
-                  for image in s.images]
-        fields = {"id": s.id, "image": images, "question": s.question, "answer": s.answer,
-                  "choices": s.choices,
-                  "source": s.source, "meta": s.meta}
-        lines.append(strict_json({key: value for key, value in fields.items() if value is not None}))
-    write_atomically(path, "".join(line + "\n" for line in lines))
 
 
 @dataclass
@@ -126,13 +87,8 @@ class Sample:
         return sizes
 
     def _unreadable(self, image, error):
-        name = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
-        if isinstance(image, bytes) and len(image) < 192:               # 255 characters, the longest name
-            name += ", or a long name of a file that does not exist,"
-        why = re.sub(r" <_io\.BytesIO[^>]*>", "", reason(error))  # its address differs from time to time
-        return InputError(f"{self.where + ': ' if self.where else ''}question {self.id!r}: image {name} "
-                          f"cannot be read "
-                          f"({why}); repair or remove it")
+        return InputError(f"{self.where + ': ' if self.where else ''}question {self.id!r}: "
+                          f"{unreadable(image, error)}; repair or remove it")
 
 
 def ask(sample):
@@ -226,27 +182,8 @@ def load(source, split="train", limit=None, seed=0, strict=True, answered=False,
             raise InputError(f"split {split!r} is unknown; the built-in questions have {', '.join(SPLITS)}")
         return Samples(Synthetic(split, seed, SIZES[split] if limit is None else limit), wording)
     path, rows = open_rows(source)
-    check = _training_fault if answered else lambda fields: None
+    check = (lambda fields: training_fault(Sample(**fields), golds)) if answered else lambda fields: None
     samples = Samples(File(path, rows, limit, strict, check, allow_outside), wording)
     if not len(samples):
         raise InputError(f"data file {str(source)!r} holds no question")
     return samples
-
-
-def _training_fault(fields):
-    """Why a row cannot be trained on, or None: its gold answer at least matches itself. Raises InputError
-    for a picture that does not open."""
-    if fields["answer"] is None:
-        return f"has no answer; give it one ({', '.join(ANSWER[1:])}) or remove the row"
-    sample = Sample(**fields)
-    sample.picture_sizes()                      # InputError
-    for gold in golds(sample):
-        if not re.sub(r"\\boxed|[{}$\s]", "", gold) or not is_correct(f"\\boxed{{{gold}}}", sample):
-            return f"has the answer {gold[:60]!r}, which no response can match; write the plain value"
-    return None
-
-
-def critique(sample, answer):
-    """What a Critic who knows the solution says about an answer, in one line (str)."""
-    shown = sample.meta.get("solution", f"The answer is {golds(sample)[0]}").split(". \\boxed")[0]
-    return f"{shown}. {answer} {'correct' if answer in golds(sample) else 'wrong'}"

@@ -27,7 +27,7 @@ import data
 import noise
 import policy as policies
 from catts import Vote, rollout_record, sample_votes, share_of, tally, winner
-from noise import MODES, make_pair, make_pairs, parse_t
+from noise import MODES, make_pairs, parse_t
 from utils import (
     answering,
     baselines,
@@ -230,8 +230,8 @@ def cases(rows, settings, samples, clip, method, number=12):
         sample, pictures = by_id[row["id"]], by_id[row["id"]].pictures()
         noised = []
         if clip or settings.region == "all":
-            noised = make_pair(pictures, sample.question, clip, parse_t(settings.noise_t), settings.region,
-                               settings.mass, f"{settings.seed} {sample.id}")
+            noised, = make_pairs([pictures], [sample.question], clip, parse_t(settings.noise_t),
+                                 [settings.region], settings.mass, [f"{settings.seed} {sample.id}"])
         votes = row["by_n"][str(n)]["votes"].items()
         table = tally([Vote(source, *vote) for source, given in votes for vote in given], taus,
                       sample.choices)

@@ -8,24 +8,22 @@ the same area that show the effect is about evidence and not about noise: `rando
 and `inverse` (the least attended). `ClipAttention.from_pretrained(cache=FOLDER)` keeps its maps on disk for
 further epochs and runs.
 """
-import argparse
 import math
 import os
 import random
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from utils import cli, inputs
+from utils import cli
 from utils.cli import TINY, InputError
-from utils.clip_files import MapCache, contributions, open_clip
+from utils.clip_files import MapCache, contribution_weights, open_clip
 from utils.loading import ATTENTION
-from utils.pictures import LazyTwin, open_picture
+from utils.pictures import LazyTwin, shrunk
 
 KINDS = ("auto", "attention", "contribution")
-LATE_LAYERS = 4  # that write nearly all of the embedding directly (Gandelsman et al., Figure 2)
 STEPS = 1000
 REGION_SIDE = 224               # pixels; CLIP tells at most 24 x 24 patches apart
 SHIFTS = 32                     # of which a random region takes the one that spares the evidence best
@@ -139,17 +137,16 @@ class ClipAttention:
         """`maps` of one picture."""
         return next(self.maps([(image, question)]))
 
-    def maps(self, pairs):
-        """List of (PIL image, question or None) -> iterator over (H, W) float64 arrays that sum to 1."""
-        grids = [self.cache.read(*pair) if self.cache else None for pair in pairs]
-        missing = [i for i, grid in enumerate(grids) if grid is None]
-        for start in range(0, len(missing), self.batch):
-            batch = missing[start:start + self.batch]
-            for i, grid in zip(batch, self._grids([pairs[i] for i in batch])):
-                grids[i] = grid
-                if self.cache:
-                    self.cache.write(*pairs[i], grid)
-        return (_spread(grid, image.width, image.height) for grid, (image, _) in zip(grids, pairs))
+    def maps(self, pairs, longest=None):
+        """List of (PIL image, question or None) -> iterator over (H, W) float64 arrays that sum to 1.
+
+        longest: pictures are shrunk to this side first, and the map has that size; None leaves them.
+        """
+        pairs = [(shrunk(image, longest), question) for image, question in pairs]
+        grids = self._grids if self.cache is None else partial(self.cache.through, self._grids)
+        batches = (pairs[start:start + self.batch] for start in range(0, len(pairs), self.batch))
+        return (_spread(grid, image.width, image.height) for batch in batches
+                for grid, (image, _) in zip(grids(batch), batch))
 
     @torch.inference_mode()
     def _grids(self, pairs):
@@ -180,16 +177,9 @@ class ClipAttention:
         return weights
 
     def _by_contribution(self, output, questions):
-        """What patches add along the question, or along the picture's own embedding without one -> (B, P).
-        What is below the picture's median patch is its background, and weighs nothing."""
-        late = range(-min(LATE_LAYERS, len(output.attentions)), 0)
-        added = sum(contributions(self.model, output, layer)[:, 1:] for layer in late)  # (B, P, E)
-        last = self.model.vision_model.post_layernorm(output.last_hidden_state[:, :1])
-        embedding = self.model.visual_projection(last)  # (B, 1, E)
-        along = torch.stack([self._text(question) if question else embedded
-                             for question, embedded in zip(questions, embedding)])          # (B, 1, E)
-        weights = (added * along / along.norm(dim=-1, keepdim=True)).sum(-1)
-        return (weights - weights.median(-1, keepdim=True).values).clamp(min=0)
+        """What patches add along the question, or along the picture's own embedding without one -> (B, P)."""
+        return contribution_weights(self.model, output,
+                                    [self._text(question) if question else None for question in questions])
 
     @torch.inference_mode()
     def _text(self, question):
@@ -211,7 +201,8 @@ def region(attention, mass=0.5, mode="key", seed=0):
     """Where the noise goes -> (H, W) float array in [0, 1], feathered at its edges.
 
     attention (H, W) that sums to 1. key: the smallest region that holds `mass` (0, 1] of it. random: the same
-    shape elsewhere, as `spare` puts it. inverse: the same number of pixels, the least attended. all: ones.
+    shape, shifted to where it covers least of the key region, of SHIFTS seeded shifts around the picture's
+    edges. inverse: the same number of pixels, the least attended. all: ones.
     """
     if mode not in MODES:
         raise ValueError(f"region mode is {mode!r}; one of {', '.join(MODES)} is expected")
@@ -225,25 +216,12 @@ def region(attention, mass=0.5, mode="key", seed=0):
     chosen[order[-area:] if mode == "inverse" else order[:area]] = True
     chosen = chosen.reshape(attention.shape)
     if mode == "random":
-        chosen = spare(chosen, seed)
+        rng, key = random.Random(f"region {seed}"), chosen
+        shifts = [(rng.randrange(key.shape[0]), rng.randrange(key.shape[1])) for _ in range(SHIFTS)]
+        chosen = min((np.roll(key, shift, (0, 1)) for shift in shifts),
+                     key=lambda shifted: np.count_nonzero(shifted & key))
     feather = ImageFilter.GaussianBlur(max(attention.shape) / 100)
     return np.asarray(Image.fromarray(chosen.astype(np.uint8) * 255).filter(feather), dtype=np.float64) / 255
-
-
-def spare(key, seed):
-    """A key region (H, W) bool -> the same shape where it covers least of it: the best of SHIFTS seeded
-    shifts, around the picture's edges. On average over all shifts the overlap is the region's share of the
-    picture."""
-    rng = random.Random(f"region {seed}")
-    shifts = [(rng.randrange(key.shape[0]), rng.randrange(key.shape[1])) for _ in range(SHIFTS)]
-    return min((np.roll(key, shift, (0, 1)) for shift in shifts),
-               key=lambda shifted: np.count_nonzero(shifted & key))
-
-
-def overlap(mask, attention, mass):
-    """The share of the key region that a mask (H, W) covers: what a control fails to spare, in [0, 1]."""
-    key = region(attention, mass) > 0.5
-    return float(mask[key].mean())
 
 
 def parse_t(text):
@@ -258,11 +236,6 @@ def parse_t(text):
     return low, high
 
 
-def make_pair(images, question, clip, t=(999, 999), mode="key", mass=0.5, seed=0):
-    """`make_pairs` of one question -> list of PIL images."""
-    return make_pairs([images], [question], clip, t, [mode], mass, [seed])[0]
-
-
 def make_pairs(images, questions, clip, t, modes, mass, seeds):
     """The noised twins i' of Q questions' images (paper 3.2.1): Q lists of PIL images -> Q lists of
     `NoisedPicture`s.
@@ -270,10 +243,9 @@ def make_pairs(images, questions, clip, t, modes, mass, seeds):
     clip: a ClipAttention, unused where the mode is "all". t: (low, high), one step drawn for each question,
     both included. modes, seeds: Q each; a seed is any value, from which noise, step and random region follow.
     """
-    image_question_pairs = [(_shrunk(image), question) for pictures, question, mode
-                            in zip(images, questions, modes, strict=True) if mode != "all"
-                            for image in pictures]
-    maps = clip.maps(image_question_pairs) if image_question_pairs else None
+    guided = [(image, question) for pictures, question, mode in zip(images, questions, modes, strict=True)
+              if mode != "all" for image in pictures]
+    maps = clip.maps(guided, REGION_SIDE) if guided else None
     noised = []
     for pictures, mode, seed in zip(images, modes, seeds, strict=True):
         rng = random.Random(f"pair {seed}")
@@ -285,41 +257,14 @@ def make_pairs(images, questions, clip, t, modes, mass, seeds):
             mask = None if attention is None else region(attention, mass, mode, image_seed)
             twin = NoisedPicture(image, step, mask, image_seed)
             if mode == "random":
-                twin.overlap = overlap(mask, attention, mass)
+                twin.overlap = float(mask[region(attention, mass) > 0.5].mean())
             noised[-1].append(twin)
     return noised
 
 
-def _shrunk(image):
-    """A picture no larger than a region needs to be: its longer side is at most REGION_SIDE."""
-    scale = REGION_SIDE / max(image.size)
-    size = [max(1, round(side * scale)) for side in image.size]
-    return image if scale >= 1 else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
-
-
 def main(argv=None):
-    from utils.contact_sheet import contact_sheet  # matplotlib, which nothing else here needs
-    parser = argparse.ArgumentParser(description="Write a contact sheet: the map, masks, noised pictures.")
-    parser.add_argument("image", help="a picture")
-    parser.add_argument("question", help="the question that guides the attention")
-    parser.add_argument("--clip", default=CLIP, help="CLIPModel directory or hub id")
-    parser.add_argument("--clip_map", default="auto", choices=KINDS, help="the map it makes: ClipAttention")
-    parser.add_argument("--mass", type=float, default=0.5, help="share of the attention in the key region")
-    parser.add_argument("--t", type=int, nargs="+", default=[300, 500, 700, 999], help="noise steps to show")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="noise_sheet.png")
-    args = parser.parse_args(argv)
-    if not args.question.strip():
-        raise InputError("the question is empty; give the words that say what to look for")
-    if not 0 < args.mass <= 1:
-        raise InputError(f"--mass is {args.mass}; a number above 0 and at most 1 is expected")
-    for t in args.t:
-        parse_t(t)
-    inputs.refuse_as_output(args.output, image=args.image)
-    image = open_picture(args.image)
-    attention = ClipAttention.from_pretrained(args.clip, kind=args.clip_map).map(image, args.question)
-    contact_sheet(image, args.question, attention, args.mass, args.t, args.output, args.seed, region, diffuse)
-    print(f"wrote {args.output}\nnext: python train_cdrl.py --noise_t {args.t[-1]} --mass {args.mass:g}")
+    from utils.contact_sheet import command  # matplotlib, which nothing else here needs
+    command(argv, CLIP, KINDS, ClipAttention.from_pretrained, region, diffuse, parse_t)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import re
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from utils.judge import boxes, is_correct
+from utils.judge import boxes
 from utils.loading import largest
 from utils.metrics import fit_platt
 
@@ -138,11 +138,6 @@ def format_reward(text, finished):
         return 0.0
     start, content = boxed[0]
     return float(text[content].strip() != "" and re.search(r"\w", text[:start]) is not None)
-
-
-def outcome_reward(text, sample):
-    """R_out in {0., 1.}: whether the judge accepts the response."""
-    return float(is_correct(text, sample))
 
 
 def group_advantages(rewards, norm):

@@ -28,8 +28,7 @@ import utils.early  # noqa: F401  # isort: skip
 import argparse
 import random
 import time
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -44,7 +43,6 @@ from reward import (
     fit_confidence_map,
     format_reward,
     group_advantages,
-    outcome_reward,
     rollout_confidence,
     sequence_confidence,
 )
@@ -52,16 +50,17 @@ from utils import checkpoint, cli, distributed, explain, locks, logs, lora, memo
 from utils.cli import TINY, RunOptions, option
 from utils.clip_files import count_parameters
 from utils.contact_sheet import write_pairs
-from utils.distributed import QuestionOrder, micro_batches
+from utils.distributed import QuestionOrder, agreed, micro_batches
 from utils.finite import FiniteSteps
+from utils.held_out import HeldOutProbe, write_held_out
+from utils.judge import is_correct
 from utils.model_defaults import next_evaluation
-from utils.prefetch import Ahead, has_pictures, reader_of, step_pictures
-from utils.preflight import agreed
+from utils.prefetch import Ahead, open_pictures, reader_of
 from utils.resample import replace_tied
 from vlm import VLM, load_model
 
-PROBE_SAMPLES = 4               # answers to each held-out question, before and after
 MIN_DIVISOR = 0.1               # below it nearly all groups of a batch are tied
+TIED = 1e-6                     # a standard deviation of rewards below it is rounding
 
 
 @dataclass
@@ -172,26 +171,40 @@ class RolloutBatch:
     advantage_divisor: float = 1.0               # what they were divided by, batch mean
     old_logprobs: torch.Tensor | None = None     # (Q*G, T), of the first of --mu updates
 
+    @property
+    def has_pictures(self):
+        """(Q, 1) bool. A question without one has no noised twin: its noised answers teach nothing."""
+        return torch.tensor([[bool(pictures)] for pictures in self.images])
+
+    @property
+    def is_tied(self):
+        """(Q,) bool: all answers of the group earned the same, so that none has an advantage."""
+        return sum(self.rewards.values()).std(-1) < TIED
+
     def select(self, questions):
         """The same for some of the questions (a list of indices)."""
-        lists = {name: [getattr(self, name)[q] for q in questions]
-                 for name in ("images", "prompts", "rollouts", "rows")}
-        tensors = {name: getattr(self, name)[questions]
-                   for name in ("confidence", "correct", "is_control", "advantages")
-                   if getattr(self, name) is not None}
-        return replace(self, **lists, **tensors,
-                       rewards={name: term[questions] for name, term in self.rewards.items()})
+        fields = {name: [value[q] for q in questions] if isinstance(value, list) else value[questions]
+                  for name, value in vars(self).items() if isinstance(value, list | torch.Tensor)}
+        return replace(self, **fields, rewards={name: term[questions] for name, term in self.rewards.items()})
+
+    def joined(self, other):
+        """Both batches' questions. Their prompts, encoded apart, are encoded again when they are scored."""
+        fields = {name: value + getattr(other, name) if isinstance(value, list)
+                  else torch.cat([value, getattr(other, name)])
+                  for name, value in vars(self).items() if isinstance(value, list | torch.Tensor)}
+        return replace(self, **fields, inputs=None, rewards={
+            name: torch.cat([term, other.rewards[name]]) for name, term in self.rewards.items()})
 
 
-def make_image_pairs(images, samples, clip, step, args):
+def make_image_pairs(images, samples, clip, name, args):
     """Noise each question's pictures where the evidence is -> Q lists of pictures, is_control (Q,) bool.
 
     Controls have the noise on a random region of the same area. A question without a picture counts as one.
-    None where no term needs noised pictures.
+    None where no term needs noised pictures. name: of the step, in seeds.
     """
     if not args.uses_noised:
         return None, torch.zeros(len(samples), dtype=torch.bool)
-    seeds = [f"{args.seed} {step} {s.id}" for s in samples]
+    seeds = [f"{args.seed} {name} {s.id}" for s in samples]
     is_control = [not pictures or random.Random(f"control {seed}").random() < args.controls
                   for pictures, seed in zip(images, seeds)]
     regions = ["random" if control else args.region for control in is_control]
@@ -200,83 +213,89 @@ def make_image_pairs(images, samples, clip, step, args):
     return noised_images, torch.tensor(is_control)
 
 
-prepare_step = partial(step_pictures, make_image_pairs, data.prompt)
+def prepare_step(vlm, clip, samples, name, args):
+    """The questions, their pictures, the noised ones, which are controls, and both views encoded (tuple).
 
-
-def roll_out(policy, samples, images, noised_images, is_control, step, args, inputs=None):
-    """G answers to each question on its picture, and on its noised twin -> RolloutBatch of each view.
-
-    The noised one is None where no picture was noised. Both views are sampled in one batch. C is read from
-    the raw logits while sampling. policy: a Policy or a VLM. inputs: both views encoded, where at hand.
+    It depends on nothing that is learned: a thread calls it while the step before runs (`Ahead`).
     """
-    prompts, seeds = [data.prompt(s) for s in samples], [f"{args.seed} {step} {s.id}" for s in samples]
-    views = {"original": images} if noised_images is None else {"original": images, "noised": noised_images}
-    all_images, all_prompts = [pictures for view in views.values() for pictures in view], prompts * len(views)
+    samples, images = open_pictures(samples, args.run.picture_threads, args.run.skip_broken)
+    noised_images, is_control = make_image_pairs(images, samples, clip, name, args)
+    prompts = [data.prompt(s) for s in samples]
+    inputs = vlm.encode(images + (noised_images or []), prompts * (1 if noised_images is None else 2))
+    return samples, images, noised_images, is_control, inputs
+
+
+def roll_out(policy, samples, images, noised_images, is_control, inputs, name, args):
+    """G answers to each question on its picture, and on its noised twin -> RolloutBatch of each view (list).
+
+    Both views are sampled in one batch. C is read from the raw logits while sampling. policy: a Policy or a
+    VLM. inputs: both views' prompts, encoded, or None.
+    """
+    pictures = {"original": images} | ({} if noised_images is None else {"noised": noised_images})
+    prompts, seeds = [data.prompt(s) for s in samples], [f"{args.seed} {name} {s.id}" for s in samples]
+    all_images, all_prompts = [p for view in pictures.values() for p in view], prompts * len(pictures)
     inputs = inputs or policy.encode(all_images, all_prompts)   # once, for sampling and for learning
     groups = policy.sample(all_images, all_prompts, inputs=inputs, n=args.group_size,
-                        seed=seeds + [f"{seed} noised" for seed in seeds] * (len(views) - 1),
-                        max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-    batches = []
-    for view, pictures in views.items():
-        rollouts, groups = groups[:len(samples)], groups[len(samples):]
-        correct = torch.tensor([[outcome_reward(r.text, s) for r in group]
+                           seed=(seeds + [f"{seed} noised" for seed in seeds])[:len(all_prompts)],
+                           max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+    views = []
+    for view, images in pictures.items():
+        rows = [len(views) * len(samples) + q for q in range(len(samples))]
+        rollouts = [groups[row] for row in rows]
+        correct = torch.tensor([[float(is_correct(r.text, s)) for r in group]
                                 for s, group in zip(samples, rollouts)])                              # (Q, G)
-        policy_weight = 1.0 if view == "original" else args.noised_policy if args.noised_learns else 0.0
-        rows = [len(batches) * len(samples) + q for q in range(len(samples))]
-        batches.append(RolloutBatch(view, pictures, prompts, rollouts, rollout_confidence(rollouts), correct,
-                                    is_control, inputs, rows, policy_weight))
-    return batches[0], batches[1] if len(batches) > 1 else None
+        policy_weight = 1.0 if view == "original" else args.noised_policy * args.noised_learns
+        views.append(RolloutBatch(view, images, prompts, rollouts, rollout_confidence(rollouts), correct,
+                                  is_control, inputs, rows, policy_weight))
+    return views
 
 
 # ------------------------------------------------------------------------------------------------------------
 # IV. Rewards (Eq. 4 and 3.2.2). V. Advantages
 
-def add_rewards(original, noised, confidence_map, args):
+def add_rewards(views, confidence_map, args):
     """Fill in each view's reward terms. The perception term of a pair is in the rewards of both views."""
-    c_noised = None if noised is None else noised.confidence
+    original = views[0]
+    c_noised = views[1].confidence if len(views) > 1 else None
     perception, calibration = confidence_reward(original.confidence, c_noised, original.correct,
                                                 original.is_control, confidence_map, args)
-    for batch in (original, noised):
-        if batch is None:
-            continue
-        if batch is noised:
-            calibration = calibration_reward(c_noised, noised.correct, confidence_map, args)
-            calibration = calibration * has_pictures(noised.images)
+    for view in views:
+        if view is not original:
+            calibration = calibration_reward(c_noised, view.correct, confidence_map, args) * view.has_pictures
         formats = torch.tensor([[format_reward(r.text, r.finished) for r in group]
-                                for group in batch.rollouts])                                         # (Q, G)
-        batch.rewards = {"perception": perception, "calibration": calibration, "outcome": batch.correct,
-                         "format": formats}
+                                for group in view.rollouts])                                          # (Q, G)
+        view.rewards = {"perception": perception, "calibration": calibration, "outcome": view.correct,
+                        "format": formats}
 
 
-def add_advantages(original, noised, adv_norm):
+def add_advantages(views, adv_norm):
     """Fill in each view's advantages, and what divided them on average over all ranks."""
-    for batch in (original, noised):
-        if batch is None:
-            continue
-        batch.advantages, divisor = group_advantages(sum(batch.rewards.values()), adv_norm)
-        if batch is noised:
-            batch.advantages = batch.advantages * has_pictures(noised.images)
+    for view in views:
+        view.advantages, divisor = group_advantages(sum(view.rewards.values()), adv_norm)
+        if view is not views[0]:
+            view.advantages = view.advantages * view.has_pictures
         total, groups = distributed.summed([divisor.sum(), len(divisor)])
-        batch.advantage_divisor = max(MIN_DIVISOR, total / groups)
+        view.advantage_divisor = max(MIN_DIVISOR, total / groups)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # VI. Loss and update
 
-def policy_loss(logprobs, old_logprobs, advantages, clip_low, clip_high):
-    """-min(ratio A, clip(ratio) A): (B, T) twice, (B, 1) -> (B, T), and which ratios were clipped (B, T)."""
+def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, args):
+    """-min(ratio A, clip(ratio) A) + kl_beta KL, per token -> (B, T), which ratios were clipped, KL.
+
+    logprobs (B, T) three times, advantages (B, 1). KL(policy || reference) by k3: exp(d) - d - 1 >= 0 with
+    d = reference - policy; 0 without a reference.
+    """
     ratio = (logprobs - old_logprobs).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages), (ratio != clipped).float()
+    clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    difference = torch.zeros_like(logprobs) if ref_logprobs is None else ref_logprobs - logprobs
+    kl = difference.exp() - difference - 1
+    return loss + args.kl_beta * kl, (ratio != clipped).float(), kl
 
 
-def kl_k3(logprobs, ref_logprobs):
-    """KL(policy || reference) by k3, per token: exp(d) - d - 1 >= 0 with d = reference - policy."""
-    difference = ref_logprobs - logprobs
-    return difference.exp() - difference - 1
-
-
-def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_tokens, args):
+def cdrl_loss(policy, reference, views, confidence_map, num_loss_tokens, args):
     """The loss of one micro-batch -> scalar with gradient, and sums for the log (dict).
 
     Policy gradient: GRPO on the original's rollouts, and times --noised_policy on the noised ones'. Pathwise:
@@ -284,47 +303,42 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
     once: perception, calibration, outcome and format of the original answers, and of the noised ones, where
     they learn, all but perception.
     """
-    views = [original] if noised is None else [original, noised]
     images, prompts = [p for view in views for p in view.images], [p for view in views for p in view.prompts]
     completions = [r.tokens for view in views for group in view.rollouts for r in group]
     sizes = [view.confidence.numel() for view in views]
-    how = {"temperature": args.temperature, "inputs": original.inputs,
+    how = {"temperature": args.temperature, "inputs": views[0].inputs,
            "rows": [row for view in views for row in view.rows]}
     scores = policy.score(images, prompts, completions, **how).split(sizes)      # both views in one pass
-    ref_scores = [None] * len(views)
+    ref_logprobs = [None] * len(views)
     if reference is not None:
         with torch.no_grad():
-            ref_scores = reference.score(images, prompts, completions, **how).split(sizes)
+            ref_logprobs = reference.score(images, prompts, completions, **how).logprobs.split(sizes)
     loss, sums = 0.0, dict.fromkeys(logs.LOSS_SUMS, 0.0)
 
     # ---- the clipped policy gradient of GRPO
-    for view, score, ref_score in zip(views, scores, ref_scores):
+    for view, score, ref in zip(views, scores, ref_logprobs):
         if not view.policy_weight:
             continue
         if view.old_logprobs is None:                       # the first update: ratio 1, with gradient
             view.old_logprobs = score.logprobs.detach()
         advantages = view.advantages.reshape(-1, 1).to(score.logprobs.device)                    # (Q*G, 1)
-        per_token, clipped = policy_loss(score.logprobs, view.old_logprobs, advantages, args.clip_low,
-                                         args.clip_high)
-        if ref_score is not None:
-            kl = kl_k3(score.logprobs, ref_score.logprobs)
-            per_token = per_token + args.kl_beta * kl
-            sums["kl"] += (kl.detach() * score.mask).sum()
+        per_token, clipped, kl = policy_loss(score.logprobs, view.old_logprobs, ref, advantages, args)
         loss = loss + view.policy_weight * (per_token * score.mask).sum() / num_loss_tokens
-        sums["clipped"] += (clipped * score.mask).sum()
-        sums["tokens"] += score.mask.sum()
+        for name, tokens in (("kl", kl.detach()), ("clipped", clipped), ("tokens", 1.0)):
+            sums[name] += (tokens * score.mask).sum()
 
     # ---- the reward's own gradient, through C and C'
     if args.pathwise:
         c = [sequence_confidence(score.confidence, score.mask).view_as(view.confidence)
              for view, score in zip(views, scores)]                                          # (Q, G) each
-        c_noised = None if noised is None else c[1]
+        original, c_noised = views[0], c[1] if len(views) > 1 else None
         terms = confidence_reward(c[0], c_noised, original.correct.to(c[0].device), original.is_control,
                                   confidence_map, args)
         pathwise = -args.pathwise * (sum(terms) / original.advantage_divisor).sum() / num_loss_tokens
         if args.noised_learns:
+            noised = views[1]
             term = calibration_reward(c_noised, noised.correct.to(c_noised.device), confidence_map, args)
-            term = term * has_pictures(noised.images).to(term.device)
+            term = term * noised.has_pictures.to(term.device)
             pathwise = pathwise - args.pathwise * (term / noised.advantage_divisor).sum() / num_loss_tokens
         loss, sums["pathwise"] = loss + pathwise, pathwise.detach()
     return loss, sums | {"loss": loss.detach()}
@@ -333,10 +347,9 @@ def cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_toke
 def accumulate_gradients(policy, reference, micro_batches, confidence_map, num_loss_tokens, args):
     """Forward and backward over the micro-batches of one update -> sums for the log (dict of floats)."""
     totals = dict.fromkeys(logs.LOSS_SUMS, 0.0)
-    for number, (original, noised, weight) in enumerate(micro_batches):
-        policy.sum_gradients(number == len(micro_batches) - 1)             # over ranks, once an update
-        loss, sums = cdrl_loss(policy, reference, original, noised, confidence_map, num_loss_tokens, args)
-        (loss * (weight * policy.loss_scale)).backward()
+    for number, (views, weight) in enumerate(micro_batches, 1):
+        loss, sums = cdrl_loss(policy, reference, views, confidence_map, num_loss_tokens, args)
+        policy.backward(loss * weight, is_last=number == len(micro_batches))
         totals = {name: totals[name] + float(sums[name]) * weight for name in totals}
     return totals
 
@@ -350,42 +363,21 @@ def fit_map_on_base(policy, clip, order, args):
     pairs = Args(**{**vars(args), "alpha": 1.0, "controls": 0.0})
     measured, steps = [], range(max(1, args.scale_questions // args.batch_size))
     for step in tqdm(steps, desc="base confidence", unit="batch", leave=False, disable=order.rank > 0):
-        *batch, inputs = agreed(prepare_step, policy, clip, order, step, f"scale {step}", pairs)
-        views = roll_out(policy, *batch, f"scale {step}", pairs, inputs)
+        name = f"scale {step}"
+        batch = agreed(prepare_step, policy, clip, order.samples(step), name, pairs)
+        views = roll_out(policy, *batch, name, pairs)
         measured.append(torch.stack([torch.stack([view.confidence, view.correct]) for view in views]))
     return fit_confidence_map(*torch.cat(distributed.gathered(measured), 2).flatten(2))       # (2, 2, N)
 
 
-def probe_held_out(vlm, policy, held_out, clip, args, path, order, ts=()):
-    """The model's answers to the held-out questions at each noise step, by all ranks -> {t: list of Answer}.
-
-    They are stored at `path`, and read from there if the run was stopped after them. None without questions.
-    """
-    if not held_out:
-        return None
-    ts = sorted({*(ts or eval.PROBE_STEPS), noise.parse_t(args.noise_t)[1]})
-    if path.exists():
-        return report.read_probe(path, eval.Answer, ts)
-    rollouts = args.batch_size // order.world * args.group_size * (1 + args.uses_noised)           # of a step
-    mine = [held_out[i] for i in range(order.rank, len(held_out), order.world)]
-    with policy.unsharded():
-        answers_by_t = agreed(lambda: eval.probe(
-            vlm, mine, clip, ts, args.region, args.mass, PROBE_SAMPLES, seed=args.seed, name=path.stem,
-            max_new_tokens=args.max_new_tokens, batch_size=max(1, min(32, rollouts // PROBE_SAMPLES))))
-    answers_by_t = {t: distributed.gathered(answers_by_t[t]) for t in ts}
-    if order.rank == 0:
-        logs.write_json(path, {t: [asdict(a) for a in answers] for t, answers in answers_by_t.items()})
-    return answers_by_t
-
-
-def finish(vlm, policy, compute, clip, held_out, before, output, confidence_map, args, order):
+def finish(vlm, policy, compute, probe, before, output, confidence_map, args):
     """Save the final model, probe it again, write report.png and the table -> its rows (rank 0) or None."""
-    after = probe_held_out(vlm, policy, held_out, clip, args, output / "after.json", order)
+    after = probe(output / "after.json")
     checkpoint.save_model(output, vlm, policy, compute, args.run.merge)
-    if order.rank:
+    if probe.order.rank:
         return None
     logs.write_json(output / "confidence.json", confidence_map)
-    rows = report.finish_run(output, before, after, confidence_map, args, noise.parse_t(args.noise_t)[1])
+    rows = report.finish_run(output, before, after, confidence_map, args, probe.ts[-1])
     print(f"next: {next_evaluation(output, args)}")
     return rows
 
@@ -409,14 +401,14 @@ def train(args):
     compute = distributed.dtype_of(args.run, device)
     vlm = agreed(load_model, args.model, device, compute, args.run)
     if args.run.explain:
-        stages = (fit_map_on_base, make_image_pairs, roll_out, add_rewards, add_advantages, cdrl_loss)
+        stages = (fit_map_on_base, prepare_step, roll_out, add_rewards, add_advantages, cdrl_loss)
         policy = distributed.shard(vlm, device, compute, sharded=False)
         return explain.print_step(args, vlm, policy, clip, order, held_out, stages)
     sound = agreed(lambda: preflight.check_run(vlm, train_set, held_out, order, args, data.prompt))
     preflight.leave_out(sound, train_set, held_out, args)
     output, newest = checkpoint.open_run(args, vlm, needs_before=bool(held_out))
     if rank == 0 and held_out and args.data != "synthetic":
-        data.write_held_out(held_out, output / "heldout.jsonl")     # for eval.py: questions not trained on
+        write_held_out(held_out, output / "heldout.jsonl")     # for eval.py: questions not trained on
     if rank == 0 and args.uses_noised:
         write_pairs(output, train_set, lambda *pair: make_image_pairs(*pair, clip, 0, args)[0])
     policy, choices = distributed.prepare(vlm, args, device, compute, world)
@@ -428,7 +420,9 @@ def train(args):
     # Fused on a GPU: else an update makes a second copy of the weights for a moment.
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0,
                                   fused=parameters[0].device.type == "cuda")
-    before = probe_held_out(vlm, policy, held_out, clip, args, output / "before.json", order)
+    probe = HeldOutProbe(eval.probe, eval.Answer, sorted({*eval.PROBE_STEPS, noise.parse_t(args.noise_t)[1]}),
+                         held_out, vlm, policy, clip, args, order)
+    before = probe(output / "before.json")
     if newest is None:
         start, confidence_map = 0, fit_map_on_base(policy, clip, order, args)
     else:
@@ -439,16 +433,14 @@ def train(args):
               f"on {device}, {choices}, steps {start} to {args.steps}")
 
     def roll_out_others(others, name):                  # I to IV, for --resample
-        pictures = [s.pictures() for s in others]
-        twins = make_image_pairs(pictures, others, clip, name, args)
-        views = roll_out(policy, others, pictures, *twins, name, args)
-        add_rewards(*views, confidence_map, args)
+        views = roll_out(policy, *prepare_step(vlm, clip, others, name, args), name, args)
+        add_rewards(views, confidence_map, args)
         return views
 
     hopeless, is_finite = preflight.HopelessTraining(args.run.patience), FiniteSteps(args)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="step", disable=rank > 0)
     reader = reader_of(vlm)
-    pairs = Ahead(lambda step: prepare_step(reader, clip, order, step, step, args), args.steps)
+    pairs = Ahead(lambda step: prepare_step(reader, clip, order.samples(step), step, args), args.steps)
     with distributed.stop_on_signals() as stop, pairs:
         for step in progress:
             lr = args.lr * min(1.0, (step + 1) / 5) * (1 - step / args.steps)
@@ -456,44 +448,41 @@ def train(args):
                 group["lr"] = lr
             clock = time.perf_counter()
             # ---- I. image pairs: i, and i' with the evidence noised; made while the step before ran
-            samples, images, noised_images, is_control, inputs = agreed(pairs, step)
+            samples, images, noised_images, is_control, inputs = pairs(step)
             # ---- II. rollouts y on i and y' on i'; III. their confidences C and C' (Eq. 3)
-            original, noised = roll_out(policy, samples, images, noised_images, is_control, step, args,
-                                        inputs)
+            views = roll_out(policy, samples, images, noised_images, is_control, inputs, step, args)
             # ---- IV. rewards (Eq. 4, 3.2.2)
-            add_rewards(original, noised, confidence_map, args)
+            add_rewards(views, confidence_map, args)
             if args.resample:
-                samples, original, noised, resampled = replace_tied(samples, original, noised, order, step,
-                                                                    roll_out_others, args.resample)
+                samples, views, resampled = replace_tied(samples, views, order, step, roll_out_others,
+                                                         args.resample)
             # ---- V. advantages within the group
-            add_advantages(original, noised, args.adv_norm)
+            add_advantages(views, args.adv_norm)
             sampled = time.perf_counter()
             # ---- VI. loss and update. The noised words are scored only where a gradient reaches them.
             scores_noised = args.noised_learns or args.pathwise > 0 and args.alpha > 0
-            passes = micro_batches(vlm, original, noised if scores_noised else None, args.run)
-            views = [original, noised] if args.noised_learns else [original]
-            tokens = sum(len(r.tokens) for view in views for group in view.rollouts for r in group)
+            passes = micro_batches(vlm, views if scores_noised else views[:1], args.run)
+            tokens = sum(len(r.tokens) for view in (views if args.noised_learns else views[:1])
+                         for group in view.rollouts for r in group)
             num_loss_tokens = max(1.0, distributed.summed([tokens])[0])
-            updates, batches = [], [original, noised] if noised else [original]
+            updates = []
             for _ in range(args.mu):
                 updates.append(accumulate_gradients(policy, reference, passes, confidence_map,
                                                     num_loss_tokens, args))
                 updates[-1]["grad_norm"] = distributed.clip_gradients(policy, args.max_grad_norm)
-                if is_finite(step, samples, batches, passes, updates[-1]):
+                if is_finite(step, samples, views, passes, updates[-1]):
                     optimizer.step()
                 optimizer.zero_grad()               # frees their memory for the next rollouts
             # ---- VII. log and save
             checkpoint.save_weights(output, vlm, policy, step + 1, args.run, compute)
             seconds = {"seconds/sample": sampled - clock, "seconds/learn": time.perf_counter() - sampled,
                        "seconds/pictures_share": pairs.waited / (time.perf_counter() - clock)}
-            row = logs.log_row(step, batches, updates, lr) | seconds | {"skipped": is_finite.skipped}
+            row = logs.log_row(step, views, updates, lr) | seconds | {"skipped": is_finite.skipped}
             if args.resample:
                 row["resampled"] = distributed.summed([resampled])[0]
-            if held_out and args.run.eval_every and (step + 1) % args.run.eval_every == 0:
-                row |= report.held_out_row(probe_held_out(vlm, policy, held_out, clip, args,
-                                                          output / f"eval-{step + 1}.json", order, [0]))
+            row |= probe.row(step, output)
             if rank == 0:
-                logs.write_step(output, row, samples, batches, args)
+                logs.write_step(output, row, samples, views, args)
                 progress.set_postfix(logs.postfix(row))
             stopped = stop.on_any_rank()
             due = (step + 1) % args.run.save_every == 0 or step + 1 == args.steps
@@ -505,7 +494,7 @@ def train(args):
             hopeless(row, None if rank else progress)
         if stop.on_any_rank():              # also of a signal during the last save
             stop.leave(step, progress)
-    return finish(vlm, policy, compute, clip, held_out, before, output, confidence_map, args, order)
+    return finish(vlm, policy, compute, probe, before, output, confidence_map, args)
 
 
 def main(argv=None):

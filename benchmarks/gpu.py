@@ -132,20 +132,19 @@ def training(vlm, size, args, lora_rank=0):
     confidence_map = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}
     for step in range(2):                                       # the first warms up
         def rollouts(step=step):
-            images = [sample.pictures()]
-            twins, is_control = train_cdrl.make_image_pairs(images, [sample], clip, step, settings)
-            return train_cdrl.roll_out(policy, [sample], images, twins, is_control, step, settings)
-        sampled, peak_sampled, (original, noised) = clock(device, rollouts)
-        train_cdrl.add_rewards(original, noised, confidence_map, settings)
-        train_cdrl.add_advantages(original, noised, settings.adv_norm)
-        passes = distributed.micro_batches(vlm, original, noised, settings.run)
-        num_loss_tokens = sum(len(r.tokens) for view in (original, noised) for r in view.rollouts[0])
+            batch = train_cdrl.prepare_step(vlm, clip, [sample], step, settings)
+            return train_cdrl.roll_out(policy, *batch, step, settings)
+        sampled, peak_sampled, views = clock(device, rollouts)
+        train_cdrl.add_rewards(views, confidence_map, settings)
+        train_cdrl.add_advantages(views, settings.adv_norm)
+        passes = distributed.micro_batches(vlm, views, settings.run)
+        num_loss_tokens = sum(len(r.tokens) for view in views for r in view.rollouts[0])
         optimizer.zero_grad()
         learned, peak_learned, _ = clock(device, train_cdrl.accumulate_gradients, policy, None, passes, confidence_map,
                                          num_loss_tokens, settings)
         distributed.clip_gradients(policy, 1.0)
         updated, peak_updated, _ = clock(device, optimizer.step)
-    inputs = vlm.encode([sample.images], original.prompts)
+    inputs = vlm.encode([sample.images], views[0].prompts)
     prompt, patches = inputs["input_ids"].shape[1], len(inputs["pixel_values"])
     vision = sum(p.numel() for p in loading.vision_parameters(vlm))
     text = sum(p.numel() for p in vlm.model.parameters()) - vision

@@ -89,21 +89,18 @@ def profile(rounds, spy):
         setattr(owner, name, wrapper)
     timed(noise, "make_pairs", "pictures: key regions and noise")
     timed(vlm, "encode", "pictures and prompts: pre-processing")
-    timed(train_cdrl, "outcome_reward", "judge")
+    timed(train_cdrl, "is_correct", "judge")
 
     def step(number):
         samples = [data.synthetic("train", 0, number * args.batch_size + i) for i in range(args.batch_size)]
         spent.clear()
         start = time.perf_counter()
-        images = [s.pictures() for s in samples]
-        twins, is_control = train_cdrl.make_image_pairs(images, samples, clip, number, args)
-        original, noised = train_cdrl.roll_out(vlm, samples, images, twins, is_control, number, args)
-        train_cdrl.add_rewards(original, noised, confidence_map, args)
-        train_cdrl.add_advantages(original, noised, args.adv_norm)
+        views = train_cdrl.roll_out(vlm, *train_cdrl.prepare_step(vlm, clip, samples, number, args), number, args)
+        train_cdrl.add_rewards(views, confidence_map, args)
+        train_cdrl.add_advantages(views, args.adv_norm)
         rolled = time.perf_counter()
-        passes = distributed.micro_batches(vlm, original, noised, args.run)
-        num_loss_tokens = sum(len(r.tokens) for view in (original, noised) for group in view.rollouts
-                              for r in group)
+        passes = distributed.micro_batches(vlm, views, args.run)
+        num_loss_tokens = sum(len(r.tokens) for view in views for group in view.rollouts for r in group)
         optimizer.zero_grad()
         train_cdrl.accumulate_gradients(policy, None, passes, confidence_map, num_loss_tokens, args)
         distributed.clip_gradients(policy, 1.0)

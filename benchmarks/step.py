@@ -49,7 +49,7 @@ def trl(steps):
             for i, s in enumerate(samples)]
 
     def right(completions, index, **_):
-        return [train_cdrl.outcome_reward(said[0]["content"] if isinstance(said[0]["content"], str)
+        return [train_cdrl.is_correct(said[0]["content"] if isinstance(said[0]["content"], str)
                                                  else said[0]["content"][0]["text"], samples[i])
                 for said, i in zip(completions, index)]
     ends = []

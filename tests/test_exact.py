@@ -20,8 +20,6 @@ class Toy:
     """Three words, two pictures, one parameter vector: logits = W[picture, last word] theta. An answer has one word, or, with
     `longest` 2, ends with word 0 or after two. Each question has a copy of theta, and so a gradient of its own."""
 
-    loss_scale = 1.0                    # of a Policy in float16 it is more
-
     def __init__(self, longest):
         generator = torch.Generator().manual_seed(3)
         self.maps = torch.randn(2, 4, 3, 4, generator=generator, dtype=torch.float64)         # (view, last word, V, D)
@@ -49,8 +47,8 @@ class Toy:
         confidence = reward.token_confidence(logits)
         return Scores(*(x.masked_fill(~mask, 0) for x in (logprobs, confidence)), mask)
 
-    def sum_gradients(self, last):
-        pass
+    def backward(self, loss, is_last):
+        loss.backward()
 
 
 def correct_of(view, words):
@@ -77,11 +75,11 @@ def expected_gradient(toy, args, longest):
         views.append(RolloutBatch(name, [(v, q) for q in range(len(drawn))], [""] * len(drawn), groups, c, right,
                                   torch.zeros(len(drawn), dtype=torch.bool), None, list(range(len(drawn))),
                                   policy_weight=1.0 if v == 0 else args.noised_policy * args.noised_learns))
-    add_rewards(*views, SCALE, args)
-    add_advantages(*views, args.adv_norm)
+    add_rewards(views, SCALE, args)
+    add_advantages(views, args.adv_norm)
     half = len(drawn) // 2
     halves = [range(half), range(half, len(drawn))]
-    passes = [(views[0].select(list(indices)), views[1].select(list(indices)), 1.0) for indices in halves]
+    passes = [([view.select(list(indices)) for view in views], 1.0) for indices in halves]
     accumulate_gradients(toy, None, passes, SCALE, 1.0, args)
     chance = torch.tensor([math.exp(sum(r.logprobs.sum().item() for view in views for r in view.rollouts[q]))
                            for q in range(len(drawn))])

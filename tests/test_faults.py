@@ -31,13 +31,13 @@ from utils import (
     cli,
     distributed,
     finite,
+    held_out,
     inputs,
     judge,
     loading,
     locks,
     logs,
     replies,
-    report,
     results_file,
     schema,
     state_files,
@@ -353,7 +353,7 @@ def test_stored_json_of_another_shape_is_named_with_its_place(tmp_path):
     answer = asdict(eval.Answer("q", "count", "1", "7", True, 1.0, 0.5, 0.5, 3, True))
     path = tmp_path / "before.json"
     path.write_text(json.dumps({"0": [answer], "999": [answer]}))
-    assert report.read_probe(path, eval.Answer, [0, 999])[999] == [eval.Answer(**answer)]
+    assert held_out.read_probe(path, eval.Answer, [0, 999])[999] == [eval.Answer(**answer)]
     for content, words in (({"0": [answer]}, "999 is missing"), ({"0": [answer], "999": []}, "without answers"), ([], "an object is"),
                           ({"0": [answer], "999": [answer | {"confidence": "x"}]}, r"999\[0\].confidence is 'x' where a number"),
                           ({"0": [answer], "999": [answer | {"correct": 1}]}, "true or false is expected"),
@@ -362,7 +362,7 @@ def test_stored_json_of_another_shape_is_named_with_its_place(tmp_path):
                           ({"0": [answer], "999": [{}]}, r"999\[0\].id is missing"), ({"0": [answer], "999": "text"}, "a list is")):
         path.write_text(json.dumps(content))
         with pytest.raises(InputError, match=f"before.json is damaged .*{words}"):
-            report.read_probe(path, eval.Answer, [0, 999])
+            held_out.read_probe(path, eval.Answer, [0, 999])
     assert schema.fault({"a": None, "b": {"c": [1]}}, {"a": (str, None), "b": schema.Each([int, ...])}) is None
     assert "a is 5 where text or null" in schema.fault({"a": 5}, {"a": (str, None)}).replace("'", "")
 

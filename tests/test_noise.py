@@ -100,7 +100,7 @@ def test_a_control_spares_the_evidence(clip):
     covered, shares = [], []
     for i in range(200):
         s = data.synthetic("test", 1, i)
-        (twin,) = noise.make_pair(s.images, s.question, clip, mode="random", seed=i)
+        ((twin,),) = noise.make_pairs([s.images], [s.question], clip, (999, 999), ["random"], 0.5, [i])
         key = noise.region(clip.map(s.images[0], s.question), 0.5) > 0.5
         assert twin.overlap == pytest.approx(twin.mask[key].mean())
         covered.append(twin.overlap)
@@ -147,7 +147,7 @@ def test_maps_of_a_batch_are_those_of_each_picture(clip, monkeypatch):
     modes, seeds = ["key", "all", "random", "inverse", "key", "key"], list(range(6))
     together = noise.make_pairs(pictures, questions, clip, (300, 999), modes, 0.5, seeds)
     for found, images, mode, seed in zip(together, pictures, modes, seeds, strict=True):
-        wanted = noise.make_pair(images, "Where?", clip, (300, 999), mode, 0.5, seed)
+        wanted = noise.make_pairs([images], ["Where?"], clip, (300, 999), [mode], 0.5, [seed])[0]
         for one, other in zip(found, wanted, strict=True):      # a last bit of a map may move an edge of its region by a pixel
             assert (np.asarray(one) != np.asarray(other)).mean() < 0.01
 
@@ -176,11 +176,11 @@ def test_maps_on_disk_are_the_maps(clip, tmp_path, monkeypatch):
 
 def test_pairs_are_seeded_and_only_touch_their_region(clip):
     s = data.synthetic("test", 0, 1)
-    first, again, other = (noise.make_pair(s.images, s.question, clip, seed=seed)[0] for seed in (1, 1, 2))
+    first, again, other = (noise.make_pairs([s.images], [s.question], clip, (999, 999), ["key"], 0.5, [seed])[0][0] for seed in (1, 1, 2))
     assert first.tobytes() == again.tobytes() != other.tobytes()
     changed = (np.asarray(first) != np.asarray(s.images[0])).any(-1).mean()
     assert 0 < changed < 0.6
-    everywhere = noise.make_pair(s.images, s.question, None, mode="all", seed=1)[0]
+    everywhere = noise.make_pairs([s.images], [s.question], None, (999, 999), ["all"], 0.5, [1])[0][0]
     assert (np.asarray(everywhere) != np.asarray(s.images[0])).any(-1).mean() > 0.95
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from test_models import FAMILIES, NEEDS_TORCHVISION, write
 
 import data
-from utils import preflight
+from utils import distributed, held_out, preflight
 from utils.cli import InputError
 from vlm import VLM
 
@@ -35,7 +35,7 @@ def load(folder, rows):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_picture_is_trained_on_and_held_out(tmp_path, seed):
-    train, held = data.hold_out(load(tmp_path, questions(tmp_path, 12, 8)), 19, seed)
+    train, held = held_out.hold_out(load(tmp_path, questions(tmp_path, 12, 8)), 19, seed)
     assert len(train) + len(held) == 96 and len(held) == 16
     assert not {str(s.images[0]) for s in train} & {str(s.images[0]) for s in held}
 
@@ -45,7 +45,7 @@ def test_the_same_picture_under_other_names_is_one(tmp_path):
     for p in range(10):
         (tmp_path / f"copy{p}.png").write_bytes((tmp_path / f"{p}.png").read_bytes())
         rows.append({**rows[p], "id": f"copy{p}", "image": f"copy{p}.png"})
-    train, held = data.hold_out(load(tmp_path, rows), 4, 0)
+    train, held = held_out.hold_out(load(tmp_path, rows), 4, 0)
     assert {s.id.split("-")[0].removeprefix("copy") for s in held}.isdisjoint(
         s.id.split("-")[0].removeprefix("copy") for s in train)
     assert len(held) == 4
@@ -54,13 +54,13 @@ def test_the_same_picture_under_other_names_is_one(tmp_path):
 def test_an_id_column_groups_pictures_that_differ(tmp_path):
     """Two crops of one photo."""
     rows = [{**row, "image_id": i // 2} for i, row in enumerate(questions(tmp_path, 12, 1))]
-    train, held = data.hold_out(load(tmp_path, rows), 5, 0)
+    train, held = held_out.hold_out(load(tmp_path, rows), 5, 0)
     assert len(held) == 4 and {s.meta["image_id"] for s in held}.isdisjoint(s.meta["image_id"] for s in train)
 
 
 def test_one_picture_for_all_cannot_be_held_out(tmp_path):
     with pytest.raises(InputError, match="the fewest by 20; raise --eval_size, or set it to 0"):
-        data.hold_out(load(tmp_path, questions(tmp_path, 1, 20)), 4, 0)
+        held_out.hold_out(load(tmp_path, questions(tmp_path, 1, 20)), 4, 0)
 
 
 def test_held_out_questions_come_back_from_their_file(tmp_path):
@@ -68,7 +68,7 @@ def test_held_out_questions_come_back_from_their_file(tmp_path):
                                          "answer": "y", "level": 2}]
     samples = load(tmp_path, rows)
     (tmp_path / "run").mkdir()
-    data.write_held_out(samples, tmp_path / "run" / "heldout.jsonl")
+    held_out.write_held_out(samples, tmp_path / "run" / "heldout.jsonl")
     again = data.load(tmp_path / "run" / "heldout.jsonl", answered=True, allow_outside=True)
     for a, b in zip(samples, again, strict=True):
         assert (a.id, a.question, a.answer, a.choices, a.source, a.meta) == (b.id, b.question, b.answer, b.choices, b.source,
@@ -130,7 +130,7 @@ def check():
 
 def main():
     distributed.start_ranks()
-    preflight.agreed(check)
+    distributed.agreed(check)
     open({moved!r}, "w")
 
 try:
@@ -154,7 +154,7 @@ def test_a_refusal_of_one_rank_ends_all_with_its_sentence(tmp_path):
 
 
 def test_an_agreed_check_returns_what_it_found():
-    assert preflight.agreed(lambda: 3) == 3
+    assert distributed.agreed(lambda: 3) == 3
 
 
 # ---- Training that cannot learn

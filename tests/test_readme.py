@@ -68,8 +68,8 @@ def test_the_recipe_is_todays():
 @pytest.mark.parametrize("paper, functions", map_rows())
 def test_each_function_of_the_map_exists_and_names_its_equation(project, paper, functions):
     for name in functions:
-        module, _, function = name.partition(".")
-        source = (ROOT / f"{module}.py").read_text()
+        module, function = re.fullmatch(r"((?:utils\.)?\w+)\.(.+)", name).groups()
+        source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
         text = ast.get_source_segment(source, project.definitions[module, function])
         words = set(re.findall(r"`([^`]*)`", paper)) | set(re.findall(r"\b3\.2\.\d", paper))
         assert equations(paper) <= equations(text), name

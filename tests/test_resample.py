@@ -8,16 +8,15 @@ import torch
 import data
 import train_cdrl
 from utils.distributed import QuestionOrder
-from utils.resample import is_tied, replace_tied
+from utils.judge import is_correct
+from utils.resample import replace_tied
 
 ARGS = replace(train_cdrl.parse(["--recipe", "grpo"]), group_size=3, max_new_tokens=48)
 
 
 def roll_out(base, samples, name):
-    images = [s.pictures() for s in samples]
-    pairs = train_cdrl.make_image_pairs(images, samples, None, name, ARGS)
-    views = train_cdrl.roll_out(base, samples, images, *pairs, name, ARGS)
-    train_cdrl.add_rewards(*views, None, ARGS)
+    views = train_cdrl.roll_out(base, *train_cdrl.prepare_step(base, None, samples, name, ARGS), name, ARGS)
+    train_cdrl.add_rewards(views, None, ARGS)
     return views
 
 
@@ -25,21 +24,21 @@ def roll_out(base, samples, name):
 def test_tied_groups_give_way_and_the_rest_stays(base, attempts):
     order = QuestionOrder(data.load("synthetic", "train", None, 0), 8, 0)
     samples = order.samples(0)
-    original, noised = roll_out(base, samples, 0)
-    tied = is_tied(original)
+    original, = roll_out(base, samples, 0)
+    tied = original.is_tied
     assert 0 < tied.sum() < 8
-    made = [replace_tied(samples, original, noised, order, 0, lambda s, name: roll_out(base, s, name), attempts)
+    made = [replace_tied(samples, [original], order, 0, lambda s, name: roll_out(base, s, name), attempts)
             for _ in range(2)]
-    (mine, after, none, count), again = made[0], made[1]
-    assert none is None and count == int(tied.sum()) - int(is_tied(after).sum()) and (count > 0) == (attempts > 0)
-    assert [s.id for s in mine] == [s.id for s in again[0]] and torch.equal(after.confidence, again[1].confidence)
+    (mine, (after,), count), again = made[0], made[1]
+    assert count == int(tied.sum()) - int(after.is_tied.sum()) and (count > 0) == (attempts > 0)
+    assert [s.id for s in mine] == [s.id for s in again[0]] and torch.equal(after.confidence, again[1][0].confidence)
     assert len(mine) == len(after.rollouts) == len(after.confidence) == 8
     for q in (~tied).nonzero()[:, 0].tolist():
         assert mine[q].id == samples[q].id and after.rollouts[q] == original.rollouts[q]
         assert after.rewards["outcome"][q].tolist() == original.rewards["outcome"][q].tolist()
     for q, sample in enumerate(mine):           # question, prompt and rollouts belong together
         assert after.prompts[q] == data.prompt(sample)
-        assert after.correct[q].tolist() == [train_cdrl.outcome_reward(r.text, sample) for r in after.rollouts[q]]
+        assert after.correct[q].tolist() == [float(is_correct(r.text, sample)) for r in after.rollouts[q]]
 
 
 def test_a_run_counts_what_it_replaced(tmp_path):

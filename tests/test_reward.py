@@ -8,6 +8,7 @@ import torch
 import reward
 from train_cdrl import Args
 from utils import loading, metrics
+from utils.judge import is_correct
 
 
 def padded(lengths, width, left):
@@ -288,5 +289,5 @@ def test_format_reward(text, finished, wanted):
 
 def test_outcome_reward_is_the_judge():
     sample = SimpleNamespace(id="q", answer="7", choices=None, meta={})
-    assert reward.outcome_reward(r"so \boxed{7}", sample) == 1.0
-    assert reward.outcome_reward(r"so \boxed{17}", sample) == 0.0
+    assert is_correct(r"so \boxed{7}", sample) is True
+    assert is_correct(r"so \boxed{17}", sample) is False

@@ -109,9 +109,9 @@ def test_several_pictures_in_a_prompt_are_noised_each_with_its_own_mask(vlm):
 
 
 def test_a_processor_that_leaves_pixels_gets_the_twins_own(base, clip):
-    """Built-in pictures are not resized: the model gets `diffuse` of the picture, as `make_pair` shows it."""
+    """Built-in pictures are not resized: the model gets `diffuse` of the picture, as `make_pairs` shows it."""
     image = photo(112, 112)
-    (twin,) = noise.make_pair([image], "Where?", clip, seed=4)
+    ((twin,),) = noise.make_pairs([[image]], ["Where?"], clip, (999, 999), ["key"], 0.5, [4])
     shown = Image.fromarray(np.asarray(twin))
     a, b = (base.encode([[picture]], ["?"])["pixel_values"] for picture in (twin, shown))
     assert torch.equal(a, b) and base.sight.unchanged[112, 112]

@@ -21,8 +21,8 @@ import eval
 import reward
 import train_cdrl
 from reward import group_advantages
-from train_cdrl import accumulate_gradients, kl_k3, parse, policy_loss
-from utils import checkpoint, cli, distributed, loading, logs, memory, report
+from train_cdrl import accumulate_gradients, parse, policy_loss
+from utils import checkpoint, cli, distributed, held_out, loading, logs, memory
 from utils.cli import InputError
 from utils.distributed import QuestionOrder
 from vlm import VLM
@@ -56,12 +56,12 @@ def test_two_armed_bandit_the_better_arm_rises():
     """policy_loss and group_advantages alone, on a softmax over two arms that start level."""
     torch.manual_seed(0)
     logits = torch.zeros(2, requires_grad=True)
-    optimizer = torch.optim.SGD([logits], lr=0.5)
+    optimizer, args = torch.optim.SGD([logits], lr=0.5), replace(parse([]), clip_low=0.2, clip_high=0.2)
     for _ in range(60):
         arms = torch.multinomial(logits.detach().softmax(0), 8, replacement=True)       # (G,)
         advantages, _ = group_advantages((arms == 1).float()[None], "std")
         logprobs = logits.log_softmax(0)[arms][:, None]                                  # (G, 1)
-        loss = policy_loss(logprobs, logprobs.detach(), advantages.view(-1, 1), 0.2, 0.2)[0].mean()
+        loss = policy_loss(logprobs, logprobs.detach(), None, advantages.view(-1, 1), args)[0].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -69,13 +69,13 @@ def test_two_armed_bandit_the_better_arm_rises():
 
 
 def test_on_policy_gradient_is_reinforce_and_clipping_stops_it():
-    logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    logprobs, args = torch.tensor([[-1.0, -2.0]], requires_grad=True), replace(parse([]), clip_low=0.2, clip_high=0.28)
     for old, advantage, expected in (([-1.0, -2.0], 1.5, [-1.5, -1.5]),           # ratio 1: -A dlogp
                                      ([-2.0, -2.0], 1.0, [0.0, -1.0]),            # ratio e above 1 + clip_high: no gradient
                                      ([-2.0, -2.0], -1.0, [2.718282, 1.0]),       # the pessimistic side is never clipped
                                      ([0.0, -2.0], -1.0, [0.0, 1.0])):            # ratio 1/e below 1 - clip_low
-        gradient, = torch.autograd.grad(policy_loss(logprobs, torch.tensor([old]), torch.tensor([[advantage]]), 0.2, 0.28)[0]
-                                        .sum(), logprobs)
+        per_token, _, _ = policy_loss(logprobs, torch.tensor([old]), None, torch.tensor([[advantage]]), args)
+        gradient, = torch.autograd.grad(per_token.sum(), logprobs)
         torch.testing.assert_close(gradient, torch.tensor([expected]))
 
 
@@ -94,7 +94,7 @@ def test_k3_estimates_the_kl():
     policy, reference = torch.randn(2, 6).log_softmax(-1)
     exact = (policy.exp() * (policy - reference)).sum()
     drawn = torch.multinomial(policy.exp(), 400_000, replacement=True)
-    values = kl_k3(policy[drawn], reference[drawn])
+    values = policy_loss(policy[drawn], policy[drawn], reference[drawn], torch.zeros(()), parse([]))[2]
     assert (values >= 0).all() and abs(values.mean() - exact) < 0.01
 
 
@@ -120,8 +120,7 @@ def test_a_question_that_comes_twice_in_a_step_has_rollouts_of_its_own(base, cli
 # ---- one step on the real model
 
 def views_of(vlm, clip, samples, args):
-    images = [s.pictures() for s in samples]
-    return train_cdrl.roll_out(vlm, samples, images, *train_cdrl.make_image_pairs(images, samples, clip, 0, args), 0, args)
+    return train_cdrl.roll_out(vlm, *train_cdrl.prepare_step(vlm, clip, samples, 0, args), 0, args)
 
 
 def step_views(vlm, clip, recipe="ours", **settings):
@@ -130,8 +129,8 @@ def step_views(vlm, clip, recipe="ours", **settings):
     args = replace(parse(["--recipe", recipe]), **small | settings)
     views = views_of(vlm, clip, [data.synthetic("train", 5, i) for i in range(4)], args)
     confidence_map = {"lo": 8.0, "hi": 14.0, "slope": 0.9, "intercept": -10.0}
-    train_cdrl.add_rewards(*views, confidence_map, args)
-    train_cdrl.add_advantages(*views, args.adv_norm)
+    train_cdrl.add_rewards(views, confidence_map, args)
+    train_cdrl.add_advantages(views, args.adv_norm)
     return args, views, confidence_map
 
 
@@ -141,8 +140,8 @@ def loss_tokens(views, args):
 
 def gradient(vlm, views, confidence_map, args):
     vlm.model.zero_grad()
-    scored = views if args.noised_learns or args.pathwise and args.alpha else (views[0], None)
-    passes = distributed.micro_batches(vlm, *scored, args.run)
+    scored = views if args.noised_learns or args.pathwise and args.alpha else views[:1]
+    passes = distributed.micro_batches(vlm, scored, args.run)
     accumulate_gradients(distributed.Policy(vlm), None, passes, confidence_map, loss_tokens(views, args), args)
     return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in vlm.model.parameters()])
 
@@ -297,7 +296,7 @@ from utils import distributed
 rank, world, device = distributed.start_ranks()
 sample, split, whole = vlm.VLM.sample, train_cdrl.micro_batches, []
 vlm.VLM.sample = lambda self, *a, **k: sample(self, *a, **{**k, "max_new_tokens": 24 if rank else 1})
-train_cdrl.micro_batches = lambda *a: whole.append(sum(weight for _, _, weight in split(*a))) or split(*a)
+train_cdrl.micro_batches = lambda *a: whole.append(sum(weight for _, weight in split(*a))) or split(*a)
 train_cdrl.main()
 open(f"{__file__}.{rank}", "w").write(str(int(sum(whole))))
 """
@@ -617,7 +616,7 @@ def test_a_dry_run_prints_what_is_needed_and_refuses_what_cannot_fit(tmp_path, c
 def test_a_torn_probe_is_named_and_a_batch_of_ties_does_not_explode(tmp_path, fresh, clip):
     (tmp_path / "before.json").write_text("[")
     with pytest.raises(InputError, match="before.json is damaged"):
-        report.read_probe(tmp_path / "before.json", eval.Answer)
+        held_out.read_probe(tmp_path / "before.json", eval.Answer)
     _, views, _ = step_views(fresh, clip, adv_norm="std", alpha=0.0, calibration="none", noised_policy=1.0, temperature=1e-3)
     assert all(view.advantage_divisor == train_cdrl.MIN_DIVISOR for view in views)
 

@@ -85,6 +85,13 @@ def counted_out(sample):
 ROLES = ("voter", "critic", "reflect", "planner")
 
 
+def critique_of(sample, answer):
+    """What a Critic who knows the solution says about an answer, in one line (str)."""
+    verdict = "correct" if answer == sample.answer else "wrong"
+    solution = sample.meta["solution"].split(". \\boxed")[0]
+    return f"{solution}. {answer} {verdict}"
+
+
 def ballot(sample, rng, solution, held):
     """The Voter's last forms: 1 to 8 candidates, near misses and far ones, in one of twelve without the right one; after
     the worked solution each is judged on a line that begins as the prompt's does (in a row they got lost from three on).
@@ -125,7 +132,7 @@ def lesson(sample, rng, share, describe=0.0, roles=ROLES, late=False, lines=""):
     current = sample.answer if rng.random() < 0.5 else wrong_answer(sample, rng)
     shown = sample.meta["solution"].split(". \\boxed")[0]
     verdict = "correct" if current == sample.answer else "wrong"
-    critique = data.critique(sample, current) if late else f"{shown}. {verdict}"
+    critique = critique_of(sample, current) if late else f"{shown}. {verdict}"
     if role == "voter" and lines:
         return ballot(sample, rng, solution, lines != "plain")
     if role == "voter":

@@ -2,6 +2,7 @@
 
 The root's classes come as arguments.
 """
+import argparse
 import os
 import shlex
 import sys
@@ -35,6 +36,35 @@ def add_choices(parser):
                         help="let the package math-verify accept answers that the rules refuse")
     parser.add_argument("--dry_run", action="store_true",
                         help="print generations, tokens, Expert calls and hours by part, and stop")
+
+
+def question_parser(settings_class):
+    """The flags of catts.py. settings_class: its Settings."""
+    parser = argparse.ArgumentParser(description="CA-TTS: answer with samples, an Expert, and votes.")
+    parser.add_argument("image", nargs="?", help="a picture")
+    parser.add_argument("question", nargs="?", help="a question about it")
+    parser.add_argument("--choices", nargs="+", help="options of a multiple-choice question")
+    parser.add_argument("--output", default="runs/catts/results.jsonl", help="file for the results of --data")
+    parser.add_argument("--json", action="store_true", help="print the result, or the means, as JSON")
+    cli.add_sources(parser)
+    add_choices(parser)
+    cli.add_options(parser, settings_class)
+    parser.set_defaults(max_new_tokens=None)
+    return parser
+
+
+def question_of(args, sample_class):
+    """The one question of a command line (data.Sample), None with --data. Raises InputError."""
+    if (args.data is None) == (args.image is None) or (args.image is None) != (args.question is None):
+        raise InputError("give either IMAGE and \"QUESTION\", or --data FILE")
+    cli.check_choices(args.choices)
+    if not args.image:
+        return None
+    if not args.question.strip():
+        raise InputError("the question is empty; give the words that ask for something in the picture")
+    sample = sample_class(Path(args.image).name, [args.image], args.question.strip(), None, args.choices)
+    sample.pictures()                              # a broken one is refused before a model is loaded
+    return sample
 
 
 def parse_with_preset(parser, argv):

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from utils import cli, distributed, inputs, loading, locks, lora, state_files
 from utils.cli import InputError
+from utils.distributed import agreed
 from utils.logs import logged_steps, write_json
-from utils.preflight import agreed
 
 # A resumed run may change these; every other setting must be the same. (More steps go on with the lr of the
 # longer run.)

@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPMode
 from utils.cli import InputError, reason, warn
 from utils.loading import SAFE, opening
 
+LATE_LAYERS = 4  # that write nearly all of the embedding directly (Gandelsman et al., Figure 2)
+
 
 def open_clip(path, device=None):
     """A CLIPModel directory or hub id -> (model, image processor, tokenizer). Raises InputError."""
@@ -57,6 +59,21 @@ def contributions(clip, output, layer):
     return clip.visual_projection(as_normed(terms, output.last_hidden_state[:, :1], vision.post_layernorm))
 
 
+def contribution_weights(clip, output, texts):
+    """What the late layers' patches add along texts ((1, E), or None: along the picture) -> (B, P).
+
+    What is below the picture's median patch is its background, and weighs nothing.
+    """
+    late = range(-min(LATE_LAYERS, len(output.attentions)), 0)
+    added = sum(contributions(clip, output, layer)[:, 1:] for layer in late)  # (B, P, E)
+    last = clip.vision_model.post_layernorm(output.last_hidden_state[:, :1])
+    embedding = clip.visual_projection(last)  # (B, 1, E)
+    along = torch.stack([embedded if text is None else text
+                         for text, embedded in zip(texts, embedding)])  # (B, 1, E)
+    weights = (added * along / along.norm(dim=-1, keepdim=True)).sum(-1)
+    return (weights - weights.median(-1, keepdim=True).values).clamp(min=0)
+
+
 def as_normed(terms, total, norm):
     """Terms of a sum as a layer norm of the sum sees them, its bias apart: (..., D), (..., D), LayerNorm ->
     (..., D)."""
@@ -94,6 +111,15 @@ class MapCache:
             return None
         sound = isinstance(grid, np.ndarray) and grid.shape == self.shape and grid.dtype == np.float32
         return grid if sound and np.isfinite(grid).all() and (grid >= 0).all() else None
+
+    def through(self, make, pairs):
+        """The maps of pairs of picture and question (list): kept ones; of the others make(pairs)'."""
+        grids = [self.read(*pair) for pair in pairs]
+        absent = [i for i, grid in enumerate(grids) if grid is None]
+        for i, grid in zip(absent, make([pairs[i] for i in absent]) if absent else ()):
+            grids[i] = grid
+            self.write(*pairs[i], grid)
+        return grids
 
     def write(self, image, question, grid):
         """Keep a map. Where it cannot be written, that is said once, and the program goes on without."""

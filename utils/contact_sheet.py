@@ -1,11 +1,14 @@
 """Pictures to look at: what the noise does to one question, and whether it lies on the evidence of eight."""
+import argparse
 import textwrap
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from utils import inputs
 from utils.cli import InputError
+from utils.pictures import open_picture
 
 MODES = ("key", "random", "inverse")
 QUESTIONS, SIDE, MARGIN = 8, 224, 8             # of a sheet of pairs; pixels of a picture and beside it
@@ -44,6 +47,31 @@ def contact_sheet(image, question, attention, mass, ts, path, seed, region, diff
                          "file") from error
     finally:
         pyplot.close(figure)
+
+
+def command(argv, default_clip, kinds, open_clip, region, diffuse, parse_t):
+    """The command `python noise.py PICTURE QUESTION`. Its functions and constants are arguments."""
+    parser = argparse.ArgumentParser(description="Write a contact sheet: the map, masks, noised pictures.")
+    parser.add_argument("image", help="a picture")
+    parser.add_argument("question", help="the question that guides the attention")
+    parser.add_argument("--clip", default=default_clip, help="CLIPModel directory or hub id")
+    parser.add_argument("--clip_map", default="auto", choices=kinds, help="the map it makes: ClipAttention")
+    parser.add_argument("--mass", type=float, default=0.5, help="share of the attention in the key region")
+    parser.add_argument("--t", type=int, nargs="+", default=[300, 500, 700, 999], help="noise steps to show")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="noise_sheet.png")
+    args = parser.parse_args(argv)
+    if not args.question.strip():
+        raise InputError("the question is empty; give the words that say what to look for")
+    if not 0 < args.mass <= 1:
+        raise InputError(f"--mass is {args.mass}; a number above 0 and at most 1 is expected")
+    for t in args.t:
+        parse_t(t)
+    inputs.refuse_as_output(args.output, image=args.image)
+    image = open_picture(args.image)
+    attention = open_clip(args.clip, kind=args.clip_map).map(image, args.question)
+    contact_sheet(image, args.question, attention, args.mass, args.t, args.output, args.seed, region, diffuse)
+    print(f"wrote {args.output}\nnext: python train_cdrl.py --noise_t {args.t[-1]} --mass {args.mass:g}")
 
 
 def write_pairs(folder, samples, twins_of):

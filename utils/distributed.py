@@ -135,6 +135,22 @@ def gathered(items):
     return [item for rank_items in items_by_rank for item in rank_items]
 
 
+def agreed(check, *arguments):
+    """Run check(*arguments) on this rank -> its result. Where any rank's check raises InputError, all ranks
+    raise the first rank's sentence: no rank is left waiting for one that refused."""
+    result, fault = None, None
+    try:
+        result = check(*arguments)
+    except InputError as error:
+        fault = str(error)
+    faults = [text for text in gathered([fault]) if text is not None]
+    if fault is not None and fault != faults[0]:
+        cli.warn(f"also: {fault}")
+    if faults:
+        raise InputError(faults[0])
+    return result
+
+
 class QuestionOrder:
     """The questions of each step: a fresh seeded permutation every epoch, dealt to the ranks in turn.
 
@@ -145,17 +161,6 @@ class QuestionOrder:
         self.questions, self.batch_size, self.seed = questions, batch_size, seed
         self.rank, self.world = rank, world
         self.epoch, self.permutation = None, None
-
-    def indices(self, step):
-        """The step's indices into the questions, of all ranks (list of batch_size ints)."""
-        indices = []
-        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, place = divmod(position, len(self.questions))
-            if epoch != self.epoch:
-                self.epoch, self.permutation = epoch, list(range(len(self.questions)))
-                random.Random(f"order {self.seed} {epoch}").shuffle(self.permutation)
-            indices.append(self.permutation[place])
-        return indices
 
     def samples(self, step):
         """This rank's questions of a step (list of Sample).
@@ -169,21 +174,31 @@ class QuestionOrder:
             samples.append(replace(sample, id=f"{sample.id} again {earlier}") if earlier else sample)
         return samples
 
+    def indices(self, step):
+        """The step's indices into the questions, of all ranks (list of batch_size ints)."""
+        indices = []
+        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+            epoch, place = divmod(position, len(self.questions))
+            if epoch != self.epoch:
+                self.epoch, self.permutation = epoch, list(range(len(self.questions)))
+                random.Random(f"order {self.seed} {epoch}").shuffle(self.permutation)
+            indices.append(self.permutation[place])
+        return indices
 
-def micro_batches(vlm, original, noised, run):
-    """Split a step's rollouts for the forward and backward passes -> list of (original, noised, weight).
 
-    The noised RolloutBatch is None where its words are not scored. A pass holds at most --micro_batch
-    questions, and as many as --micro_tokens allows. Completions of similar length share a pass, which is as
-    wide as its longest row. All ranks get as many passes, because a sharded model needs all in each; the
-    surplus ones have weight 0.
+def micro_batches(vlm, views, run):
+    """Split a step's rollouts for the forward and backward passes -> list of (views, weight).
+
+    views: RolloutBatch of each view whose words are scored. A pass holds at most --micro_batch questions,
+    and as many as --micro_tokens allows. Completions of similar length share a pass, which is as wide as its
+    longest row. All ranks get as many passes, because a sharded model needs all in each; the surplus ones
+    have weight 0.
     """
-    views = [view for view in (original, noised) if view is not None]
-    questions = range(len(original.prompts))
+    questions = range(len(views[0].prompts))
     longest = [max(len(r.tokens) for view in views for r in view.rollouts[q]) for q in questions]
     prompt_lengths = [max(vlm.prompt_length(view.images[q], view.prompts[q]) for view in views)
                       if run.micro_tokens else 0 for q in questions]
-    group_size, passes = len(original.rollouts[0]), [[]]
+    group_size, passes = len(views[0].rollouts[0]), [[]]
     for q in sorted(questions, key=longest.__getitem__):
         candidate = [*passes[-1], q]
         rows = len(views) * len(candidate)
@@ -192,10 +207,9 @@ def micro_batches(vlm, original, noised, run):
             passes.append([q])
         else:
             passes[-1] = candidate
-    missing = max(gathered([len(passes)])) - len(passes)
-    weighted = [(sorted(indices), 1.0) for indices in passes] + [(sorted(passes[-1]), 0.0)] * missing
-    return [(original.select(indices), noised and noised.select(indices), weight)
-            for indices, weight in weighted]
+    surplus = max(gathered([len(passes)])) - len(passes)
+    weighted = [(sorted(indices), 1.0) for indices in passes] + [(sorted(passes[-1]), 0.0)] * surplus
+    return [([view.select(indices) for view in views], weight) for indices, weight in weighted]
 
 
 def blocks(model):
@@ -253,11 +267,11 @@ class Policy(nn.Module):
                 unit.set_reshard_after_forward(True, recurse=False)
                 unit.reshard()
 
-    def sum_gradients(self, now):
-        """Whether the next backward pass sums gradients over replicas; of several that accumulate only the
-        last must."""
+    def backward(self, loss, is_last=True):
+        """Add the gradient of a loss to that of the passes before. The last pass sums it over replicas."""
         for unit in self.units:
-            unit.set_requires_all_reduce(now, recurse=False)
+            unit.set_requires_all_reduce(is_last, recurse=False)
+        (loss * self.loss_scale).backward()
 
 
 def needs_fsdp(world, sharded, offload, compute, dtype):

@@ -30,15 +30,13 @@ def find_question(question_id, questions, held_out):
                      f"{questions[0].id!r}")
 
 
-def choose_question(args, clip, order, make_image_pairs, roll_out, vlm):
+def choose_question(args, clip, order, prepare_step, roll_out, vlm):
     """The first question of step 0 that shows most (Sample): right and wrong answers, no right one where the
     evidence is noised."""
     samples = order.samples(0)
-    images = [sample.pictures() for sample in samples]
-    pairs = make_image_pairs(images, samples, clip, 0, args)
-    original, noised = roll_out(vlm, samples, images, *pairs, 0, args)
+    original, *noised = roll_out(vlm, *prepare_step(vlm, clip, samples, 0, args), 0, args)
     mixed = original.correct.amax(-1) > original.correct.amin(-1)                               # (Q,)
-    blinded = torch.zeros_like(mixed) if noised is None else noised.correct.amax(-1) == 0
+    blinded = noised[0].correct.amax(-1) == 0 if noised else torch.zeros_like(mixed)
     return samples[int((4 * mixed.int() + 2 * blinded.int() - original.is_control.int()).argmax())]
 
 
@@ -222,34 +220,33 @@ def print_step(args, vlm, policy, clip, order, held_out, stages):
     """Print one question's step -> its lines (list of str).
 
     policy: the Policy around `vlm`, not sharded. One update moves its weights. stages: fit_map_on_base,
-    make_image_pairs, roll_out, add_rewards, add_advantages, cdrl_loss of train_cdrl.py. InputError: unknown
+    prepare_step, roll_out, add_rewards, add_advantages, cdrl_loss of train_cdrl.py. InputError: unknown
     id, many ranks. All weights move: --freeze_vision and --lora_rank are not applied.
     """
     if order.world > 1:
         raise InputError(f"--explain shows one question, and {order.world} ranks were started; start one")
-    fit_map_on_base, make_image_pairs, roll_out, add_rewards, add_advantages, cdrl_loss = stages
+    fit_map_on_base, prepare_step, roll_out, add_rewards, add_advantages, cdrl_loss = stages
     picture = Path(args.output).parent / "explain.png"
     with policy.unsharded():
         if args.run.explain == FIRST:
-            sample = choose_question(args, clip, order, make_image_pairs, roll_out, vlm)
+            sample = choose_question(args, clip, order, prepare_step, roll_out, vlm)
         else:
             sample = find_question(args.run.explain, order.questions, held_out)
         needs_map = args.calibration != "none" and (args.calibration != "linear" or args.cnorm == "range")
         confidence_map = fit_map_on_base(vlm, clip, order, args) if needs_map else None
-        images = [sample.pictures()]
-        noised_images, is_control = make_image_pairs(images, [sample], clip, 0, args)
-        original, noised = roll_out(vlm, [sample], images, noised_images, is_control, 0, args)
-    add_rewards(original, noised, confidence_map, args)
-    add_advantages(original, noised, args.adv_norm)
+        batch = prepare_step(vlm, clip, [sample], 0, args)
+        views = roll_out(vlm, *batch, 0, args)
+    _, images, noised_images, *_ = batch
+    add_rewards(views, confidence_map, args)
+    add_advantages(views, args.adv_norm)
     write_pair(picture, images[0], noised_images and noised_images[0])
-    views = [original] if noised is None else [original, noised]
+    original, noised = views[0], views[1] if len(views) > 1 else None
     learners = views if args.noised_learns else views[:1]
     num_loss_tokens = sum(len(rollout.tokens) for view in learners for rollout in view.rollouts[0])
     before = readings(policy, views, args)
-    policy.sum_gradients(True)
-    scored = noised if args.noised_learns or args.pathwise > 0 and args.alpha > 0 else None
-    loss, sums = cdrl_loss(policy, None, original, scored, confidence_map, num_loss_tokens, args)
-    loss.backward()
+    scored = views if args.noised_learns or args.pathwise > 0 and args.alpha > 0 else views[:1]
+    loss, sums = cdrl_loss(policy, None, scored, confidence_map, num_loss_tokens, args)
+    policy.backward(loss)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     norm = first_update(parameters, args.lr / WARMUP, args.max_grad_norm)
     lines = [*heading(args, sample, original, noised, picture),

@@ -12,7 +12,7 @@ def first_fault(samples, batches, micro_batches, update):
     """What is not finite of one update, the earliest in the order of computation -> words, or None.
 
     samples: Q questions. batches: RolloutBatch of the original and perhaps of the noised view. micro_batches:
-    (original, noised or None, weight) of them, scored. update: sums of loss terms, with grad_norm."""
+    (views, weight) of them, scored. update: sums of loss terms, with grad_norm."""
     def name(q, batch):
         return f"question {samples[q].id!r} on the {batch.view} view"
 
@@ -24,9 +24,9 @@ def first_fault(samples, batches, micro_batches, update):
                 if any(not r.logprobs.isfinite().all() for r in batch.rollouts[q]):
                     what = "logits"
                 return f"{'the term ' * (what in batch.rewards)}{what} of {name(q, batch)}"
-    for views in micro_batches:
-        for batch in views[:2]:
-            scored = None if batch is None else batch.old_logprobs                                  # (Q*G, T)
+    for views, _ in micro_batches:
+        for batch in views:
+            scored = batch.old_logprobs                                                             # (Q*G, T)
             if scored is not None and not scored.isfinite().all():
                 row = int((~scored.isfinite()).nonzero()[0, 0]) // batch.confidence.shape[1]
                 return f"the log-probs in the loss of {name(batch.rows[row] % len(samples), batch)}"

@@ -341,8 +341,7 @@ def equivalent(a, b, choices=None):
 
 
 def is_correct(text, sample):
-    """The judge: does the response `text` answer `sample` correctly (a data.Sample: .id, .answer, .choices,
-    .meta)?
+    """R_out: does the response `text` answer `sample` correctly (a data.Sample: .id, .answer, .choices, .meta)?
 
     sample.answer: with choices the option's letter, else a value; a list or tuple means any of it. No answer:
     False. As in MathVista's judge, meta["answer_type"] == "float" rounds both sides to meta["precision"]

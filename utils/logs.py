@@ -33,7 +33,7 @@ def statistics(batches):
                  "confidence": batch.confidence.mean(),
                  "length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
                  "truncated": sum(not r.finished for r in rollouts) / len(rollouts),
-                 "zero_variance": (total.std(-1) < 1e-6).float().mean(),
+                 "zero_variance": batch.is_tied.float().mean(),
                  "distinct": sum(len({r.text for r in group}) / len(group)
                                  for group in batch.rollouts) / len(batch.rollouts),
                  "confidence_std": math.sqrt(max(0.0, squares - c_sum**2 / count) / max(1, count - 1)),

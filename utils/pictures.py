@@ -4,6 +4,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import stat
 import warnings
 from collections import Counter
@@ -274,3 +275,19 @@ def _content(path):
     """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+def unreadable(image, error):
+    """What an error of `load_picture(image)` says of a path or of the bytes of a file (str)."""
+    name = f"of {len(image)} bytes" if isinstance(image, bytes) else repr(str(image))
+    if isinstance(image, bytes) and len(image) < 192:               # 255 characters, the longest name
+        name += ", or a long name of a file that does not exist,"
+    why = re.sub(r" <_io\.BytesIO[^>]*>", "", reason(error))  # its address differs from time to time
+    return f"image {name} cannot be read ({why})"
+
+
+def shrunk(image, longest):
+    """A PIL image whose longer side has at most `longest` pixels; None leaves it."""
+    scale = (longest or max(image.size)) / max(image.size)
+    size = [max(1, round(side * scale)) for side in image.size]
+    return image if scale >= 1 else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)

@@ -8,9 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import torch
-
 from utils.cli import InputError
+from utils.distributed import agreed
 
 
 class Ahead:
@@ -34,7 +33,7 @@ class Ahead:
     def __call__(self, step):
         start = time.perf_counter()
         future = self.future if self.step == step else self.pool.submit(self.make, step)
-        batch = future.result()
+        batch = agreed(future.result)                   # where one rank refuses, all do
         self.step = step + 1
         self.future = self.pool.submit(self.make, self.step) if self.step < self.last else None
         self.waited = time.perf_counter() - start
@@ -68,25 +67,6 @@ def open_pictures(samples, workers=2, skip_broken=False):
                        *samples[i + 1:]]
             images[i] = images[other]
     return samples, images
-
-
-def has_pictures(images):
-    """Q lists of pictures -> (Q, 1) bool. A question without any has no noised twin: its noised answers teach
-    nothing."""
-    return torch.tensor([[bool(pictures)] for pictures in images])
-
-
-def step_pictures(make_image_pairs, prompt_of, vlm, clip, order, step, name, args):
-    """A step's questions, their pictures, the noised ones, which are controls, both views encoded (tuple).
-
-    A pure function of the step: `Ahead` calls it while the step before runs. make_image_pairs, prompt_of: of
-    train_cdrl.py and data.py. name: of the step, in seeds.
-    """
-    samples, images = open_pictures(order.samples(step), args.run.picture_threads, args.run.skip_broken)
-    noised_images, is_control = make_image_pairs(images, samples, clip, name, args)
-    prompts = [prompt_of(s) for s in samples]
-    inputs = vlm.encode(images + (noised_images or []), prompts * (1 if noised_images is None else 2))
-    return samples, images, noised_images, is_control, inputs
 
 
 def reader_of(vlm):

@@ -15,26 +15,12 @@ from PIL import Image
 from utils import cli
 from utils.cli import InputError, warn
 from utils.distributed import dtype_of, gathered, parameters, place
+from utils.judge import is_correct
+from utils.rows import ANSWER
 
 SHOWN_FAULTS = 20
 # tokens that text and template may share or not; lengths within it of the limit are counted exactly
 MARGIN = 8
-
-
-def agreed(check, *arguments):
-    """Run check(*arguments) on this rank -> its result. Where any rank's check raises InputError, all ranks
-    raise the first rank's sentence: no rank is left waiting for one that refused."""
-    result, fault = None, None
-    try:
-        result = check(*arguments)
-    except InputError as error:
-        fault = str(error)
-    faults = [text for text in gathered([fault]) if text is not None]
-    if fault is not None and fault != faults[0]:
-        warn(f"also: {fault}")
-    if faults:
-        raise InputError(faults[0])
-    return result
 
 
 def check_settings(args, world):
@@ -267,3 +253,17 @@ class HopelessTraining:
         if warning and progress is not None:
             progress.write(f"warning: {warning}", file=sys.stderr)
         return warning
+
+
+def training_fault(sample, golds):
+    """Why a question cannot be trained on (str), or None: its gold answer at least matches itself.
+
+    golds: of data.py. Raises InputError for a picture that does not open.
+    """
+    if sample.answer is None:
+        return f"has no answer; give it one ({', '.join(ANSWER[1:])}) or remove the row"
+    sample.picture_sizes()
+    for gold in golds(sample):
+        if not re.sub(r"\\boxed|[{}$\s]", "", gold) or not is_correct(f"\\boxed{{{gold}}}", sample):
+            return f"has the answer {gold[:60]!r}, which no response can match; write the plain value"
+    return None

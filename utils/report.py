@@ -2,14 +2,12 @@
 import base64
 import html
 import io
-import json
 import math
 
 import numpy as np
 
-from utils import cli, schema
+from utils import cli
 from utils.baselines import by_figure
-from utils.cli import InputError
 from utils.logs import smoothed, training_log
 from utils.metrics import (
     MIN_QUESTIONS,
@@ -434,30 +432,6 @@ def draw_rewards(axis, log):
             axis.plot(*zip(*smoothed(points)), label=term)
     axis.set(xlabel="step", ylabel="mean reward", title="reward terms on original pictures")
     axis.legend(fontsize=8)
-
-
-def read_probe(path, answer_class, ts=()):
-    """before.json or after.json of a run folder -> {t: list of answer_class}, t of `ts` among them. InputError where it is
-    damaged."""
-    try:
-        stored = json.loads(path.read_text())
-        if words := schema.fault(stored, {str(t): [schema.of(answer_class), ...] for t in ts}):
-            raise ValueError(words)
-        if not all(stored.values()):
-            raise ValueError("a noise step without answers")
-        return {int(t): [answer_class(**answer) for answer in answers] for t, answers in stored.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); restore it, or start again with --resume no") from error
-
-
-def held_out_row(answers_by_t):
-    """What --eval_every adds to a line of metrics.jsonl (dict): accuracy on clean and on noised pictures, and
-    the gap of C between them. answers_by_t: {noise step: list of Answer}."""
-    clean, noised = answers_by_t[0], answers_by_t[max(answers_by_t)]
-    means = [[np.mean([getattr(a, name) for a in answers]) for answers in (clean, noised)]
-             for name in ("correct", "confidence")]
-    return {"held_out/accuracy": float(means[0][0]), "held_out/accuracy_noised": float(means[0][1]),
-            "held_out/gap": float(means[1][0] - means[1][1])}
 
 
 def finish_run(output, before, after, confidence_map, args, t):

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from utils import cli, distributed, locks, schema
 from utils.cli import InputError, printable
+from utils.distributed import agreed
 from utils.findings import cut_off_finding
 from utils.overlap import answer_batches
-from utils.preflight import agreed
 
 STILL_OPEN = 3                  # exit code where a server failed and questions wait for the same command
 # Votes are counted in this order, whatever order they were cast in.
