@@ -23,7 +23,6 @@ import sys
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 import data
 import noise
@@ -112,7 +111,7 @@ def sample_weights(confidences, probabilities, settings):
         weights = torch.tensor(probabilities, dtype=torch.float64)
     else:
         weights = torch.ones_like(c)
-    num_kept = math.ceil(settings.top_share * len(c) - 1e-9)
+    num_kept = len(c) - math.ceil((1 - settings.top_share) * (len(c) - 1) - 1e-9)  # above a percentile
     weights[c.argsort(descending=True, stable=True)[num_kept:]] = 0
     total = weights.sum()
     return (weights / total if total > 0 else torch.full_like(weights, 1 / len(c))).tolist()
@@ -488,11 +487,7 @@ def run(argv=None):
 
 
 def main(argv=None):
-    try:
-        cli.command("catts.py", lambda: run(argv))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    cli.command("catts.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

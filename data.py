@@ -137,8 +137,8 @@ def planner_prompt(sample, signals=None):
     signals: (answer, share of the samples, their mean C) of each candidate. With them it may stop early.
     """
     answers = "".join(f"{answer}: share {share:.2f}, C {c:.1f}\n" for answer, share, c in signals or [])
-    known = "" if signals is None else f"{answers}The list may end early, with stop.\n"
-    return (f"{known}{ask(sample)}\nIn which order should these be run: {', '.join(MODULES)}? "
+    note = "" if signals is None else f"{answers}The list may end early, with stop.\n"
+    return (f"{note}{ask(sample)}\nIn which order should these be run: {', '.join(MODULES)}? "
             "Reply with a JSON list of names, nothing else.")
 
 

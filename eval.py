@@ -28,18 +28,8 @@ import noise
 import policy as policies
 from catts import Vote, rollout_record, sample_votes, share_of, tally, winner
 from noise import MODES, make_pairs, parse_t
-from utils import (
-    answering,
-    baselines,
-    cli,
-    corruptions,
-    cost,
-    distributed,
-    evaluation,
-    locks,
-    results_file,
-    stored,
-)
+from utils import answering, cli, corruptions, cost, distributed, evaluation, locks, results_file, stored
+from utils.baselines import packed
 from utils.cli import InputError
 from utils.contact_sheet import write_pairs
 from utils.experts import Memo, batches_in_flight, sample_from
@@ -47,14 +37,7 @@ from utils.judge import accepts, extract_answer, is_correct
 from utils.metrics import calibrated
 from utils.overlap import in_background, waited
 from utils.replies import without_thoughts
-from utils.tables import (
-    CALIBRATED,
-    STATES,
-    Answer,
-    Outcome,
-    method_of,
-    modules_of,
-)
+from utils.tables import CALIBRATED, STATES, Answer, Outcome, method_of, modules_of
 from vlm import VLM
 
 PROBE_STEPS = (0, 300, 500, 700, 850, 999)
@@ -189,42 +172,29 @@ def outcomes(row, n, settings):
     return methods
 
 
-def by_method(rows, n, settings):
-    """Stored rows -> {method: list of Outcome over all questions}."""
+def by_method(rows, n, settings, scale=None):
+    """Stored rows -> {method: list of Outcome over all questions}. scale: a map of `stored_scales`; with it
+    `CALIBRATED` is pass@1 once more, its confidence c = sigmoid(slope * C + intercept)."""
     methods = defaultdict(list)
     for row in rows:
         for method, results in outcomes(row, n, settings).items():
             methods[method] += results
+    if scale:
+        c = calibrated([s["confidence"]["mean"] for row in rows for s in row["samples"][:n]], scale)
+        methods[CALIBRATED] = [replace(o, confidence=p) for o, p in zip(methods["pass@1"], c.tolist())]
     return dict(methods)
 
 
-def methods_of(votes, settings, scales):
-    """{model name: stored rows} -> {model name: `by_method`}. scales: {model name: a map of `stored_scales`};
-    with one, `CALIBRATED` is pass@1 once more, its confidence c = sigmoid(slope * C + intercept): the
-    probability that a run trained."""
-    by_model = {}
-    for name, rows in votes.items():
-        by_model[name] = by_method(rows, settings.samples, settings)
-        if scales.get(name):
-            drawn = [s for row in rows for s in row["samples"][:settings.samples]]
-            c = calibrated([s["confidence"]["mean"] for s in drawn], scales[name])
-            by_model[name][CALIBRATED] = [replace(outcome, confidence=p) for outcome, p
-                                          in zip(by_model[name]["pass@1"], c.tolist())]
-    return by_model
+def cases(rows, settings, samples, clip, method):
+    """About a dozen questions of one model for the report -> list of dicts for `report.case`."""
+    n, taus, shown = settings.samples, settings.taus(), []
 
-
-def cases(rows, settings, samples, clip, method, number=12):
-    """About a dozen questions of one model for the report -> list of dicts for `report.case`: three each
-    where the method mends the majority, spoils it, where both fail and where both are right, and more of them
-    where a kind has fewer."""
-    n, taus, kinds = settings.samples, settings.taus(), defaultdict(list)
-    for row in rows:
+    def verdicts(row):
         results = outcomes(row, n, settings)
-        kinds[(results[method][0].correct, results[f"majority@{n}"][0].correct)].append(row)
-    kinds = [kinds[kind] for kind in ((True, False), (False, True), (False, False), (True, True))]
-    picked = [row for kind in kinds for row in kind[:3]]
-    picked += [row for kind in kinds for row in kind[3:]][:max(0, number - len(picked))]
-    ids, shown = {row["id"] for row in picked}, []
+        return results[method][0].correct, results[f"majority@{n}"][0].correct
+
+    picked = evaluation.typical_rows(rows, verdicts)
+    ids = {row["id"] for row in picked}
     by_id = {sample.id: sample for sample in samples if sample.id in ids}
     for row in picked:
         sample, pictures = by_id[row["id"]], by_id[row["id"]].pictures()
@@ -296,12 +266,11 @@ def prober(vlm, clip, regions, ts, mass, n, seed, **sampling):
                 rows[a.id]["found"][region].setdefault(str(t), []).append(asdict(a))
         pictures, prompts = [s.pictures() for s in batch], [data.prompt(s) for s in batch]
         noised = make_pairs(pictures, [s.question for s in batch], clip, (max(ts),) * 2,
-                            [regions[0]] * len(batch), mass,
-                            [f"{seed} {s.id}" for s in batch])
+                            [regions[0]] * len(batch), mass, [f"{seed} {s.id}" for s in batch])
         blank = [[Image.new("RGB", image.size) for image in images] for images in pictures]
         for name, images in zip(STATES, (pictures, noised, blank)):
             for sample, state in zip(batch, vlm.states(images, prompts)):
-                rows[sample.id].setdefault("states", {})[name] = baselines.packed(state)
+                rows[sample.id].setdefault("states", {})[name] = packed(state)
         return list(rows.values())
     return collect
 
@@ -337,20 +306,11 @@ def corrupter(vlm, clip, names, mass, n, seed, **sampling):
 
 # ---- The command
 
-def fit_policy(rows, settings, sources, path):
-    """Fit what evidence to buy on stored votes, and keep it in policy.json -> its tables and frontier
-    (str)."""
+def fit_policy(rows, settings, sources):
+    """What evidence to buy, fitted on stored votes (policy.Policy). InputError on too few questions."""
     def judged(answer, row):
         return accepts(answer, data.Sample(row["id"], [], row["question"], row["gold"], row["choices"]))
-    try:
-        policy = policies.fit_on_votes(rows, settings, judged, sources)
-    except InputError as error:                 # too few questions
-        return f"not fitted: {error}"
-    policy.save(path)
-    columns = ("accuracy", "ece", "auroc", "calls", "tokens")
-    frontier = {f"rate {point['rate']:.2f}": {key: point[key] for key in columns}
-                for point in policy.frontier[::4]}
-    return f"{policy.tables()}\n\nits frontier, cross-fitted\n{cli.table(frontier)}"
+    return policies.fit_on_votes(rows, settings, judged, sources)
 
 
 def measure(name, controller, samples, args, settings):
@@ -402,8 +362,7 @@ def main(argv=None):
             measured[name] = measure(name, controller, samples, args, settings)
     if args.dry_run or distributed.place()[0]:
         return
-    evaluation.write_report(measured, controller, samples, args, settings, methods_of, by_method, fit_policy,
-                            cases)
+    evaluation.write_report(measured, controller, samples, args, settings, by_method, fit_policy, cases)
 
 
 if __name__ == "__main__":

@@ -25,13 +25,11 @@ Left out of GRPO on purpose: a reference model unless --kl_beta is set (on-polic
 and stored old log-probs unless --mu is above 1. How a run is run (memory, ranks, checkpoints) is in `utils/`.
 """
 import utils.early  # noqa: F401  # isort: skip
-import argparse
 import random
 import time
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import data
@@ -132,15 +130,8 @@ RECIPES = {
 
 def parse(argv=None):
     """Command line -> Args: defaults, then the recipe, then explicit flags."""
-    parser = argparse.ArgumentParser(description="Train CDRL.", argument_default=argparse.SUPPRESS)
-    cli.add_options(parser, Args)
-    cli.add_options(parser, RunOptions)
-    flags = vars(parser.parse_args(argv))
-    names = [name for name in flags if name in RunOptions.__dataclass_fields__]
-    run = RunOptions(**{name: flags.pop(name) for name in names})
-    recipe = flags.get("recipe", Args.recipe)
-    args = Args(**{**RECIPES[recipe], **flags}, run=run)
-    args.output = args.output or f"runs/{'cdrl' if recipe == 'ours' else recipe}"
+    args = cli.parse_recipe(Args, RECIPES, argv)
+    args.output = args.output or f"runs/{'cdrl' if args.recipe == 'ours' else args.recipe}"
     return args
 
 
@@ -498,11 +489,7 @@ def train(args):
 
 
 def main(argv=None):
-    try:
-        cli.command("train_cdrl.py", lambda: train(parse(argv)))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    cli.command("train_cdrl.py", lambda: train(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from transformers import DynamicCache
 from reward import token_confidence, top_k_for
 from utils import loading, lora, shared_prefix
 from utils.caches import has_states, new_cache
-from utils.cli import InputError
 from utils.loading import CHUNK_LOGITS, TRIM_EVERY
 from utils.prompts import Inputs, Reading, place_images
 from utils.sight import Sight
@@ -161,27 +160,17 @@ class VLM:
         """User turns with their pictures -> Inputs, left-padded, input_ids (B, L).
 
         images: list (B) of lists of PIL images. A picture stands where the prompt first names it (`<image>`,
-        `<image 2>`, `<image2>`), else in front. Special tokens in a prompt become spaces: the words of a user
-        or of an Expert cannot open a picture or end the turn. InputError where the model's processor refuses
-        the prompts.
+        `<image 2>`, `<image2>`), else in front. Special tokens in a prompt become spaces. InputError where
+        the processor refuses the prompts.
         """
         texts, ordered, reading = [], [], self.reading
         for pictures, prompt in zip(images, prompts, strict=True):
-            content, order = place_images(prompt, len(pictures))
-            for piece in content:
-                if piece["type"] == "text":
-                    piece["text"] = self.special_tokens.sub(" ", piece["text"])
+            content, order = place_images(prompt, len(pictures), self.special_tokens)
             ordered.append([reading.picture(pictures[i]) for i in order])
             texts.append(self.processor.apply_chat_template(
                 reading.turns(content), tokenize=False, add_generation_prompt=True))
         bos = self.tokenizer.bos_token              # not once more where the template has written it
-        try:
-            inputs = self.sight(texts, ordered, add_special_tokens=not (bos and texts[0].startswith(bos)))
-        except InputError:
-            raise
-        except ValueError as error:     # some classes take no prompt without a picture, or not beside others
-            name = type(self.processor).__name__
-            raise InputError(f"{name} does not take these prompts: {error}") from error
+        inputs = self.sight(texts, ordered, add_special_tokens=not (bos and texts[0].startswith(bos)))
         return Inputs({name: value.to(self.device) for name, value in inputs.items()},
                       all(len(pictures) == 1 for pictures in images))
 

@@ -186,8 +186,8 @@ def main():
     parser.add_argument("--write", nargs=2, metavar=("SIZE", "DIR"), help="write settings without weights, for --dry_run")
     args = parser.parse_args()
     if args.write:
-        for part in settings(args.write[0], args.pixels):
-            part.save_pretrained(args.write[1])
+        for component in settings(args.write[0], args.pixels):
+            component.save_pretrained(args.write[1])
         return
     if args.device == "cpu" and {*args.sizes} & {*SIZES}:
         parser.error(f"no GPU here for --sizes {' '.join(args.sizes)}; on a CPU: --sizes tiny --device cpu --dtype float32 "

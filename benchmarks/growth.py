@@ -106,8 +106,8 @@ def profile(rounds, spy):
         distributed.clip_gradients(policy, 1.0)
         optimizer.step()
         return {"the step": time.perf_counter() - start, "rolling out": rolled - start} | spent
-    found = [step(i) for i in range(rounds + 1)][1:]
-    rows = {name: statistics.median(one[name] for one in found) for name in found[0]}
+    steps = [step(i) for i in range(rounds + 1)][1:]
+    rows = {name: statistics.median(one[name] for one in steps) for name in steps[0]}
     rows["learning and update"] = rows["the step"] - rows["rolling out"]
     if spy:
         with tempfile.TemporaryDirectory() as folder:

@@ -75,16 +75,16 @@ def contenders(vlm, images, prompts, new_tokens):
         config, t = decoder.config, 0
         heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
         prompt = torch.randn(len(prompts), heads, length, width)                                        # (B, H, L, d)
-        own = torch.randn(rows, heads, new_tokens, width)                                               # (R, H, T, d)
+        answer_keys = torch.randn(rows, heads, new_tokens, width)                                               # (R, H, T, d)
         scores = torch.randn(rows, heads, config.num_attention_heads // heads, length + new_tokens)     # (R, H, r, L + T)
         uniform = torch.rand(rows, 1, dtype=torch.float64)
 
         def products(module, query, *args, **kwargs):
             shared, apart = query.view(len(prompts), heads, -1, width), query.view(rows, heads, -1, width)
-            seen = own[:, :, :t + 1]
-            to_prompt, to_own = shared @ prompt.transpose(2, 3), apart @ seen.transpose(2, 3)
+            keys = answer_keys[:, :, :t + 1]
+            to_prompt, to_own = shared @ prompt.transpose(2, 3), apart @ keys.transpose(2, 3)
             scores[..., :length + t + 1].softmax(-1)
-            return (to_prompt @ prompt).view(rows, 1, -1, width) + (to_own @ seen).view(rows, 1, -1, width), None
+            return (to_prompt @ prompt).view(rows, 1, -1, width) + (to_own @ keys).view(rows, 1, -1, width), None
 
         AttentionInterface.register("products", products)
         vlm.prefill(images, prompts)
@@ -107,14 +107,14 @@ def contenders(vlm, images, prompts, new_tokens):
 
     @torch.no_grad()
     def online():
-        seen = []
+        confidences = []
 
         class Confidence(LogitsProcessor):
             def __call__(self, input_ids, scores):
-                seen.append(token_confidence(scores, vlm.top_k))
+                confidences.append(token_confidence(scores, vlm.top_k))
                 return scores
         vlm.model.generate(**inputs, **kwargs, logits_processor=LogitsProcessorList([Confidence()]))
-        return torch.stack(seen, 1)
+        return torch.stack(confidences, 1)
 
     return {"ours": ours, "(a) generate, stored scores": stored, "(b) generate, no confidence": plain,
             "(c) generate, online processor": online, "ours, no confidence": silent, "the layers alone": layers,

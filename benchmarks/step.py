@@ -49,9 +49,9 @@ def trl(steps):
             for i, s in enumerate(samples)]
 
     def right(completions, index, **_):
-        return [train_cdrl.is_correct(said[0]["content"] if isinstance(said[0]["content"], str)
-                                                 else said[0]["content"][0]["text"], samples[i])
-                for said, i in zip(completions, index)]
+        return [train_cdrl.is_correct(completion[0]["content"] if isinstance(completion[0]["content"], str)
+                                                 else completion[0]["content"][0]["text"], samples[i])
+                for completion, i in zip(completions, index)]
     ends = []
 
     class Clock(TrainerCallback):
@@ -97,9 +97,9 @@ def main():
             seconds[name] += times
             peaks[name].append(peak)
     if args.peer:
-        found = subprocess.run([args.peer, "-c", "import trl; print(trl.__version__)"], capture_output=True, text=True,
+        version = subprocess.run([args.peer, "-c", "import trl; print(trl.__version__)"], capture_output=True, text=True,
                                check=True)
-        print(f"TRL {found.stdout.strip()}")
+        print(f"TRL {version.stdout.strip()}")
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     print(f"{QUESTIONS} questions x {GROUP} completions, median of {len(seconds[names[0]])} steps")
     print(cli.table({name: {"seconds": value, "ratio to ours, grpo": value / medians["ours, grpo"],

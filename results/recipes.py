@@ -4,7 +4,7 @@
     python results/recipes.py --rows grpo ours --seeds 1          # some of them
     python results/recipes.py --split val --rows base ours --seeds 1      # other questions; chooses the weights of the votes
     python results/recipes.py --jobs 2                            # two runs at a time, one thread each
-    python results/recipes.py --rows base grpo ours --seeds 6 --question_seed 10 --vote_questions 0       # fresh questions
+    python results/recipes.py --rows base grpo ours --seeds 6 --question_seed 12 --vote_questions 0       # fresh questions
 
 Each run is `train_cdrl.py` with the row's flags, then answers of the trained model to held-out questions, clean and with
 noise on key, random and inverse regions, and the votes of CA-TTS. One record a run, results/recipes/SPLIT-ROW-SEED.json (with
@@ -81,6 +81,7 @@ ROWS = {
     "hacked: the gap alone": "--calibration none --alpha 1 --beta 1 --controls 0",
 }
 HEADLINE = ("base", "grpo", "paper", "ours")
+SEVERAL_SEEDS = (*HEADLINE, "ours, no controls")                # other rows are trained once
 REGIONS = ("key", "random", "inverse")
 SPLITS = ("val", "test")
 NOISE_T, ANSWERS, NOISED_ANSWERS = 999, 8, 4
@@ -100,6 +101,12 @@ def name_of(row, seed):
     return f"{row.replace(', ', '-').replace(': ', '-').replace(' ', '_')}-{seed}"
 
 
+def same_settings(stored, wanted):
+    """Whether a run with the stored settings is the wanted one. A setting that is newer than the run had its default in it; one
+    that has gone since is not compared."""
+    return wanted.items() <= (settings_of(train_cdrl.Args()) | stored).items()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One run -> its record
 
@@ -111,7 +118,7 @@ def train(row, seed, flags):
     output = RUNS / name_of(row, seed)
     wanted = [*ROWS[row].split(), *flags, "--seed", str(seed), "--eval_size", "0", "--output", str(output)]
     stored, seconds = output / "args.json", output / "seconds.json"
-    if not (seconds.exists() and settings_of(train_cdrl.parse(wanted)).items() <= json.loads(stored.read_text()).items()):
+    if not (seconds.exists() and same_settings(json.loads(stored.read_text()), settings_of(train_cdrl.parse(wanted)))):
         start = time.time()
         if subprocess.run([sys.executable, str(ROOT / "train_cdrl.py"), *wanted], check=False).returncode:
             raise InputError(f"{row!r}, seed {seed}, did not train; the command was: train_cdrl.py {' '.join(wanted)}")
@@ -247,11 +254,13 @@ def record_of(row, seed, args, samples):
     taus = json.loads(WEIGHTS.read_text()) if args.split == "test" and WEIGHTS.exists() else None
     settings = settings_of(train_cdrl.parse([*(ROWS[row] or "").split(), *args.flags.split()]))     # today's defaults included
     loose = {"model", "clip", *FREE} - {"steps"}
-    frame = {"settings": {key: value for key, value in settings.items() if key not in loose},
-             "seed": seed, "questions": len(samples), "voted": len(voters), "taus": taus,
+    settings = {key: value for key, value in settings.items() if key not in loose}
+    frame = {"seed": seed, "questions": len(samples), "voted": len(voters), "taus": taus,
              **{name: f"{cli.checksum(ROOT / 'tiny' / name):08x}" for name in ("base", "expert")}}
-    if file.exists() and frame.items() <= (old := json.loads(file.read_text())).items():
-        return old
+    if file.exists():
+        old = json.loads(file.read_text())
+        if frame.items() <= old.items() and same_settings(old["settings"], settings):
+            return old
     path, folder, seconds = train(row, seed, args.flags.split())
     answers_by_view, scale = ask(path, samples, folder / f"{asked(args)}-{args.questions}.json"), scale_of(seed, folder)
     skills = {"all": answers_by_view} | {
@@ -262,7 +271,7 @@ def record_of(row, seed, args, samples):
     mean = {view: np.array([np.mean([a.confidence for a in group]) for group in groups]) for view, groups in views.items()}
     log = logs.training_log(folder)
     record = frame | {
-        "seconds": seconds, "scale": scale, **{skill: columns(answers, scale) for skill, answers in skills.items()},
+        "settings": settings, "seconds": seconds, "scale": scale, **{skill: columns(answers, scale) for skill, answers in skills.items()},
         **(voted_columns(votes_of(path, voters, folder / votes_name(args), sizes), sizes, taus) if voters else NO_VOTES),
         "log": {key: [round(float(np.mean([step[key] for step in log[i:i + 10] if key in step] or [np.nan])), 4)
                       for i in range(0, len(log), 10)] for key in LOGGED if any(key in step for step in log)},
@@ -483,7 +492,7 @@ def draw(records, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="of the table")
-    parser.add_argument("--seeds", type=int, default=3, help="of training, for the headline rows; the questions are the same")
+    parser.add_argument("--seeds", type=int, default=3, help="of training, of the rows that have several; the questions are the same")
     parser.add_argument("--split", default="test", choices=SPLITS, help="val: to choose on; test: to report on")
     parser.add_argument("--questions", type=int, default=500, help="held-out questions")
     parser.add_argument("--question_seed", type=int, default=0, help="another draws other questions of the split")
@@ -494,7 +503,8 @@ def main():
     samples = list(data.load("synthetic", args.split, args.questions, args.question_seed))
     HERE.mkdir(exist_ok=True)
     RUNS.mkdir(parents=True, exist_ok=True)
-    wanted = [(row, seed) for seed in range(args.seeds) for row in args.rows if not seed or row in HEADLINE]
+    wanted = [(row, seed) for seed in range(args.seeds) for row in args.rows
+              if not seed or row in SEVERAL_SEEDS]
     records = defaultdict(list)
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"                                         # read by the children as they start
@@ -515,7 +525,8 @@ def main():
         print(f"\nthe best weights of the votes on these questions: {taus}")
         cli.write_atomically(WEIGHTS, json.dumps(taus))
     else:
-        cli.write_atomically(HERE / f"tables{args.question_seed or ''}.txt", text + "\n")
+        seeds = "" if args.seeds == 3 else f"-seeds{args.seeds}"
+        cli.write_atomically(HERE / f"tables{args.question_seed or ''}{seeds}.txt", text + "\n")
         if not args.question_seed:
             draw(records, ROOT / "results")
     print(f"\nwrote {HERE.relative_to(ROOT)}/\nnext: python eval.py --model {cli.shown(RUNS / 'ours-0')} --baseline tiny/base")

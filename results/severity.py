@@ -67,8 +67,8 @@ def main():
     for given in args.models:
         name, _, paths = given.partition("=")
         paths = [Path(path) for path in paths.split(",")]
-        asked, folder = f"{args.question_seed}-{args.questions}-{args.answers}", ROOT / "runs" / "severity"
-        seeds = [answers_of(path, samples, args.answers, folder / f"{path.name}-{cli.checksum(path):08x}-{asked}.json")
+        conditions, folder = f"{args.question_seed}-{args.questions}-{args.answers}", ROOT / "runs" / "severity"
+        seeds = [answers_of(path, samples, args.answers, folder / f"{path.name}-{cli.checksum(path):08x}-{conditions}.json")
                  for path in paths]
         scales = tables.stored_scales([str(path) for path in paths])
         by_seed = [tables.severity_table(rows, scale) for rows, scale in zip(seeds, scales)]

@@ -46,8 +46,8 @@ def main():
             frame = {"model": path, "seed": seed, "questions": args.questions, "n": args.n}
             rows = run_resumable(eval.collector(controller, [args.n], args.n), samples,
                                f"runs/table_catts/{name}-{seed}.jsonl", frame, 50, f"{name}, seed {seed}")
-            methods.append({method: tables.method_row(some)
-                            for method, some in eval.by_method(rows.values(), args.n, settings).items()})
+            methods.append({method: tables.method_row(outcomes)
+                            for method, outcomes in eval.by_method(rows.values(), args.n, settings).items()})
             control = Controller(vlm, expert, clip, replace(settings, early_exit="exact"))
             exact = run_resumable(lambda batch, control=control: [
                 record(r, s) for s, r in zip(batch, control.answer_all(batch))], samples,
@@ -78,21 +78,21 @@ def off_and_exact(row, exact, settings):
     """One question's stored votes, all of them (early exit off), and its result under `exact`
     -> (cost off, cost exact, is the answer another one)."""
     run = row["by_n"][str(settings.samples)]
-    votes = [Vote(source, *vote) for source, some in run["votes"].items() for vote in some]
+    votes = [Vote(source, *vote) for source, outcomes in run["votes"].items() for vote in outcomes]
     best = winner(tally(votes, settings.taus(), row["choices"]))
-    spent = {key: sum(part.get(key, 0) for part in run["parts"].values()) for key in COSTS}
+    spent = {key: sum(costs.get(key, 0) for costs in run["parts"].values()) for key in COSTS}
     return spent, exact["ledger"], (best.answer if best else None) != exact["answer"]
 
 
 def early_exit_rows(exits):
     """What `exact` saves: sums over all questions and seeds."""
-    found = {mode: {key: sum(costs[i][key] for costs in exits) for key in COSTS} for i, mode in enumerate(("off", "exact"))}
-    for row in found.values():
+    modes = {mode: {key: sum(costs[i][key] for costs in exits) for key in COSTS} for i, mode in enumerate(("off", "exact"))}
+    for row in modes.values():
         row["generated"] = row["tokens"] + row["expert_tokens"]
-    found["saved"] = {key: 1 - found["exact"][key] / max(1, value) for key, value in found["off"].items()}
-    for mode, row in found.items():
+    modes["saved"] = {key: 1 - modes["exact"][key] / max(1, value) for key, value in modes["off"].items()}
+    for mode, row in modes.items():
         row["other answers"] = sum(differs for *_, differs in exits) if mode == "exact" else 0
-    return found
+    return modes
 
 
 if __name__ == "__main__":

@@ -11,16 +11,19 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from programs import ENVIRONMENT  # noqa: E402, F401  # a test beside a program may set variables for itself
 
 import data  # noqa: E402
 from noise import ClipAttention  # noqa: E402
+from utils.experts import LocalExpert  # noqa: E402
 from vlm import VLM  # noqa: E402
+
+TAUS = {"samples": 1.0, "voter": 0.5, "self_reflection": 0.5, "self_check": 0.5}
+KEY = "sk-very-secret-0123"             # of an Expert's server
 
 # One core for the tests of this process, the other for what starts ahead; two threads of the tiny model gain little.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-# Of programs that scenarios start: a test beside them may set variables for itself.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 REAL = ROOT.parent / "shared" / "data"
 AHEAD, FOUND, POOL, SCRATCH = {}, {}, ThreadPoolExecutor(1), tempfile.TemporaryDirectory(prefix="cdrl-tests-")
 
@@ -54,6 +57,19 @@ def pytest_sessionfinish():
     POOL.shutdown(wait=False, cancel_futures=True)
 
 
+def recorded(folder, run):
+    """The Python commands of a shell script, which records them and runs none -> list of words behind `python` or `torchrun`.
+    run: a function that runs the script with the variables it is given."""
+    shims, record = folder / "shims", folder / "commands"
+    shims.mkdir(exist_ok=True)
+    for name in ("python", "torchrun"):
+        (shims / name).write_text('#!/bin/bash\nprintf "%s\\0" "$@" >> "$RECORD"; printf "\\n" >> "$RECORD"\n')
+        (shims / name).chmod(0o755)
+    record.write_text("")
+    run(PATH=f"{shims}:{os.environ['PATH']}", RECORD=str(record))
+    return [line.split("\0")[:-1] for line in record.read_text().splitlines()]
+
+
 @pytest.fixture(scope="session")
 def base():
     return VLM.load(ROOT / "tiny" / "base")
@@ -85,3 +101,8 @@ def mixed():
     images[1] = [images[1][0].resize((60, 180))]
     images[2] = [images[2][0], images[0][0].resize((200, 90))]
     return images, [data.prompt(s) for s in samples]
+
+
+@pytest.fixture(scope="session")
+def expert():
+    return LocalExpert(VLM.load(ROOT / "tiny" / "expert"), 192)

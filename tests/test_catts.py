@@ -2,14 +2,14 @@
 import itertools
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
 
+import programs
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, ahead
+from conftest import ENVIRONMENT, KEY, ROOT, TAUS, ahead
 from PIL import Image
 
 import catts
@@ -18,17 +18,8 @@ from catts import SOURCE, Controller, Settings, Vote, can_stop_early, record, sa
 from data import MODULES
 from utils import results_file
 from utils.cli import InputError
-from utils.experts import LocalExpert, Reply
+from utils.experts import Reply
 from utils.replies import parse_order
-from vlm import VLM
-
-TAUS = {"samples": 1.0, "voter": 0.5, "self_reflection": 0.5, "self_check": 0.5}
-KEY = "sk-very-secret-0123"
-
-
-@pytest.fixture(scope="module")
-def expert():
-    return LocalExpert(VLM.load(ROOT / "tiny" / "expert"), 192)
 
 
 @pytest.fixture(scope="module")
@@ -289,17 +280,17 @@ def test_a_table_shows_every_row_and_no_escape_sequences():
 
 # ---- The command
 
-def command(*args, **kwargs):
-    env = {**ENVIRONMENT, "EXPERT_API_KEY": KEY, **kwargs.pop("env", {})}
-    return subprocess.run([sys.executable, str(ROOT / "catts.py"), *map(str, args)], capture_output=True, text=True,
-                          cwd=kwargs.pop("cwd", ROOT), env=env, timeout=120, **kwargs)
+def command(*args):
+    return programs.run("catts.py", *args, env={**ENVIRONMENT, "EXPERT_API_KEY": KEY})
 
 
 @ahead
 def one_question(folder):
-    """What is printed for a person, and as JSON."""
-    asked = ROOT / "tiny" / "example.png", "How many red crosses are there?"
-    return command(*asked), command(*asked, "--json")
+    """What is printed for a person, who starts it in a new interpreter, and as JSON."""
+    question = ROOT / "tiny" / "example.png", "How many red crosses are there?"
+    printed = subprocess.run([sys.executable, "catts.py", *map(str, question)], cwd=ROOT, env=ENVIRONMENT,
+                             capture_output=True, text=True, timeout=120)
+    return printed, command(*question, "--json")
 
 
 def test_one_question(one_question):
@@ -343,18 +334,14 @@ def three_files(folder):
     lines = (folder / "whole.jsonl").read_text().splitlines(keepends=True)
     (folder / "torn.jsonl").write_text("".join(lines[:9]) + lines[9][:50])
     assert command(*flags, "--output", folder / "torn.jsonl").returncode == 0
-    process = subprocess.Popen([sys.executable, str(ROOT / "catts.py"), *flags, "--output", str(folder / "killed[1].jsonl")],
-                               env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    program = programs.Program("catts.py", *flags, "--output", folder / "killed[1].jsonl")
     part = folder / "killed[1].jsonl.rank0"
-    while process.poll() is None and not (part.exists() and part.stat().st_size):
+    while program.poll() is None and not (part.exists() and part.stat().st_size):
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    found = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                            str(ROOT / "catts.py"), *flags, "--output", str(folder / "killed[1].jsonl")],
-                           capture_output=True, text=True, timeout=120,
-                           env=ENVIRONMENT)
-    assert found.returncode == 0, found.stderr
+    program.kill()
+    program.wait()
+    split = programs.run("catts.py", *flags, "--output", folder / "killed[1].jsonl", ranks=2)
+    assert split.returncode == 0, split.stderr
     return folder, flags
 
 

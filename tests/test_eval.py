@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from conftest import ENVIRONMENT, FOUND, ROOT, ahead
 import catts
 import data
 import eval
-from utils import metrics, report, results_file, tables
+from utils import baselines, findings, metrics, report, results_file, tables
 from utils.cli import InputError
 from utils.experts import LocalExpert
 from utils.metrics import confidence_metrics
@@ -91,6 +92,18 @@ def test_bad_lists_are_refused(confidence, correct):
         confidence_metrics(confidence, correct)
 
 
+def test_a_map_that_nothing_could_be_fitted_on_has_no_calibration_error():
+    """Two questions of one half: no map from the other half, so every mapped confidence is nan, and so is its error."""
+    ids = [name for name in map(str, range(20)) if metrics.first_half([name])[0]][:2]
+    confidence, correct = np.array([0.5, 0.9]), np.array([0.0, 1.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        errors = baselines.free_maps(ids, confidence, correct)
+    assert {*errors} == {"platt", "isotonic"} and all(map(math.isnan, errors.values()))
+    row = tables.abstention([tables.Outcome(name, 0.9, True, 1) for name in ids], 0.1)
+    assert "too few questions" in findings.abstention_finding(row, "m")
+
+
 def test_against_scikit_learn():
     sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed; it checks auroc and aupr")
     rng = np.random.default_rng(0)
@@ -138,7 +151,8 @@ tables.ROUNDS = 50          # of the bootstrap
 def evaluated(output):
     """One small run of the command, the Expert as the baseline, in a process of its own: its folder."""
     flags = [*SMALL, "--baseline", str(ROOT / "tiny" / "expert"), "--output", str(output)]
-    subprocess.run([sys.executable, "-c", f"import eval; eval.ROUNDS = 50; eval.main({flags})"], cwd=ROOT, check=True,
+    code = f"import eval; from utils import tables; tables.ROUNDS = 50; eval.main({flags})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
                    env=ENVIRONMENT, capture_output=True)
     return output
 
@@ -210,7 +224,7 @@ def test_the_calibrated_confidence_is_the_stored_map_of_c(measured, tmp_path):
     scales = dict(zip(("base", "run"), tables.stored_scales([ROOT / "tiny" / "base", tmp_path])))
     c = np.array([s["confidence"]["mean"] for row in rows for s in row["samples"][:4]])
     for name, slope, intercept in (("run", 1.5, -18), ("base", 0.75, -9)):
-        found = eval.methods_of({name: rows}, settings, scales)[name]
+        found = eval.by_method(rows, settings.samples, settings, scales[name])
         ids, confidence, correct = tables.arrays(found[tables.CALIBRATED])
         assert (ids, list(correct)) == (tables.arrays(found["pass@1"])[0], list(tables.arrays(found["pass@1"])[2]))
         np.testing.assert_allclose(confidence, 1 / (1 + np.exp(-intercept - slope * c)), atol=1e-6)

@@ -1,7 +1,10 @@
 """What a user types for a real model: nothing of the built-in world comes in silently, and costs are known before."""
+import csv
 import json
+import math
 import re
 import shlex
+import time
 import types
 
 import numpy as np
@@ -165,12 +168,18 @@ def test_wordings():
 def test_costs_count_every_generation():
     args, _ = parsed("--data", "x.tsv", "--samples", "8", "--corruptions", "fog", "blur")
     parts = cost.eval_parts(args, list(data.MODULES))
-    rows = cost.table(parts, 100, length=50, rate=1000, max_new_tokens=64, expert_tokens=256)
+    rows = cost.table(parts, 100, cost.Speed(length=50, rate=1000), max_new_tokens=64, expert_tokens=256)
     assert rows["samples"]["generations"] == 800 and rows["probe"]["generations"] == 200
     assert rows["corruptions"]["generations"] == 100 * (1 + 2 * 5 * 2)
     assert rows["self_check"]["hours"] == pytest.approx(2 * 100 * 50 / 1000 / 3600)     # contrast: two views
     assert rows["all"]["Expert calls"] == 300 and rows["all"]["Expert tokens, at most"] == 300 * 256
     assert rows["all"]["tokens"] == 50 * rows["all"]["generations"] == sum(r["tokens"] for n, r in rows.items() if n != "all")
+    slow = cost.table(parts, 100, cost.Speed(50, 1000, prompt=3.6), 64, 256, local_expert=True)
+    seconds = {name: 3600 * (slow[name]["hours"] - rows[name]["hours"]) for name in rows}
+    assert seconds["samples"] == pytest.approx(100 * 3.6)               # a question's samples share its prompt
+    assert seconds["self_check"] == pytest.approx(100 * 2 * 3.6)        # both pictures
+    assert seconds["probe"] == pytest.approx(100 * (2 + 3) * 3.6)       # clean, noised; and the states on three
+    assert seconds["self_consistency"] == pytest.approx(100 * (3.6 + .256))     # the Voter alone
     lean, _ = parsed("--data", "x.tsv", "--no-probe", "--methods", "modules")
     assert {*cost.eval_parts(lean, list(data.MODULES))} == {"samples", *data.MODULES}
 
@@ -183,8 +192,15 @@ def test_batches_are_bounded_by_tokens():
 def test_the_rate_is_measured_without_the_first_question():
     rollouts = [[types.SimpleNamespace(tokens=[0] * length, finished=length < 6) for length in (4, 6)]] * 3
     drawn = []
-    length, rate, cut = cost.measure(lambda count: drawn.append(count) or rollouts[:count])
-    assert drawn == [1, None] and length == 5 and cut == 0.5 and rate > 0
+
+    def draw(count, **length):
+        drawn.append((count, length))
+        time.sleep(.02)                                            # the prompts
+        time.sleep(0 if length else .03)                           # 30 tokens
+        return rollouts[:count]
+    speed = cost.measure(draw, 3)
+    assert drawn == [(1, {}), (None, {"max_new_tokens": 1}), (None, {})] and speed.length == 5 and speed.cut == 0.5
+    assert .02 / 3 <= speed.prompt and 30 / speed.rate < 2 * .03 + .02
 
 
 def test_the_progress_bar_moves_within_a_batch_and_ends_at_its_total():
@@ -198,7 +214,37 @@ def test_the_progress_bar_moves_within_a_batch_and_ends_at_its_total():
         assert bar.n == 8 and bar.begun == 0
         bar.finish(4)
         assert bar.n == 12
+    with results_file.Progress(total=0.3, disable=False, smoothing=0, leave=False) as bar:
+        for _ in range(3):
+            results_file.advance(0.1)                               # 0.1 + 0.1 + 0.1 > 0.3
+        bar.finish(0.3)
+        assert bar.n == 0.3
     results_file.advance(1.0)                                       # without a bar: nothing
+
+
+def test_results_open_in_a_spreadsheet(tmp_path):
+    """A line an answer, read back; texts that start like a formula are no formula."""
+    rows = [{"id": name, "images": ["a, b.png"], "gold": gold, "choices": None, "meta": {"level": "hard"}}
+            for name, gold in (("=1+1", "-3"), ('q "2"\nélan', "@x"))]
+    outcomes = [tables.Outcome(row["id"], confidence, True, 5) for row in rows for confidence in (.25, math.nan)]
+    evaluation.write_results(tmp_path / "results.jsonl", rows, {"pass@1": outcomes, "greedy": outcomes[:1]}, {"model": "m"})
+    assert (tmp_path / "results.csv").read_bytes().startswith(b"\xef\xbb\xbfid,images,gold,model,level,type,method,confidence,")
+    with open(tmp_path / "results.csv", encoding="utf-8-sig", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["method"] for line in lines] == ["pass@1", "pass@1", "greedy", "pass@1", "pass@1"]
+    assert (lines[0]["id"], lines[0]["gold"], lines[0]["images"], lines[0]["confidence"]) == ("'=1+1", "-3", "a, b.png", "0.25")
+    assert (lines[3]["id"], lines[3]["gold"], lines[4]["confidence"]) == (rows[1]["id"], "'@x", "")
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_errors_among_the_answered_stand_beside_what_was_left_open():
+    ledger = dict.fromkeys(("tokens", "forward_passes", "expert_calls", "expert_tokens", "seconds"), 1)
+    rows = [{"correct": correct, "confidence": .5, "abstained": abstained, "ledger": ledger}
+            for correct, abstained in ((True, False), (False, False), (False, True), (None, False))]
+    mean = results_file.average(rows)
+    assert mean["abstained"] == .25 and mean["errors, answered"] == .5 and mean["accuracy"] == pytest.approx(1 / 3)
+    assert "errors, answered" not in results_file.average(rows[:2])
+    assert math.isnan(results_file.average(rows[2:3])["errors, answered"])
 
 
 # ---- Findings in words

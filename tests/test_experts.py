@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import servers
 import torch
-from conftest import ROOT
+from conftest import KEY, TAUS
 from PIL import Image
 
 import catts
@@ -22,20 +22,12 @@ from catts import Controller, Settings, record, tally
 from data import MODULES
 from utils import cli, results_file, tables
 from utils.cli import InputError
-from utils.experts import LocalExpert, ServerExpert, ServerVLM, ask_role
+from utils.experts import ServerExpert, ServerVLM, ask_role
 from utils.overlap import answer_batches
 from utils.replies import parse_order, parse_probabilities, read_body
 from utils.results_file import STILL_OPEN
 from utils.server import Server, data_url, is_url, told_wait
-from vlm import VLM, Rollout
-
-TAUS = {"samples": 1.0, "voter": 0.5, "self_reflection": 0.5, "self_check": 0.5}
-KEY = "sk-very-secret-0123"
-
-
-@pytest.fixture(scope="module")
-def expert():
-    return LocalExpert(VLM.load(ROOT / "tiny" / "expert"), 192)
+from vlm import Rollout
 
 
 @pytest.fixture(scope="module")

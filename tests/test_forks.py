@@ -3,8 +3,8 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
+import programs
 import pytest
 from conftest import ENVIRONMENT, ROOT, ahead
 
@@ -34,9 +34,8 @@ def forks(folder):
         applied = subprocess.run(["git", "apply", str(patch)], cwd=copy, capture_output=True, text=True,
                                  env={**ENVIRONMENT, "GIT_CEILING_DIRECTORIES": str(folder)})
         flags = re.findall(r"`(--[^`]*)`", LISTED.get(name, ""))
-        command = [sys.executable, "train_cdrl.py", *TWO_STEPS, *" ".join(flags).split()]
-        process = applied if applied.returncode else subprocess.run(
-            command, cwd=copy, capture_output=True, text=True, env=ENVIRONMENT)
+        process = applied if applied.returncode else programs.run(
+            "train_cdrl.py", *TWO_STEPS, *" ".join(flags).split(), cwd=copy)
         log = copy / "run" / "samples.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
         trained[name] = process, [json.loads(line) for line in lines]

@@ -402,7 +402,8 @@ x \in (1, 2) | 1 < x < 2 ;; 5 > x \ge 2 | [2, 5) ;; x \in [-3,8] | [-3, 8] ;; [2
 (-\infty, 1) \cup (2, \infty) | (2, ∞) ∪ (-∞, 1) ;; x<1 \text{ or } x>2 | (-\infty,1)\cup(2,\infty)
 x \in \left(-\infty, -\frac{4}{3}\right) | x < -4/3 ;; ]0, 1[ | (0, 1)
 (\frac{3}{5},\frac{8}{3}] | (0.6,2.6667] ;; x ∈ [0, 1] | 0 ≤ x ≤ 1 ;; (-\infty, +\infty) | (-∞, ∞)
-0 \leqslant x < 5 | [0,5)""",
+0 \leqslant x < 5 | [0,5) ;; x \neq 2 | (-\infty, 2) \cup (2, \infty) ;; x \in \mathbb{R} | (-\infty, \infty)
+x \in (-\infty, 2) \cup (2, \infty) | x \ne 2 ;; \mathbb R | (-∞, ∞)""",
     "sets": r"""
 \{4, 1, 9\} | \{1, 4, 9\} ;; \{1, 2\} | {2, 1} ;; \left\{\frac12, 3\right\} | \{3, 0.5\}
 3 or -4 | -4 or 3 ;; x=3 \text{ or } x=-4 | x = -4 or x = 3 ;; x = 3, x = -4 | -4, 3
@@ -425,7 +426,9 @@ y/3 | \frac{y}{3} ;; x^2+4x+4 | 4 + 4x + x^2 ;; \sqrt{y} | sqrt(y) ;; 2-2p | -2p
 1 000 000 | 1000000 ;; 12 345 cm | 12345 cm ;; \frac3{3} | 1 ;; \sqrt 2+\sqrt 5 | \sqrt5+\sqrt2
 5\,\text{cm} | 5 cm ;; \left( 3, \frac{\pi}{2} \right) | (3,\frac{\pi}{2})
 \begin{pmatrix}1 & 0 \\ 0 & 1\end{pmatrix} | \begin{pmatrix} 1&0\\0&1 \end{pmatrix}
-\big(\tfrac12\big) | 0.5 ;; \approx 5 | 5""",
+\big(\tfrac12\big) | 0.5 ;; \approx 5 | 5 ;; \langle 1, 2 \rangle | (1, 2) ;; \ln(2) | \ln 2 ;; 0.1\overline{6} | 1/6
+\begin{bmatrix} 1 \\ 2 \end{bmatrix} | \begin{pmatrix} 1 \\ 2 \end{pmatrix} ;; \{ \} | \emptyset ;; 5^{\text{th}} | 5th
+5th | 5 ;; \left.\frac12\right. | 1/2 ;; 5\,\text{N·m} | 5 N m ;; +\infty | \infty ;; \triangle DEF | △DEF""",
 }
 
 DIFFERENT_KINDS = {
@@ -443,7 +446,8 @@ xy = 6 | 6""",
 [0, 5) | [0, 5] ;; -3 < x \le 8 | [-3, 8] ;; x < 3 | y < 3 ;; x \in [0, 1] | y \in [0, 1] ;; (0, 1) | [0, 1]
 x > 3 | 3 ;; x > 3 | x < 3 ;; (0, 3) | x < 3 ;; x \ge 2 | (2, \infty)
 (-\infty, 1) \cup (2, \infty) | (-\infty, 1] \cup (2, \infty) ;; [0, 5) | 0, 5 ;; [0, 5) | [0, 6)
-(0, 1) \cup (2, 3) | (0, 1) ;; x<1 or x>2 | 1<x<2 ;; x \in [-3, 8] | -3, 8 ;; -[0,1) | 1 ;; [0,9) | [0,1)""",
+(0, 1) \cup (2, 3) | (0, 1) ;; x<1 or x>2 | 1<x<2 ;; x \in [-3, 8] | -3, 8 ;; -[0,1) | 1 ;; [0,9) | [0,1)
+x \neq 2 | (-\infty, 2] \cup (2, \infty) ;; x \neq 2 | (-\infty, 3) \cup (3, \infty) ;; \mathbb{R}^2 | \mathbb{R} ;; \infty | -\infty""",
     "sets": r"""
 \{4, 1, 9\} | \{1, 4\} ;; (4, 1, 9) | (1, 4, 9) ;; [1, 2] | [2, 1] ;; \{1, 2\} | \{1, 3\} ;; (3,1) | \{1,3\}
 3 or -4 | 3 or 4 ;; 3 or -4 | 3 ;; x=3, y=4 | x=4, y=3 ;; x=3, y=4 | 4, 3 ;; x = 3 or y = -4 | -4 or 3
@@ -464,7 +468,8 @@ x_1 + x_2 | x_1 + x_3 ;; 3x + c | 3x ;; A/B/C | A/C/B ;; a:b:c | a:c:b""",
     "LaTeX and separators": r"""
 7 50 | 750 ;; 1 2 3 | 123 ;; 3\,4 | 34 ;; 41 pct | 41 cm ;; \cfrac{2}{7} | 7/2 ;; 12 34 | 1234
 0 123 | 123 ;; 1 200/300 | 1200/300 ;; 100 200 | 100, 200 ;; \mbox{Tuesday} | Thursday ;; 41 pct | 14%
-54,\!321 | 54 ;; \approx 5 | 6 ;; x \approx 5 | y \approx 5""",
+54,\!321 | 54 ;; \langle 1, 2 \rangle | (2, 1) ;; \ln(2) | \ln 3 ;; 0.\overline{3} | 0.3 ;; \overline{z} | z ;; 5^{th} | 6
+\begin{vmatrix} 1 \\ 2 \end{vmatrix} | \begin{pmatrix} 1 \\ 2 \end{pmatrix} ;; \angle ABC | \triangle ABC ;; \approx 5 | 6 ;; x \approx 5 | y \approx 5""",
 }
 
 
@@ -626,6 +631,12 @@ RESPONSES = [  # text, options, gold, right?
     (r"The mass is $9.1 \times 10^{-31}$ kg.", None, "9.1e-30", False),
     ("It is about 0.", None, "1e-20", False), ("The total is 7 500.", None, "7500", True),
     ("The total is 41 pct.", None, "41%", True), (r"It is \mbox{blue}.", None, "blue", True),
+    ("<|begin_of_box|>12<|end_of_box|>", None, "12", True), ("It is <|begin_of_box|>B<|end_of_box|>", COLOURS, "B", True),
+    ("<|begin_of_box|>12<|end_of_box|>", None, "1", False), ('"B"', COLOURS, "B", True), ("B.blue", COLOURS, "B", True),
+    ("B.green", COLOURS, "B", False), ("```\n12\n```", None, "12", True), ("The answer is not 7 but 8.", None, "8", True),
+    ("The answer is not 7 but 8.", None, "7", False), ("The answer is 12 (confidence 90%)", None, "12", True),
+    ("the answer is 3.14 m (rounded to two decimals)", None, "3.14", True), ("It is 5 o'clock", None, "5", True),
+    ("Both B and C are plausible, however C is better.", COLOURS, "C", True),
 ]
 
 

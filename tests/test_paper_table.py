@@ -1,5 +1,6 @@
 """The paper's table, end to end on the built-in models with files in the benchmarks' layouts, and by hand."""
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -8,9 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, ahead
+from conftest import ENVIRONMENT, ROOT, ahead, recorded
 
 import data
+import eval
 from utils import evaluation, paper_table, tables
 from utils.cli import InputError
 
@@ -24,16 +26,19 @@ def picture(sample):
 LAYOUTS = {
     "MathVista_MINI": lambda i: {"task": ("geometry problem solving", "figure question answering")[i % 2],
                                  "answer_type": ("integer", "text")[i % 2], "question_type": "free_form"},
+    "MathVision": lambda i: {"category": ("counting", "algebra")[i % 2], "level": i % 2 + 1},
+    "MMStar": lambda i: {"category": ("math", "logical reasoning")[i % 2], "l2_category": ("geometry", "counting")[i % 2],
+                         "A": "1", "B": "2", "C": "3", "D": ("4", "nan")[i % 2], "answer": "ABCD"[i]},
     "MMMU_DEV_VAL": lambda i: {"category": ("Art", "Physics")[i % 2], "l2-category": "any",
                                "split": ("dev", "validation", "validation")[i % 3]}}
 
 
-def write_benchmarks(folder):
-    """Five questions in each of two layouts of VLMEvalKit."""
+def write_benchmarks(folder, names=LAYOUTS, count=2):
+    """Questions in layouts of VLMEvalKit; five of MMMU, two of which are of its dev split."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, columns in LAYOUTS.items():
-        rows = [{"index": i, "image": picture(sample), "question": sample.question, "answer": sample.answer, **columns(i)}
-                for i in range(5) for sample in [data.synthetic("val", 3, i)]]
+    for name in names:
+        rows = [{"index": i, "image": picture(sample), "question": sample.question, "answer": sample.answer, **LAYOUTS[name](i)}
+                for i in range(5 if name == "MMMU_DEV_VAL" else count) for sample in [data.synthetic("val", 3, i)]]
         with open(folder / f"{name}.tsv", "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0], delimiter="\t")
             writer.writeheader()
@@ -41,20 +46,43 @@ def write_benchmarks(folder):
     return folder
 
 
-@ahead
-def paper_run(folder):
-    """The script on the built-in models: MMMU over two ranks, with each row of the table."""
-    write_benchmarks(folder / "files")
-    (folder / "files" / "MathVista_MINI.tsv").unlink()
-    environment = ENVIRONMENT | {"MODEL": "tiny/base", "TRAINED": "tiny/expert", "EXPERT": "tiny/expert", "RANKS": "2",
-                                 "OUTPUT": str(folder / "paper"),
-                                 "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-    flags = ["--samples", "2", "--max_new_tokens", "40", "--expert_tokens", "40", "--batch_size", "2"]
+FLAGS = ["--samples", "2", "--max_new_tokens", "40", "--expert_tokens", "40", "--batch_size", "2"]
+
+
+def script(folder, flags=FLAGS, **environment):
+    """Run the script on a folder's files -> what it printed."""
+    environment = ENVIRONMENT | {"MODEL": "tiny/base", "OUTPUT": str(folder / "paper"),
+                                 "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"} | environment
     run = subprocess.run(["bash", str(ROOT / "runs" / "paper_table.sh"), str(folder / "files"), *flags],
                          env=environment, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(run.stdout[-2000:] + run.stderr[-4000:])
-    return folder / "paper", run.stdout
+    return run.stdout
+
+
+@ahead
+def two_ranks(folder):
+    """MMMU alone, split over two ranks."""
+    write_benchmarks(folder / "files", ["MMMU_DEV_VAL"])
+    return folder, script(folder, RANKS="2")
+
+
+@pytest.fixture(scope="session")
+def paper_run(two_ranks):
+    """All benchmarks with each row of the table: the script's own commands, in this process, in the same folder."""
+    folder, _ = two_ranks
+    write_benchmarks(folder / "files")
+    votes = folder / "paper/MMMU_DEV_VAL/self/base/votes.jsonl"
+    before, output = votes.read_bytes(), io.StringIO()
+    commands = recorded(folder, lambda **changed: script(folder, TRAINED="tiny/expert", EXPERT="tiny/expert", **changed))
+    assert len(commands) == 3 * len(LAYOUTS) + 1
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.chdir(ROOT)
+        patch.setattr(tables, "ROUNDS", 20)
+        for words in commands:
+            eval.main(words[1:]) if words[0] == "eval.py" else paper_table.main(words[2:])
+    assert votes.read_bytes() == before                     # answered by the two ranks: gone on with, not again
+    return folder / "paper", output.getvalue()
 
 
 def lines(folder):
@@ -64,7 +92,11 @@ def lines(folder):
 def test_the_script_makes_every_row_and_never_pools_dev_with_validation(paper_run):
     folder, printed = paper_run
     table = json.loads((folder / "table.json").read_text())
-    assert list(table["MMMU_DEV_VAL"]) == [name for name, _, _ in paper_table.ROWS]
+    assert [name for name in table if " by " not in name] == sorted(LAYOUTS)
+    for benchmark in LAYOUTS:
+        assert list(table[benchmark]) == [name for name, _, _ in paper_table.ROWS]
+        families = next(names for key, names in paper_table.FAMILIES.items() if benchmark.lower().startswith(key))
+        assert [f"{benchmark} by {family}" for family in families] == [name for name in table if name.startswith(f"{benchmark} by")]
     assert {f"MMMU_DEV_VAL by {family}" for family in ("discipline", "subject", "split")} <= {*table}
     assert list(next(iter(table["MMMU_DEV_VAL by split"].values()))) == ["validation (3)"]
     assert {row["subsets"]["split"] for row in lines(folder / "MMMU_DEV_VAL/self/base/results.jsonl")} == {"validation"}
@@ -74,7 +106,8 @@ def test_the_script_makes_every_row_and_never_pools_dev_with_validation(paper_ru
 def test_a_table_by_subset_equals_one_by_hand(paper_run):
     folder, _ = paper_run
     table = json.loads((folder / "table.json").read_text())
-    for benchmark, family in (("MMMU_DEV_VAL", "subject"), ("MMMU_DEV_VAL", "discipline")):
+    for benchmark, family in (("MMMU_DEV_VAL", "subject"), ("MMMU_DEV_VAL", "discipline"), ("MathVision", "level"),
+                              ("MathVista_MINI", "answer_type"), ("MMStar", "l2-category")):
         rows = lines(folder / benchmark / "self/base/results.jsonl")
         for label, method in (("base, pass@1", "pass@1"), ("base, majority", "majority@2"),
                               ("CA-TTS, self as Expert", "CA-TTS@2")):

@@ -1,12 +1,10 @@
 """Checks before training: what is held out, how long prompts are, what all ranks agree on, what cannot
 learn."""
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import programs
 import pytest
-from conftest import ENVIRONMENT, ROOT
+from conftest import ROOT
 from PIL import Image
 from test_models import FAMILIES, NEEDS_TORCHVISION, write
 
@@ -133,24 +131,17 @@ def main():
     distributed.agreed(check)
     open({moved!r}, "w")
 
-try:
-    cli.command("program", main)
-finally:
-    dist.destroy_process_group()
+cli.command("program", main)
 """
 
 
 def test_a_refusal_of_one_rank_ends_all_with_its_sentence(tmp_path):
     moved, script = tmp_path / "moved", tmp_path / "program.py"
     script.write_text(RANKS.format(root=str(ROOT), moved=str(moved)))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           "--redirects", "3", "--log-dir", str(tmp_path / "logs"), str(script)],
-                          capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
-    printed = [path.read_text() for path in Path(tmp_path / "logs").rglob("stderr.log")]
-    assert done.returncode and len(printed) == 2 and not moved.exists()
-    for text in printed:
-        assert "program: question 'q7' is broken; repair it" in text and "Traceback" not in text
-    assert "exitcode  : 2" in done.stderr
+    program = programs.Program(script, ranks=2)
+    printed = program.wait().stderr
+    assert [rank.exitcode for rank in program.ranks] == [2, 2] and not moved.exists()
+    assert printed.count("program: question 'q7' is broken; repair it") == 2 and "Traceback" not in printed
 
 
 def test_an_agreed_check_returns_what_it_found():

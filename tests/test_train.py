@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
+import programs
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,18 +32,18 @@ TINY = ["--steps", "3", "--batch_size", "6", "--group_size", "2", "--eval_size",
         "--scale_questions", "16"]
 
 
-def start_of(ranks):
-    return [sys.executable] if not ranks else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                               "--nproc-per-node", str(ranks)]
+def run(output, *flags, ranks=0, script="train_cdrl.py"):
+    """train_cdrl.py, plain or on several ranks."""
+    done = programs.run(script, "--output", output, *flags, ranks=ranks, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-6000:]
 
 
-def run(output, *flags, ranks=0, check=True, script="train_cdrl.py", **kwargs):
-    """train_cdrl.py as a user starts it: plain, or by torchrun on several ranks."""
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*start_of(ranks), str(script), "--output", str(output), *flags], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, timeout=240, **kwargs)
-    assert not check or done.returncode == 0, done.stderr[-6000:]
-    return done
+def run_as_users_do(output, *flags, ranks=0):
+    """In a new interpreter, or by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    done = subprocess.run([sys.executable, *launcher, "train_cdrl.py", "--output", str(output), *flags], cwd=ROOT,
+                          env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-6000:]
 
 
 def log(output, times=False):
@@ -240,6 +241,16 @@ def test_a_flag_wins_over_its_recipe():
     assert parse([]).output == "runs/cdrl" and parse(["--recipe", "grpo"]).output == "runs/grpo"
 
 
+def test_a_stored_run_is_todays_row_where_a_setting_is_new_or_has_gone():
+    sys.path.insert(0, str(ROOT / "results"))
+    import recipes
+    settings = checkpoint.settings_of(parse([]))
+    older = {key: value for key, value in settings.items() if key != "resample"} | {"a_flag_that_went": 3}
+    assert recipes.same_settings(older, settings)
+    assert not recipes.same_settings(older, settings | {"resample": 2})
+    assert not recipes.same_settings(older | {"lr": 1.0}, settings)
+
+
 def question(tmp_path, **row):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     rows = [{"id": f"q{i}", "image": "a.png", "question": "How many?", "answer": "1"} for i in range(4)]
@@ -304,16 +315,13 @@ open(f"{__file__}.{rank}", "w").write(str(int(sum(whole))))
 
 def killed(output, *flags, ranks=0):
     """A run that is killed by -9 after its first checkpoint, while it writes the second."""
-    process = subprocess.Popen([*start_of(ranks), "train_cdrl.py", "--output", str(output), *flags, "--save_every", "1"],
-                               cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    program = programs.Program("train_cdrl.py", "--output", output, *flags, "--save_every", "1", ranks=ranks)
     for _ in range(2400):
-        if (output / "checkpoint-1").exists() or process.poll() is not None:
+        if (output / "checkpoint-1").exists() or program.poll() is not None:
             break
         time.sleep(0.05)
-    subprocess.run(["pkill", "-KILL", "-f", str(output)], check=True)       # torchrun's workers as well
-    process.wait()
-    assert process.returncode == -signal.SIGKILL and not (output / "model.safetensors").exists()
+    program.kill()
+    assert program.wait().returncode == -signal.SIGKILL and not (output / "model.safetensors").exists()
     for later in checkpoint.checkpoints(output)[1:]:                    # the machine was faster than the kill
         shutil.rmtree(later)
     (output / ".checkpoint-2.tmp").mkdir(exist_ok=True)
@@ -333,13 +341,13 @@ def killed_and_resumed(folder, ranks, *flags):
 
 @ahead
 def first(folder):
-    run(folder / "first", *TINY)
+    run_as_users_do(folder / "first", *TINY)
     return folder / "first"
 
 
 @ahead
 def sharded(folder):
-    run(folder / "sharded", *TINY, "--shard", "fsdp", ranks=2)
+    run_as_users_do(folder / "sharded", *TINY, "--shard", "fsdp", ranks=2)
     return folder / "sharded"
 
 

@@ -320,7 +320,7 @@ def test_contrast_without_contrast_is_plain_decoding(base, mixed, noised_mixed):
 
 def test_pictures_stand_where_the_prompt_names_them(base):
     def layout(prompt, count):
-        content, order = place_images(prompt, count)
+        content, order = place_images(prompt, count, base.special_tokens)
         return "".join("#" if part["type"] == "image" else part["text"] for part in content), order
     assert layout("What is it?", 2) == ("##What is it?", [0, 1])
     assert layout("<image>Is <image 3> left of <image2>?", 3) == ("#Is # left of #?", [0, 2, 1])

@@ -75,11 +75,11 @@ def counted_out(sample):
     if sample.meta["skill"] != "count":
         return sample.meta["solution"]
     wanted = dict(named_cells(sample))[sample.meta["solution"].split()[1].strip(",")]
-    said, count = [], 0
+    cells, count = [], 0
     for place, what in named_cells(sample):
         count += what == wanted
-        said.append(f"{place} {what} {count}" if what == wanted else f"{place} {what}")
-    return f"See {', '.join(said)}, total {count}. \\boxed{{{sample.answer}}}"
+        cells.append(f"{place} {what} {count}" if what == wanted else f"{place} {what}")
+    return f"See {', '.join(cells)}, total {count}. \\boxed{{{sample.answer}}}"
 
 
 ROLES = ("voter", "critic", "reflect", "planner")
@@ -269,8 +269,8 @@ def see(model, processor, steps, rng, batch_size=64, lr=1e-3):
         optimiser.step()
         optimiser.zero_grad()
         if (step + 1) % 50 == 0:
-            seen = [set(logp[i].topk(len(ids)).indices.tolist()) == set(ids) for i, ids in enumerate(named) if len(ids) > 2]
-            print(f"see {step + 1} loss {loss.item():.3f} cells named right {np.mean(seen):.2f}", flush=True)
+            is_named = [set(logp[i].topk(len(ids)).indices.tolist()) == set(ids) for i, ids in enumerate(named) if len(ids) > 2]
+            print(f"see {step + 1} loss {loss.item():.3f} cells named right {np.mean(is_named):.2f}", flush=True)
 
 
 def study(model, processor, optimiser, samples, lessons):
@@ -394,21 +394,21 @@ def warm_up_clip(name, steps, batch_size=64, lr=1e-3):
         samples = [data.synthetic("train", SEED, rng.randrange(10**9)) for _ in range(batch_size)]
         pixels = images([s.images[0] for s in samples], return_tensors="pt")["pixel_values"]
         text = tokenizer([s.question for s in samples], padding=True, padding_side="right", return_tensors="pt")
-        seen = model.vision_model(pixels, output_attentions=True)
-        patches = model.visual_projection(model.vision_model.post_layernorm(seen.last_hidden_state[:, 1:]))
-        asked = model.text_projection(model.text_model(input_ids=text["input_ids"], attention_mask=text["attention_mask"])
+        vision = model.vision_model(pixels, output_attentions=True)
+        patches = model.visual_projection(model.vision_model.post_layernorm(vision.last_hidden_state[:, 1:]))
+        queries = model.text_projection(model.text_model(input_ids=text["input_ids"], attention_mask=text["attention_mask"])
                                       .pooler_output)
-        pooled = model.visual_projection(seen.pooler_output)
+        pooled = model.visual_projection(vision.pooler_output)
         logits = model.logit_scale.exp() * torch.nn.functional.normalize(pooled, dim=-1) @ torch.nn.functional.normalize(
-            asked, dim=-1).T
+            queries, dim=-1).T
         target = torch.arange(batch_size)
         contrastive = (torch.nn.functional.cross_entropy(logits, target)
                        + torch.nn.functional.cross_entropy(logits.T, target)) / 2
-        similarity = torch.cosine_similarity(patches, asked[:, None], dim=-1)                       # (B, P)
+        similarity = torch.cosine_similarity(patches, queries[:, None], dim=-1)                       # (B, P)
         evidence = torch.stack([evidence_patches(s) for s in samples])                              # (B, P)
         dense = torch.nn.functional.binary_cross_entropy_with_logits(scale * similarity + bias, evidence)
         low, high = similarity.amin(-1, keepdim=True), similarity.amax(-1, keepdim=True)
-        weights = seen.attentions[-1][:, :, 0, 1:].mean(1) * (similarity - low) / (high - low).clamp(min=1e-9)
+        weights = vision.attentions[-1][:, :, 0, 1:].mean(1) * (similarity - low) / (high - low).clamp(min=1e-9)
         share = weights / weights.sum(-1, keepdim=True)
         mass = (share * evidence).sum(-1)
         # Cross-entropy to the evidence spread evenly: the map must cover all of it, not one telling corner.
@@ -426,8 +426,8 @@ def warm_up_clip(name, steps, batch_size=64, lr=1e-3):
 
 def save_clip(model, images, tokenizer):
     half = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
-    for part, options in ((model, {"state_dict": half}), (images, {}), (tokenizer, {})):
-        part.save_pretrained(HERE / "clip", **options)
+    for piece, options in ((model, {"state_dict": half}), (images, {}), (tokenizer, {})):
+        piece.save_pretrained(HERE / "clip", **options)
 
 
 def save(model, processor, directory):
@@ -471,19 +471,19 @@ def roles_of(model, samples):
 
     def says(prompts):
         return [r.text for r, in model.sample(pictures, prompts, greedy=True)]
-    found = {"alone": [judge.is_correct(text, s) for text, s in zip(says([data.prompt(s) for s in samples]), samples)],
-             "on ballot": [any(judge.accepts(a, s) for a in some) for some, s in zip(answers, samples)]}
-    ballots = says([data.voter_prompt(s, some) for s, some in zip(samples, answers)])
-    critiques = says([data.critic_prompt(s, some[0]) for s, some in zip(samples, answers)])
-    found["Voter"] = []
-    for text, some, s in zip(ballots, answers, samples):
+    verdicts = {"alone": [judge.is_correct(text, s) for text, s in zip(says([data.prompt(s) for s in samples]), samples)],
+             "on ballot": [any(judge.accepts(a, s) for a in ballot) for ballot, s in zip(answers, samples)]}
+    ballots = says([data.voter_prompt(s, ballot) for s, ballot in zip(samples, answers)])
+    critiques = says([data.critic_prompt(s, ballot[0]) for s, ballot in zip(samples, answers)])
+    verdicts["Voter"] = []
+    for text, ballot, s in zip(ballots, answers, samples):
         try:
-            found["Voter"].append(judge.accepts(some[int(np.argmax(replies.parse_probabilities(text, len(some))))], s))
+            verdicts["Voter"].append(judge.accepts(ballot[int(np.argmax(replies.parse_probabilities(text, len(ballot))))], s))
         except ValueError:
-            found["Voter"].append(False)
-    found["Critic"] = [text.strip().endswith("correct") == judge.accepts(some[0], s)
-                       for text, some, s in zip(critiques, answers, samples)]
-    columns = {key: np.array(values, float) for key, values in found.items()}
+            verdicts["Voter"].append(False)
+    verdicts["Critic"] = [text.strip().endswith("correct") == judge.accepts(ballot[0], s)
+                       for text, ballot, s in zip(critiques, answers, samples)]
+    columns = {key: np.array(values, float) for key, values in verdicts.items()}
     skills = np.array([s.meta["skill"] for s in samples])
     columns["Voter"][columns["on ballot"] == 0] = np.nan
     return {skill: {key: float(np.nanmean(values[(skills == skill) | (skill == "all")])) for key, values in columns.items()}
@@ -496,9 +496,9 @@ def write_card(name, count=240):
     clip, mass = noise.ClipAttention.from_pretrained(HERE / "clip"), train_cdrl.Args.mass
     skills = {"all": samples, **{skill: [s for s in samples if s.meta["skill"] == skill] for skill in questions.SKILLS}}
     if name == "clip":
-        found = {s.id: on_evidence(clip.map(s.images[0], s.question), s) for s in samples}
-        rows = {skill: {"map on evidence": float(np.mean([found[s.id][0] for s in part])),
-                        "area of evidence": float(np.mean([found[s.id][1] for s in part]))} for skill, part in skills.items()}
+        overlaps = {s.id: on_evidence(clip.map(s.images[0], s.question), s) for s in samples}
+        rows = {skill: {"map on evidence": float(np.mean([overlaps[s.id][0] for s in of_skill])),
+                        "area of evidence": float(np.mean([overlaps[s.id][1] for s in of_skill]))} for skill, of_skill in skills.items()}
     else:
         model = VLM.load(HERE / name)
         longest = train_cdrl.Args.max_new_tokens if name == "base" else catts.Settings.expert_tokens
@@ -506,8 +506,8 @@ def write_card(name, count=240):
         noised = {mode: eval.probe(model, samples, clip, (999,), mode, mass, 8, max_new_tokens=longest)[999]
                   for mode in ("key", "random")}
         rows = {}
-        for skill, part in skills.items():
-            ids = {s.id for s in part}
+        for skill, of_skill in skills.items():
+            ids = {s.id for s in of_skill}
             rows[skill] = tables.headroom([a for a in clean if a.id in ids]) | {
                 f"pass@1, {mode}": float(np.mean([a.correct for a in answers if a.id in ids]))
                 for mode, answers in noised.items()}

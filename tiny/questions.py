@@ -145,17 +145,17 @@ def _chart(rng, level):
         board.put((row, columns[color]), "bar", color, str(values[color]))
         board.put((row - 1, columns[color]), "sky", color, "")    # the upper half of a tall bar: nothing else stands there
     board.scatter("shape", _objects(), rng.randint(1, 5))
-    asked = rng.sample(colors, level)
+    chosen = rng.sample(colors, level)
     if level == 2:
-        asked.sort(key=values.get, reverse=True)
-    numbers = [values[color] for color in asked]
-    question = (f"What is the value of the {asked[0]} bar?", f"How much taller is the {asked[0]} bar than the {asked[-1]} bar?",
-                f"What is the total of the {', '.join(asked[:-1])} and {asked[-1]} bars?")[level - 1]
+        chosen.sort(key=values.get, reverse=True)
+    numbers = [values[color] for color in chosen]
+    question = (f"What is the value of the {chosen[0]} bar?", f"How much taller is the {chosen[0]} bar than the {chosen[-1]} bar?",
+                f"What is the total of the {', '.join(chosen[:-1])} and {chosen[-1]} bars?")[level - 1]
     answer = (numbers[0], numbers[0] - numbers[-1], sum(numbers))[level - 1]
-    solution = ", ".join(f"{color} {values[color]}" for color in asked)
+    solution = ", ".join(f"{color} {values[color]}" for color in chosen)
     if level > 1:
         solution += ", " + _running((1, -1, 1)[level - 1], numbers)
-    return board, question, str(answer), solution, [(r, columns[color]) for color in asked for r in (row - 1, row)]
+    return board, question, str(answer), solution, [(r, columns[color]) for color in chosen for r in (row - 1, row)]
 
 
 def _running(sign, numbers):
@@ -195,10 +195,10 @@ def _spatial(rng, level):
     dr, dc = (distance * step for step in SIDES[side])
     reference = rng.choice([(r, c) for r in range(GRID) for c in range(GRID)
                             if 0 <= r + dr < GRID and 0 <= c + dc < GRID])
-    found = (reference[0] + dr, reference[1] + dc)
+    target = (reference[0] + dr, reference[1] + dc)
     here, there = rng.sample(_objects(), 2)
     board.put(reference, "shape", *here)
-    board.put(found, "shape", *there)
+    board.put(target, "shape", *there)
     # The other neighbours have other colours: reading the wrong side gives a wrong answer.
     neighbours = [(reference[0] - dr, reference[1] - dc), (reference[0] + dc, reference[1] + dr),
                   (reference[0] - dc, reference[1] - dr)]
@@ -207,8 +207,8 @@ def _spatial(rng, level):
         board.put(cell, "shape", *rng.choice([thing for thing in _objects([here]) if thing[0] == color]))
     board.scatter("shape", _objects([here]), (2, 5, 7)[level - 1])
     how = f"directly {side}" if distance == 1 else f"two cells {side}"
-    solution = f"{cell_name(reference)}, {cell_name(found)} {there[0]}"
-    return board, f"What color is the object {how} the {' '.join(here)}?", there[0], solution, [reference, found]
+    solution = f"{cell_name(reference)}, {cell_name(target)} {there[0]}"
+    return board, f"What color is the object {how} the {' '.join(here)}?", there[0], solution, [reference, target]
 
 
 MAKERS = {"count": _count, "chart": _chart, "digits": _digits, "spatial": _spatial}

@@ -17,8 +17,12 @@ from utils.prompts import PROMPTS
 from utils.results_file import STILL_OPEN, is_open
 from utils.server import Server, is_url
 
-# Settings by name. deepconf: DeepConf's lowest-group filter (arXiv 2508.15260, window scaled to VLM answers).
-# authors: the released inference code of the paper: 8 samples at T = 1, top-k 40, every module.
+# Settings by name; a flag beside --preset counts.
+# paper (arXiv 2603.12149): 8 samples at T = 1, top-k 40, mean C as the weight (3.3, Eq. 5); VCD's alpha = .5
+# and beta = .1 for Visual Self-Check; tau1 = tau2 = tau3 = .5 (Eq. 6-9). These are the defaults.
+# deepconf (arXiv 2508.15260): offline voting of its Section 3.2, as facebookresearch/deepconf releases it.
+# The lowest 10% of the windows' means (`bottom`, 3.1) weigh a vote, and the top 90% of the samples vote.
+# T = .6 as for its DeepSeek-8B. It has 512 samples, windows of 2048 tokens, top-p .95; here 8, 32, no top-p.
 PRESETS = {
     "paper": {"samples": 8, "temperature": 1.0, "top_k": 40, "reading": "mean", "weight": "confidence",
               "top_share": 1.0, "check_alpha": 0.5, "check_beta": 0.1, "tau1": 0.5, "tau2": 0.5, "tau3": 0.5},
@@ -145,13 +149,17 @@ def show_cost(samples, prompt, args, controller, name=None, drawn=None, parts=No
     parts = parts or {"samples": cost.Part(drawn)} | cost.module_parts(
         controller.modules, has_checker=controller.checker is not None,
         planner=settings.order in ("planner", "informed"))
-    length, rate, cut = cost.measure(lambda count: controller.vlm.sample(
-        [s.pictures() for s in batch[:count]], [prompt(s) for s in batch[:count]], drawn,
-        temperature=settings.temperature, top_k=settings.top_k, max_new_tokens=settings.max_new_tokens))
-    rows = cost.table(parts, len(samples), length, rate, settings.max_new_tokens, settings.expert_tokens,
-                      distributed.place()[1])
+    def draw(count, **length):
+        return controller.vlm.sample(
+            [s.pictures() for s in batch[:count]], [prompt(s) for s in batch[:count]], drawn,
+            temperature=settings.temperature, top_k=settings.top_k,
+            **{"max_new_tokens": settings.max_new_tokens} | length)
+    is_local = not getattr(controller.expert, "remote", False) and not isinstance(controller.vlm, ServerVLM)
+    speed = cost.measure(draw, len(batch))
+    rows = cost.table(parts, len(samples), speed, settings.max_new_tokens, settings.expert_tokens,
+                      distributed.place()[1], is_local)
     if distributed.place()[0] == 0:
-        cost.show(f"{name}, {len(samples)} questions", rows, length, rate, cut, len(batch))
+        cost.show(f"{name}, {len(samples)} questions", rows, speed, len(batch), is_local)
 
 
 def answer_questions(answer_batch, samples, args, defaults, argv, controller):

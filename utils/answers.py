@@ -1,5 +1,4 @@
-r"""Two answers as text: numbers with units, names, lists, sets, intervals, formulas, words. Are they the
-same?
+r"""Whether two answers are the same: numbers with units, names, lists, sets, intervals, formulas, words.
 
     same_answer("1/2", r"\frac{1}{2}")        # True
     quantity("50 cm")                         # Quantity(number=Fraction(50, 1), unit="cm", places=0)
@@ -17,14 +16,15 @@ same?
 | algebra  | x/2 = \frac{x}{2}, 4 + x^2 = x^2 + 4, \sqrt{y}, sqrt(y)   | AB', A'B; A-B-C, A-C-B          |
 | text     | yes = Yes. = true, \mbox{red} = red, the cat = cat        | Aa, AA; mW, MW                  |
 
-Numbers are exact but for roots and pi. Formulas are compared by their values at a few rational points. There
-is no `eval`, and nothing raises. Texts are short here (judge.MAX_ANSWER), and formulas shorter (MAX_FORMULA).
+Numbers are exact but for roots and pi. Formulas are compared by their values at rational points. No `eval`,
+no exception. Texts are short here (judge.MAX_ANSWER), and formulas shorter (MAX_FORMULA).
 """
 import math
 import re
 import unicodedata
 from fractions import Fraction
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 MAX_FORMULA = 100      # characters of a formula, which bounds its nesting too
@@ -34,29 +34,33 @@ CLOSE = Fraction(1, 10**6)  # relative, never absolute: all of physics is below 
 # ---- Plain text: one spelling of LaTeX and Unicode
 
 _CHARACTERS = str.maketrans("−–—⁄÷×·‘’′“”⩽⩾", "---//**'''\"\"≤≥") | {
-    ord("√"): r"\sqrt", ord("π"): r"\pi", ord("∞"): r"\infty"}
+    ord(sign): command for sign, command in zip("√π∞∠△", (r"\sqrt", r"\pi", r"\infty", r"\angle ", r"\triangle "))}
 _COMMANDS = dict(pair.split(":") for pair in (
-    r"times:* cdot:* div:/ infty:infinity Omega:Ω ohm:Ω mu:μ dfrac:\frac tfrac:\frac cfrac:\frac leq:≤ le:≤ "
-    r"leqslant:≤ "
-    r"geq:≥ ge:≥ geqslant:≥ lt:< gt:> neq:≠ ne:≠ in:∈ cup:∪ approx:≈ simeq:≈ degree:° degrees:° pm:± "
-    r"lbrace:\{ "
-    r"rbrace:\} varnothing:∅ emptyset:∅").split()) | {"pi": "pi ", "quad": " ", "qquad": " "}
+    r"times:* cdot:* div:/ dfrac:\frac tfrac:\frac cfrac:\frac pm:± approx:≈ simeq:≈ infty:infinity "
+    r"leq:≤ le:≤ leqslant:≤ geq:≥ ge:≥ geqslant:≥ lt:< gt:> neq:≠ ne:≠ in:∈ cup:∪ varnothing:∅ emptyset:∅ "
+    r"langle:( rangle:) Omega:Ω ohm:Ω mu:μ degree:° degrees:° lbrace:\{ rbrace:\}").split())
+_COMMANDS |= {"pi": " pi ", "quad": " ", "qquad": " "}
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"\\(begin|end)\{[bp]matrix\}", r"\\\1{matrix}"),
     (r"\\\\(?![a-zA-Z])", ";"),  # the rows of a matrix
-    (r"\*\*|`|\\(?:left|right|[bB]igg?[lr]?|displaystyle|boxed|textdollar)(?![a-zA-Z])|\\[()\[\]!]", ""),
+    (r"\\(sin|cos|tan|log|ln|exp)\s*\((\w+)\)", r"\\\1 \2"),                               # \ln(2)
+    (r"^\\\{\s*\\\}$", r"\\emptyset"), (r"\\overline\s*\{([A-Z]{2,9})\}", r"\1"),
+    (r"\\mathbb\s*\{?R\}?(?!\s*[\^_+\w])|^all real numbers$", "(-infinity, infinity)"),
+    (r"\*\*|`|\\(?:(?:left|right)\.?|[bB]igg?[lr]?|displaystyle|boxed|textdollar)(?![a-zA-Z])|\\[()\[\]!]", ""),
     (r"\\?[$€£¥₹]|\\(?=%)", ""),
     (r"\\(?:text|math|operatorname|mbox|hbox|boldsymbol)\w*\s*\{([^{}]*)\}", r" \1"),    # \mbox{red}
+    (r"(?<=\d)(?:st|nd|rd|th)\b|(?<=\d)\s?\^\s?\{?\s?(?:st|nd|rd|th)\b\s?\}?", ""),           # 5^{th}
     (r"\\(?:text|math)[a-z]+|\\[\s,;:]|~", " "),                                         # 54\,321
     (r"\{,\}", ","),                                                                     # 54{,}321
     (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
     (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
     (rf"\\({'|'.join(_COMMANDS)})(?![a-zA-Z])", lambda command: _COMMANDS[command[1]]),
-    (r"<=|=<", "≤"), (r">=", "≥"), (r"!=", "≠"),
+    (r"<=|=<", "≤"), (r">=", "≥"), (r"!=", "≠"), (r"(?<![\w)])\+(?=infinity)", ""),
     (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"),                                                 # 2x10^3
     (r"\\sqrt\s*\[(\w)\]", r"\\root{\1}"),                                               # \sqrt[3]{8}
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),                                        # \frac12
-    (r"^\s*(?:(?:about|approximately|around|roughly)\s|≈)\s*|\s\((?:approximately|approx\.?|roughly)\)$",
-     ""))]
+    (r"^\s*(?:(?:about|approximately|around|roughly)\s|≈|\\sim\b)\s*"                        # about 5
+     r"|\s\((?:approx|roughly|rounded|to\s)[^()]*\)$", ""))]
 
 
 @lru_cache(2**12)      # an answer meets every option, item by item
@@ -79,8 +83,7 @@ LABEL = re.compile(  # a letter, its dress, and what follows: "(B)", "b.", "Opti
 _FUNCTION = re.compile(r"\b([fghpq]|[A-Z]|[A-Za-z]{2,}\d?)'?\([^()]*\)")                  # f(-1), P(X > 2)
 _RELATION = re.compile(r"\s*([<>≤≥≠∈])\s*")
 _MIRRORED = str.maketrans("<>≤≥", "><≥≤")
-_INTERVAL = re.compile(  # [0, 5), x ∈ ]0, 5[
-    r"(?:([^∈,;]{1,40}?)\s?∈\s?)?([(\[\]])([^,;]*)[,;]([^,;]*)([)\]\[])")
+_INTERVAL = re.compile(r"(?:([^∈,;]{1,40}?)\s?∈\s?)?([(\[\]])([^,;]*)[,;]([^,;]*)([)\]\[])")  # x ∈ ]0, 5[
 _LIST_TOKEN = re.compile(r"[(\[{]|[)\]}]|\s*(?:(?:,\s*)?\b(?:and|(?P<either>or))\b|[,;])\s*")
 _TIME = re.compile(r"0?(\d{1,2}):(\d\d)(?:\s?([ap])\.?m\.?)?")  # 3:45 against 1:15: where both fit, no ratios
 
@@ -95,8 +98,7 @@ def same_answer(a, b):
 
 
 def _unnamed(a, b):
-    """The values of "x = 5" (or "5 = x") and "5", or of two equations of one name. The names, where they
-    differ."""
+    """The values of "x = 5" and "5", or of two equations of one name; the names, where they differ."""
     (name, value), (other, other_value) = _named_value(a), _named_value(b)
     if name and other:
         return (value, other_value) if _same_letters(name, other) else (name, other)
@@ -105,8 +107,7 @@ def _unnamed(a, b):
 
 
 def _named_value(text):
-    """("x", "5") of "x = 5" and of "5 = x"; (None, text) where no name stands alone on a side: "4x + y =
-    5"."""
+    """("x", "5") of "x = 5" and "5 = x"; (None, text) where no side is a name: "4x + y = 5"."""
     sides = EQUALS.split(text)
     if len(sides) == 1 or has_names(text):
         return None, text
@@ -116,8 +117,7 @@ def _named_value(text):
 
 
 def is_name(side):
-    r"""Whether a side of an equation names its value: x_1, AB, \angle ABC, f(2), (u, v), total area; not 2x,
-    xy, a + b."""
+    r"""Whether a side of an equation is a name: x_1, AB, \angle ABC, f(2), (u, v), total area; not 2x, xy."""
     side = _FUNCTION.sub(r"\1", side.replace("{", "").replace("}", ""))
     name = re.fullmatch(r"[(|]?[^\W\d][^-+*/^=<>≤≥≠±!]{0,39}|\\(?!frac|sqrt|root|int|sum)[a-z]+[\w\s]{0,20}",
                         side)
@@ -130,32 +130,32 @@ def has_names(text):
     return len(items) > 1 and all(map(EQUALS.search, items))
 
 
+def _terms(text):
+    """The sides and signs of an inequality, its smallest side first: ["0", "≤", "x", "<", "5"]."""
+    terms = _RELATION.split(text)
+    return [term.translate(_MIRRORED) for term in terms[::-1]] if terms[1:2] in ([">"], ["≥"]) else terms
+
+
 def _same_region(a, b):
     """For intervals and inequalities, whether they are the same; None where both sides are neither."""
-    unions = [[_interval(piece) for piece in re.split(r"\s*(?:∪|\bor\b)\s*", side)] for side in (a, b)]
+    either = (re.sub(r"^(\w+)\s?≠\s?([^≠]+)$", r"\1 < \2 or \1 > \2", side) for side in (a, b))
+    unions = [[_interval(piece) for piece in re.split(r"\s*(?:∪|\bor\b)\s*", side)] for side in either]
     if all(map(all, unions)):
         return _same_items(*unions, _same_interval, any_order=True)
     if not _RELATION.search(a + b):
         return None
-    sides = [_RELATION.split(side) for side in (a, b)]
-    sides = [[term.translate(_MIRRORED) for term in side[::-1]] if side[1:2] in ([">"], ["≥"]) else side
-             for side in sides]
-    (terms, signs), (others, other_signs) = ((side[::2], side[1::2]) for side in sides)
-    if signs != other_signs:
-        return False
-    return (all(map(_same_item, terms, others))
-            or len(signs) == 1 and _same_difference(terms, others, either_sign=signs == ["≠"]))
+    (sides, signs), (others, other_signs) = ((terms[::2], terms[1::2]) for terms in map(_terms, (a, b)))
+    return signs == other_signs and (
+        all(map(_same_item, sides, others))
+        or len(signs) == 1 and _same_difference(sides, others, either_sign=signs == ["≠"]))
 
 
 def _interval(text):
-    """(name or None, low end, closed?, high end, closed?) of "[0, 5)", "0 <= x < 5" or "x >= 0"; None if it
-    is neither."""
+    """(name or None, low end, closed?, high end, closed?) of "[0, 5)", "0 ≤ x < 5" or "x ≥ 0", else None."""
     if match := _INTERVAL.fullmatch(text):
         name, left, low, high, right = match.groups()
-        return name, low.strip(), left == "[", high.strip().lstrip("+"), right == "]"
-    terms = _RELATION.split(text)
-    if terms[1:2] in ([">"], ["≥"]):
-        terms = [term.translate(_MIRRORED) for term in terms[::-1]]
+        return name, low.strip(), left == "[", high.strip(), right == "]"
+    terms = _terms(text)
     if len(terms) == 3 and is_name(terms[0]) != is_name(terms[2]):
         terms = ["-infinity", "<", *terms] if is_name(terms[0]) else [*terms, "<", "infinity"]
     if len(terms) != 5 or not is_name(terms[2]) or not {*terms[1::2]} <= {"<", "≤"}:
@@ -170,8 +170,7 @@ def _same_interval(a, b):
 
 
 def _items(text):
-    """(items, bracket) of "[1, 2]", "{1, 2}", "1 and 2" or "1 or 2", which has the bracket of a set; else one
-    item."""
+    """(items, bracket) of "[1, 2]", "1 and 2", or "1 or 2", whose bracket is a set's; else one item."""
     text = text.replace("\\{", "{").replace("\\}", "}")
     tokens, depths, depth = list(_LIST_TOKEN.finditer(text)), [], 0
     for token in tokens:
@@ -186,29 +185,24 @@ def _items(text):
 
 
 def _same_list(a, b, depth=0):
-    """Whether two lists hold the same items. In any order: {1, 2}, "1 or 2", "x = 1, y = 2", the roots x = 1,
-    x = 2."""
-    (items, bracket), (others, other_bracket) = _items(a), _items(b)
-    if len(items) == 1 and len(others) == 2:                                             # ±2 is 2, -2
-        items, bracket = _signs(items, bracket)
-    elif len(others) == 1 and len(items) == 2:
-        others, other_bracket = _signs(others, other_bracket)
+    """Whether two lists hold the same items: in any order {1, 2}, "1 or 2", "x = 1, y = 2", "x = 1, x = 2"."""
+    (items, bracket), (others, other_bracket) = (_signs(*_items(side)) for side in (a, b))
     if len(items) != len(others) or len(items) == 1 or depth > 2:
         return False
     names = [[_named_value(item)[0] for item in side] for side in (items, others)]
     all_named = None not in names[0] + names[1]
     roots = any(None not in side and len(set(side)) == 1 for side in names)
-    mixed = not all_named and any(len(set(side)) > 1
-                                  for side in names)                  # x = 1, y = 2 and {1, 2}
+    mixed = not all_named and any(len(set(side)) > 1 for side in names)  # x = 1, y = 2 and {1, 2}
     brackets = {bracket, other_bracket}
-    return _same_items(items, others, lambda x, y: _same_item(x, y) or _same_list(x, y, depth + 1),
-                       any_order=not brackets & {"(", "["} and ("{" in brackets or all_named or roots)
-                       and not mixed)
+    unordered = not brackets & {"(", "["} and ("{" in brackets or all_named or roots) and not mixed
+    return _same_items(items, others, lambda x, y: _same_item(x, y) or _same_list(x, y, depth + 1), unordered)
 
 
 def _signs(items, bracket):
-    return ([items[0].replace("±", sign) for sign in "+-"], "{") if items[0].count("±") == 1 else (items,
-                                                                                                   bracket)
+    """The two items of ±2, which are a set."""
+    if len(items) > 1 or items[0].count("±") != 1:
+        return items, bracket
+    return [items[0].replace("±", sign) for sign in "+-"], "{"
 
 
 def _same_items(items, others, same, any_order):
@@ -242,16 +236,15 @@ def _same_item(a, b):
     quantities = quantity(a), quantity(b)
     if all(quantities):
         return _same_quantity(*quantities)
-    sides = EQUALS.split(a), EQUALS.split(b)
-    return _same_formula(a, b) or len(sides[0]) == len(sides[1]) == 2 and _same_difference(*sides,
-                                                                                           either_sign=True)
+    sides, others = EQUALS.split(a), EQUALS.split(b)
+    return _same_formula(a, b) or (len(sides) == len(others) == 2
+                                   and _same_difference(sides, others, either_sign=True))
 
 
 # ---- Words
 
 def bare_letter(text):
-    """The letter, upper case, that a text is or opens with: "(B)", "b.", "option B", "B) red circle"; else
-    None."""
+    """The letter, upper case, that a text is or opens with, or None: "(B)", "b.", "B) red circle"."""
     match = LABEL.fullmatch(plain(text))
     dressed = (match and match[1].isupper() and re.match(r"[)\]}.:]", match[2])
                and not re.search(r"\b[A-Z]\)", match[3] or ""))
@@ -286,8 +279,8 @@ def _same_letters(a, b):
     first, second = (re.sub(r"(?<!\d)\s|\s(?!\d)", "", side).lower() for side in (a, b))
     words = zip(*(re.findall(r"[^\W\d_]+", side) for side in (a, b)))
     return first == second and not any(
-        p != q and p.lower() == q.lower() and len(p) < 3 and not p.islower() and not q.islower() for p,
-        q in words)
+        p != q and p.lower() == q.lower() and len(p) < 3 and not p.islower() and not q.islower()
+        for p, q in words)
 
 
 # ---- Numbers with their units
@@ -298,35 +291,36 @@ class Quantity(NamedTuple):
     places: int  # decimals of a literal that may be a rounded value, else 0
 
 
-_NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-            "sixteen "
-            "seventeen eighteen nineteen").split()
-_NUMBERS += [f"{ten} {one}".removesuffix(" zero")
-             for ten in "twenty thirty forty fifty sixty seventy eighty ninety".split()
-             for one in _NUMBERS[:10]]
-NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(_NUMBERS[::-1])})\b".replace(" ", "[ -]"), re.IGNORECASE)
-_SAID_TWICE = re.compile(rf"({NUMBER_WORD.pattern})\s\((\d+)\)|\b(\d+)\s\(({NUMBER_WORD.pattern})\)",
-                         re.IGNORECASE)
-_FRACTIONS = dict(zip("half third fourth fifth sixth seventh eighth ninth tenth".split(),
-                      range(2, 11))) | {"quarter": 4}
-_FRACTION_WORD = re.compile(  # "one third of the cake"; "twenty third" is none
-    rf"(?:(an?|{'|'.join(_NUMBERS[1:10])})[ -])?({'|'.join(_FRACTIONS)})s?(?=$|\sof\b)", re.IGNORECASE)
-_HUNDRED = re.compile(r"\b(?:(?:(\d)|an?)\s)?hundred\b(?:\s(?:and\s)?(\d\d?)\b)?", re.IGNORECASE)
+_ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+         "sixteen seventeen eighteen nineteen").split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_NUMBERS = dict(zip(_ONES + [f"{ten} {one}".removesuffix(" zero") for ten in _TENS for one in _ONES[:10]],
+                    map(str, range(100))))
+_FRACTIONS = {name: i + 2 for i, name in enumerate("half third fourth fifth sixth seventh eighth ninth tenth".split())}
+_FRACTIONS["quarter"] = 4
+# Words are matched in ASCII: "ı" is no "i".
+NUMBER_WORD = re.compile(rf"\b(?:{'|'.join([*_NUMBERS][::-1])})\b".replace(" ", "[ -]"), re.IGNORECASE | re.ASCII)
+_SAID_TWICE = re.compile(rf"\b({NUMBER_WORD.pattern}|\d+)\s\(({NUMBER_WORD.pattern}|\d+)\)",  # seven (7)
+                         re.IGNORECASE | re.ASCII)
+_FRACTION_WORD = re.compile(  # "one third of the cake"; "twenty third" is none, and "three quarters" may be coins
+    rf"(?:half|an?[ -](?P<one>{'|'.join(_FRACTIONS)})"
+    rf"|(?P<count>{'|'.join(_ONES[1:10])})[ -](?P<name>(?!quarter)(?:{'|'.join(_FRACTIONS)})))s?(?=$|\sof\b)",
+    re.IGNORECASE | re.ASCII)
+_HUNDRED = re.compile(r"\b(?:(?:(\d)|an?)\s)?hundred\b(?:\s(?:and\s)?(\d\d?)\b)?", re.IGNORECASE)  # 3 hundred and 5
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _EQUAL_PAIR = re.compile(r"(.+?)(?:\s\(|\s*[=≈]\s*)(?:or )?(.+?)\)?")  # 5 (five), 1/6 ≈ 0.17
 _THOUSANDS = re.compile(  # 1,234, 1 234; not 1 200/300
     r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\d.,])[1-9]\d{0,2}(?:\s\d{3})+(?![\d,]|\s?/|\s\d)")
-_MIXED = re.compile(r"(?<![\d.])(\d+)(?:\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s+(\d+)\s*/\s*(\d+))")      # 2 1/2
+_MIXED = re.compile(r"(?<![\d.])(\d+)(?:\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s+(\d+)\s*/\s*(\d+))")  # 2 1/2
+_REPEATING = re.compile(r"(\d*)\.(\d{0,9})\\(?:overline|bar|dot)\s*\{?(\d{1,9})\}?")  # 0.1\overline{6}
 SEQUENCE = re.compile(r"\d+(?:\s*[-/:]\s*\d+){2,}|\d+\s*-\s*\d+")  # 5-4-3-2-1, a date, a range: no arithmetic
 _UNIT = re.compile(  # a symbol, or a word after a space, and what follows it up to an exponent
-    r"\s*|\s*(?:[%°'\"]|[^\x00-\x7f±]|(?:[pnμcdmkMGT]?(?:m|g|s|[lL]|A|V|W|N|J|F|Ω|Pa|Hz)|[KC]|in|ft|h|hr|min|sq)\b"
+    r"\s*|\s*(?:[%°'\"]|[^\x00-\x7f±]|(?:[pnμcdmkMGT]?(?:m|g|s|[lL]|A|V|W|N|J|F|Ω|Pa|Hz)|[KC]|in|ft|h|hr|min|sq|o'clock)\b"
     r"|(?<=\s)(?!(?:and|not|than|more|less|plus|minus|over)\b)[^\W\d_]{3,})[^\d\\]*(?:\^?\(?-?\d\)?)?")
 _UNIT_NAMES = dict(pair.split(":") for pair in (
-    "meter:m metre:m gram:g second:s sec:s liter:L litre:L amp:A ampere:A volt:V watt:W newton:N joule:J "
-    "farad:F ohm:Ω "
-    "hertz:Hz pascal:Pa inch:in inche:in foot:ft feet:ft hour:h hr:h minute:min percent:% percentage:% "
-    "pct:% degree:° "
-    "celsius:C unit: per:/ ':ft \":in").split())
+    "meter:m metre:m gram:g second:s sec:s liter:L litre:L amp:A ampere:A volt:V watt:W newton:N joule:J farad:F "
+    "ohm:Ω hertz:Hz pascal:Pa inch:in inche:in foot:ft feet:ft hour:h hr:h minute:min celsius:C degree:° "
+    "percent:% percentage:% pct:% unit: per:/ ':ft \":in").split())
 _UNIT_NAMES |= {prefix + name: short + symbol for name, symbol in _UNIT_NAMES.items() for prefix, short in (
     ("kilo", "k"), ("centi", "c"), ("milli", "m"), ("micro", "μ"), ("mega", "M"))}
 
@@ -343,9 +337,9 @@ def quantity(text):
         if first and second and _same_quantity(first, second):
             return first
     if fraction := _FRACTION_WORD.match(text):
-        text = _fraction_word(fraction) + text[fraction.end():]
-    text = _HUNDRED.sub(lambda word: str(100 * int(word[1] or 1) + int(word[2] or 0)),
-                        NUMBER_WORD.sub(_number_word, text))
+        text = _fraction(fraction) + text[fraction.end():]
+    text = _HUNDRED.sub(lambda word: str(100 * int(word[1] or 1) + int(word[2] or 0)), _in_digits(text))
+    text = re.sub(r"(?<=\d) and a half\b", ".5", text)
     if re.search(r"/|%|frac", text):
         text = re.sub(r"\sof\s\D*$", "", text)  # "1/2 of the cake"; "one of them" is no 1
     text = _arithmetic(text)
@@ -359,65 +353,53 @@ def quantity(text):
 
 
 def _unit(text):
-    """A unit in symbols: "square centimeters" is cm2, "feet per second" ft/s; any other word loses its
-    plural."""
+    """A unit in symbols: "square centimeters" is cm2, "feet per second" ft/s. Other words lose a plural s."""
     def symbol(word):
         singular = word[0].removesuffix("s") if len(word[0]) > 3 else word[0]
         return _UNIT_NAMES.get(word[0].lower(), _UNIT_NAMES.get(singular.lower(), singular))
 
-    text = re.sub(r"\b(?:square|sq\.?|(cubic))\s(\w+)", lambda power: power[2] + ("3" if power[1] else "2"),
-                  text)
-    text = re.sub(r"[\s^()]", "", re.sub(r"[^\W\d_]+|['\"]", symbol, text))
+    text = re.sub(r"\b(?:square|sq\.?|(cubic))\s(\w+)", lambda power: power[2] + "23"[bool(power[1])], text)
+    text = re.sub(r"[\s^()*]", "", re.sub(r"[^\W\d_]+|['\"]", symbol, text))
     return text if text.strip("23") else ""
+
+
+def _in_digits(text):
+    return NUMBER_WORD.sub(lambda word: _NUMBERS[word[0].lower().replace("-", " ")], text)
 
 
 def said_once(text):
     """A number that is said in words and in digits, once: "seven (7) cubes" is "7 cubes"; "six (7)" stays."""
     def digits(pair):
-        word, number = (pair[1], pair[2]) if pair[1] else (pair[4], pair[3])
-        return number if NUMBER_WORD.sub(_number_word, word) == number else pair[0]
+        same = pair[1] != pair[2] and _in_digits(pair[1]) == _in_digits(pair[2])
+        return _in_digits(pair[1]) if same else pair[0]
 
     return _SAID_TWICE.sub(digits, text)
 
 
-def _number_word(word):
-    name = word[0].lower().replace("-", " ")  # "fıve" matches, but is none
-    return str(_NUMBERS.index(name)) if name in _NUMBERS else word[0]
+def _fraction(words):
+    """"one third" as "1/3"."""
+    name = words["one"] or words["name"] or "half"
+    return f"{_NUMBERS[(words['count'] or 'one').lower()]}/{_FRACTIONS[name.lower()]}"
 
 
-def _fraction_word(words):
-    """"one third" as 1/3. "Third" alone is a place, and "three quarters" may be coins."""
-    numerator, name = (words[1] or "").lower(), words[2].lower()
-    if name not in _FRACTIONS or numerator not in ("", "a", "an", *_NUMBERS):
-        return words[0]
-    if numerator in ("", "a", "an"):
-        return f"1/{_FRACTIONS[name]}" if numerator or name == "half" else words[0]
-    return words[0] if name == "quarter" else f"{_NUMBERS.index(numerator)}/{_FRACTIONS[name]}"
-
-
-def _scaled(number):
-    """"1.5 million cars" as 1500000 cars, which is then exact; None where there is no such word."""
+def _readings(number, unit, places):
+    """What a quantity may mean, as (number, unit, tolerance): 50% is 50% and .5, 1.5 million also 1500000."""
+    half = Fraction(1, 2 * 10**places) if places else 0
+    yield number, unit, half
+    if unit == "%":
+        yield number / 100, "ratio", half / 100  # which equals a bare number, and no percentage
     for word, scale in _SCALES.items():
-        if re.match(rf"{word}(?!th)", number.unit, re.IGNORECASE):
-            return Quantity(number.number * scale, number.unit[len(word):], 0)
-    return None
+        if re.match(rf"{word}(?!th)", unit, re.IGNORECASE):
+            yield Fraction(number) * scale, unit[len(word):], 0
 
 
 def _same_quantity(a, b):
-    scaled = _scaled(a), _scaled(b)
-    if any(scaled) and _same_quantity(scaled[0] or a, scaled[1] or b):
-        return True
-    if a.unit and b.unit and not _same_letters(a.unit, b.unit):
-        return False
-    if b.unit == "%" and not a.unit:
-        a, b = b, a
-    for factor in (1, 100) if a.unit == "%" and not b.unit else (1,):
-        x, y = a.number, b.number * factor
-        integers = x == int(x) and y == int(y)
-        if x == y or (not integers and abs(x - y) <= CLOSE * max(abs(x), abs(y))):
-            return True
-        half_a, half_b = (Fraction(1, 2 * 10**side.places) if side.places else 0 for side in (a, b))
-        if abs(x - y) <= max(half_a, factor * half_b) * (1 + 1e-9):
+    """Whether two quantities have a reading in common. A unit counts only if both sides have one."""
+    for (x, unit, half), (y, other_unit, other_half) in product(_readings(*a), _readings(*b)):
+        x, y = Fraction(x), Fraction(y)
+        close = 0 if x.denominator == y.denominator == 1 else CLOSE * max(abs(x), abs(y))
+        tolerance = max(close, half * (1 + CLOSE / 1000), other_half * (1 + CLOSE / 1000))
+        if abs(x - y) <= tolerance and (not unit or not other_unit or _same_letters(unit, other_unit)):
             return True
     return False
 
@@ -431,14 +413,15 @@ _VARIABLE = re.compile(  # x, x_1, x1, \theta
 _NO_FORMULA = re.compile(  # a word or sin, a prime or a ratio, "1/2x", which is read in two ways
     r"(?<!\\)\b(?!sqrt)[^\W\d_]{3,}|\\(?:sin|cos|tan|log|ln)|[':]|/\s*\d+[^\W\d_(]")
 _CHAIN = re.compile(r"[A-Z](?:\s?[-/*]?\s?[A-Z])*")  # AB, A-B-C: names of points, whose order counts
-_POINTS = [[Fraction(sign * p, q + 2 * i) for i, p in enumerate((7, 19, 31, 47, 61, 83, 103, 131))] for sign,
-           q in (
-    (1, 5), (1, 11), (1, 23), (-1, 17), (1, 41), (-1, 29))]
+_POINTS = [[Fraction(sign * p, q + 2 * i) for i, p in enumerate((7, 19, 31, 47, 61, 83, 103, 131))]
+           for sign, q in ((1, 5), (1, 11), (1, 23), (-1, 17), (1, 41), (-1, 29))]
 _BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, ":": 2, "^": 3}
 
 
 def _arithmetic(text):
-    """Digits without separators, mixed numbers as sums, every bracket round."""
+    """Digits without separators, repeating decimals as fractions, mixed numbers as sums, every bracket round."""
+    text = _REPEATING.sub(lambda number: "((0{0}{1}{2}-0{0}{1})/({3}-{4}))".format(
+        *number.groups(), 10**len(number[2] + number[3]), 10**len(number[2])), text)
     text = _THOUSANDS.sub(lambda number: re.sub(r"[,\s]", "", number[0]), text)
     text = _MIXED.sub(lambda mixed: "({}+{}/{})".format(*filter(None, mixed.groups())), text)
     return text.translate(str.maketrans("{}[]", "()()"))
@@ -463,14 +446,13 @@ def _formula(text):
 
 
 def _values(a, b):
-    """The pairs of values of two formulas in the same variables at the points; None if they are none, or one
-    lacks one."""
+    """The pairs of values of two formulas in the same variables at the points, or None."""
     (tokens, names), (others, other_names) = _formula(a), _formula(b)
     if not tokens or names != other_names:
         return None
     points = [dict(zip(sorted(names), point)) for point in _POINTS]
-    pairs = [pair for point in points
-             if (pair := (_value(tokens, point), _value(others, point))) != (None, None)]
+    pairs = [(_value(tokens, point), _value(others, point)) for point in points]
+    pairs = [pair for pair in pairs if pair != (None, None)]
     return pairs if len(pairs) > 1 and not any(None in pair for pair in pairs) else None
 
 
@@ -479,16 +461,14 @@ def _close(x, y):
 
 
 def _same_formula(a, b):
-    r"""Whether two formulas have the same values: x/2 and \frac{x}{2}. AB and BA are names: they lack an
-    operator."""
+    r"""Whether two formulas have the same values: x/2, \frac{x}{2}. AB and BA, without operator, are names."""
     operators = re.search(r"[-+*/^\\]", a + b) or (a[:1].isdigit() and b[:1].isdigit())
     pairs = _values(a, b) if operators else None
     return pairs is not None and all(_close(*pair) for pair in pairs)
 
 
 def _same_difference(sides, others, either_sign):
-    """Whether the two sides of each differ by the same but for a factor, which is 1 or -1 if there is one
-    variable."""
+    """Whether the differences of two pairs of sides have one ratio, which is 1 or -1 if there is one variable."""
     difference, other = ("({})-({})".format(*pair) for pair in (sides, others))
     pairs = _values(difference, other)
     if not pairs or not all(x and y for x, y in pairs):  # no point lies on either curve
@@ -541,8 +521,7 @@ def _evaluate(tokens, variables, floor=0):
             tokens.pop(0)
         elif tokens[0][0] in ".0123456789":
             raise ValueError("two numbers in a row are no product")
-        right = _evaluate(tokens, variables, 2 if operator == "^"
-                          else _BINDING[operator])  # powers group to the right
+        right = _evaluate(tokens, variables, 2 if operator == "^" else _BINDING[operator])  # 2^3^2 = 2^9
         if operator in "+-":
             value += right if operator == "+" else -right
         elif operator == "^":

@@ -170,12 +170,13 @@ CURES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "mak
 
 
 def command(name, function):
-    """Run a command's main function: quiet libraries, a terminal that obeys no text, and bad input as one
-    sentence on stderr.
+    """Run a command's main function: quiet libraries, a terminal that obeys no text, bad input as one
+    sentence on stderr, ranks that part at the end.
 
     Exit codes: 0 done, or stopped by SIGTERM or SIGHUP with everything saved; 2 bad input, a full disk or a
     file that went away; 130 Ctrl-C; 141 the reader of a pipe went away; 1 a fault of this program.
     """
+    import torch.distributed as dist
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -210,6 +211,8 @@ def command(name, function):
     finally:
         sys.stdout, sys.stderr = streams
         os.umask(umask)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _ended(sentence, code):
@@ -341,6 +344,17 @@ def add_options(parser, settings):
                             **kind)
 
 
+def parse_recipe(settings, recipes, argv=None):
+    """Flags of two dataclasses, `settings` (the method) and RunOptions, its field `run` -> settings:
+    defaults, then recipes[settings.recipe], then explicit flags."""
+    parser = argparse.ArgumentParser(description="Train CDRL.", argument_default=argparse.SUPPRESS)
+    add_options(parser, settings)
+    add_options(parser, RunOptions)
+    flags = vars(parser.parse_args(argv))
+    run = RunOptions(**{f.name: flags.pop(f.name) for f in fields(RunOptions) if f.name in flags})
+    return settings(**{**recipes[flags.get("recipe", settings.recipe)], **flags}, run=run)
+
+
 def reason(error):
     """The first line of what an error says, its class where it says nothing, or not a word (str)."""
     message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -397,14 +411,14 @@ def public_url(url):
     """A URL as it may be printed and stored: without user:password@, its query's values and its path's tokens
     hidden. Other words stay as they are."""
     try:
-        parts = urllib.parse.urlsplit(url.strip() if "://" in url else f"//{url.strip()}")
-        tokens = secrets_in_path(parts.path) if "://" in url or re.search("[.:]", parts.netloc) else []
-        if not parts.query and "@" not in parts.netloc and not tokens:
+        address = urllib.parse.urlsplit(url.strip() if "://" in url else f"//{url.strip()}")
+        tokens = secrets_in_path(address.path) if "://" in url or re.search("[.:]", address.netloc) else []
+        if not address.query and "@" not in address.netloc and not tokens:
             return url
-        path = "/".join("..." if segment in tokens else segment for segment in parts.path.split("/"))
+        path = "/".join("..." if segment in tokens else segment for segment in address.path.split("/"))
         query = "&".join(pair if pair.partition("=")[0].lower() in PUBLIC else pair.partition("=")[0] + "=..."
-                         for pair in parts.query.split("&") if pair)
-        public = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], path=path,
+                         for pair in address.query.split("&") if pair)
+        public = urllib.parse.urlunsplit(address._replace(netloc=address.netloc.rpartition("@")[2], path=path,
                                                         query=query, fragment=""))
         return public if "://" in url else public.removeprefix("//")
     except ValueError:

@@ -1,5 +1,7 @@
 """The command line of eval.py: its flags and what they imply, stored results, what the terminal shows."""
 import argparse
+import csv
+import io
 import math
 import os
 import re
@@ -11,17 +13,7 @@ from pathlib import Path
 
 import torch
 
-from utils import (
-    answering,
-    baselines,
-    cli,
-    corruptions,
-    distributed,
-    findings,
-    inputs,
-    report,
-    results_file,
-)
+from utils import answering, baselines, cli, corruptions, distributed, findings, inputs, report, results_file
 from utils.cli import InputError, names_in
 from utils.cost import bounded_batch
 from utils.logs import training_log
@@ -206,7 +198,8 @@ def model_folder(args, name):
 
 
 def write_results(path, rows, methods, about):
-    """results.jsonl: a question a line, with its subsets and what each method made of it.
+    """results.jsonl: a question a line, with its subsets and what each method made of it. Beside it
+    results.csv, a line an answer of a method, for a spreadsheet.
 
     rows: stored votes; methods: {method: list of Outcome}; about: what the row was made with (dict).
     """
@@ -219,6 +212,21 @@ def write_results(path, rows, methods, about):
                               "subsets": labels_of(row), "methods": by_id[row["id"]], **about})
              for row in rows]
     cli.write_atomically(path, "".join(line + "\n" for line in lines))
+    flat = [{"id": row["id"], "images": " ".join(map(str, row.get("images") or ())), "gold": row["gold"],
+             **about, **labels_of(row), "method": method, **fields}
+            for row in rows for method, results in by_id[row["id"]].items() for fields in results]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(key for line in flat for key in line), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _cell(value) for key, value in line.items()} for line in flat)
+    cli.write_atomically(path.with_suffix(".csv"), "\ufeff" + text.getvalue())      # Excel asks for the mark
+
+
+def _cell(value):
+    """A cell: empty for nan. No spreadsheet takes it for a formula: text like one gets an apostrophe."""
+    if value != value:
+        return ""
+    return f"'{value}" if isinstance(value, str) and re.match(r"[=+@\t\r]|-(?!\.?\d)", value) else value
 
 
 def describe_run(args, settings, samples, num_rows, scales):
@@ -283,6 +291,30 @@ def show(tables, about, args, policy_text):
         print(f"\nThe policy (catts.py --policy {args.output}/policy.json)\n{policy_text}")
 
 
+def keep_policy(path, fit_policy, *inputs):
+    """Store what fit_policy(*inputs) returns -> its tables, and every fourth point of its frontier (str)."""
+    try:
+        policy = fit_policy(*inputs)
+    except InputError as error:                 # too few questions
+        return f"not fitted: {error}"
+    policy.save(path)
+    columns = ("accuracy", "ece", "auroc", "calls", "tokens")
+    frontier = {f"rate {point['rate']:.2f}": {key: point[key] for key in columns}
+                for point in policy.frontier[::4]}
+    return f"{policy.tables()}\n\nits frontier, cross-fitted\n{cli.table(frontier)}"
+
+
+def typical_rows(rows, verdicts, number=12):
+    """About `number` of the stored rows: three each where a method mends the majority, spoils it, where both
+    fail and where both are right, and more of them where a kind has fewer. verdicts: row -> (whether the
+    method is right, whether the majority is)."""
+    kinds = {(True, False): [], (False, True): [], (False, False): [], (True, True): []}
+    for row in rows:
+        kinds[verdicts(row)].append(row)
+    picked = [row for kind in kinds.values() for row in kind[:3]]
+    return picked + [row for kind in kinds.values() for row in kind[3:]][:max(0, number - len(picked))]
+
+
 def next_command(args, settings, defaults):
     """The next command one would want, complete (str). defaults: settings of a fresh run."""
     if "votes" not in args.parts:
@@ -296,11 +328,11 @@ def next_command(args, settings, defaults):
             f"--abstain {args.output}/threshold.json")
 
 
-def write_report(measured, controller, samples, args, settings, methods_of, by_method, fit_policy, cases):
+def write_report(measured, controller, samples, args, settings, by_method, fit_policy, cases):
     """Every table, figure and file of eval.py from what is stored. Exits with STILL_OPEN where a server
     failed.
 
-    measured: {model name: {part: {id: row}}}. methods_of, by_method, fit_policy, cases: functions of eval.py.
+    measured: {model name: {part: {id: row}}}. by_method, fit_policy, cases: functions of eval.py.
     """
     output, models = Path(args.output), model_names(args)
     ids = [s.id for s in samples]
@@ -318,7 +350,8 @@ def write_report(measured, controller, samples, args, settings, methods_of, by_m
         for rows in votes.values():
             check_rows(rows, args.sizes, args.drawn, sources)
             mark_incomplete(rows, args.max_failed)
-        methods = methods_of(votes, settings, scales)
+        methods = {name: by_method(rows, settings.samples, settings, scales[name])
+                   for name, rows in votes.items()}
         sizes = sorted({2**i for i in range(args.drawn.bit_length())} | {*args.sizes, args.drawn})
         by_n = {name: {n: by_method(rows, n, settings) for n in sizes} for name, rows in votes.items()}
         tables |= vote_tables(votes, methods, by_n, settings.samples, args.target_risk,
@@ -335,8 +368,8 @@ def write_report(measured, controller, samples, args, settings, methods_of, by_m
                                                   "sources": results_file.source_fingerprint(args)}
         cli.write_atomically(output / "threshold.json", cli.strict_json(threshold, indent=1))
         closed = [row for row in votes[last] if not results_file.is_open(row)]
-        policy_text = fit_policy(closed, settings, results_file.source_fingerprint(args),
-                                 output / "policy.json")
+        policy_text = keep_policy(output / "policy.json", fit_policy, closed, settings,
+                                  results_file.source_fingerprint(args))
         shown_cases = cases(votes[last], settings, samples, controller.clip, method)
     if probes:
         probed_tables = probe_tables(probes, args.regions, args.t, scales)

@@ -146,9 +146,9 @@ def read_choice(server, choice):
     reason = str(choice.get("finish_reason") or choice.get("native_finish_reason") or "").lower()
     content, is_cut = message.get("content"), reason in ("length", "max_tokens", "max_output_tokens")
     if isinstance(content, (list, dict)):   # parts; those of another type are thoughts
-        parts = content if isinstance(content, list) else [content]
-        content = "".join(part if isinstance(part, str) else part.get("text") or "" for part in parts
-                          if isinstance(part, str) or part.get("type", "text") in ("text", "output_text"))
+        pieces = content if isinstance(content, list) else [content]
+        content = "".join(piece if isinstance(piece, str) else piece.get("text") or "" for piece in pieces
+                          if isinstance(piece, str) or piece.get("type", "text") in ("text", "output_text"))
     thoughts = message.get("reasoning_content") or message.get("reasoning") or message.get("thinking")
     text, is_tagged, is_unfinished = (without_thoughts(content) if isinstance(content, str)
                                       else ("", False, False))

@@ -60,6 +60,8 @@ def abstention_finding(row, method=""):
     """What a threshold did on the questions that it was not fitted on, in words (str). row:
     `tables.abstention`."""
     target = row["target risk"]
+    if "answered" not in row:
+        return f"{method}: too few questions for a threshold, which one half fits and the other one checks."
     if not math.isfinite(row["threshold"]):
         return (f"{method}: no threshold keeps the errors among the answered at {target:.0%}, not even on "
                 f"the questions it was fitted on, so it answers nothing; allow a higher --target_risk.")

@@ -14,33 +14,20 @@ r"""The judge: what a response answers, and whether that is right. Rules, no mod
 | one number    | She took 7 cubes out of the box. -> 7                                  | _only_number    |
 | none          | not B; A or B; because (A) ...; all the options again; Is it 7?        |                 |
 
-Which answers are the same: see the table in answers.py. With options, B = (B) = b. = the option's text or
-value, and two letters differ. A response of any length is read in linear time, and no text raises. Left out
-on purpose: a model as the judge. The package math-verify changes no verdict unless `use_math_verify` switches
-it on.
+Which answers are the same: the table in answers.py. With options, B = (B) = b. = the option's text or value.
+A response of any length is read in linear time, and no text raises. Left out on purpose: a model as the judge.
+The package math-verify changes no verdict unless `use_math_verify` switches it on.
 """
 import re
 from functools import lru_cache
 
-from utils.answers import (
-    EQUALS,
-    LABEL,
-    NUMBER_WORD,
-    SEQUENCE,
-    bare_letter,
-    has_names,
-    is_name,
-    plain,
-    quantity,
-    said_once,
-    same_answer,
-    same_text,
-)
+from utils.answers import EQUALS, LABEL, NUMBER_WORD, SEQUENCE, bare_letter, has_names, is_name, plain
+
+from utils.answers import quantity, said_once, same_answer, same_text  # isort: skip
 
 MAX_RESPONSE = 50_000  # characters of a response that are read: its first fifth, and its end
 MAX_ANSWER = 1000      # characters of an answer; longer ones are compared as they stand
-# or the package's version, if `use_math_verify` switched it on: store it with the verdicts
-MATH_VERIFY = None
+MATH_VERIFY = None     # or the package's version, if `use_math_verify` switched it on: store it with the verdicts
 
 # ---- Patterns of a response: what ends it, where an answer is stated, what denies one
 
@@ -48,8 +35,7 @@ _CHAT_TOKEN = re.compile(  # "36.<|im_end|>"
     r"<[|｜](?:im_start|im_end|endoftext|end_of_text|eot_id|eom_id|start_header_id|end_header_id|begin_of_text|end"
     r"|user|assistant|system|(?:begin|end)▁of▁sentence)[|｜]>|</?s>|<(?:start_of_turn|end_of_turn|eos|bos)>")
 _FAREWELL = re.compile(  # "36. I hope it is correct."
-    r"(?:\b(?:I hope (?:it|this|that|so)|hope (?:this|it)|(?:please )?let me know|feel free)\b"
-    r"[^.!?\n]*[.!?\s]*)+$",
+    r"(?:\b(?:I hope (?:it|this|that|so)|hope (?:this|it)|(?:please )?let me know|feel free)\b[^.!?\n]*[.!?\s]*)+$",
     re.IGNORECASE)
 _MARKER = re.compile(  # "answer is", "correct option:", '"answer":', "答案是", "选B", "Answer \( 17 \)"
     r"(?<!/)\b(?:answer|(?:correct|right|best|final) (?:option|choice))(?: (?:option|choice))?"
@@ -59,34 +45,36 @@ _MARKER = re.compile(  # "answer is", "correct option:", '"answer":', "答案是
     r"|(?:^|\n)[^\w\n]{0,6}(?:final )?answer[\s*]{0,4}(?=\\[\[(]|\$)(?:[\s$]|\\[\[(]){1,9}"
     r"|(?:答案(?:应?(?:[为选]|是(?!否))|(?=[:：]))"
     r"|(?<!\w)(?:所以|因此|故|我|应)?选(?=\s?[(（]?[A-Z](?!\w)))[:：\s*$]{0,9}", re.IGNORECASE)
-_WOULD_BE = re.compile(r"\bwould be\W{0,9}$", re.IGNORECASE)
-_JSON_VALUE = re.compile(r"\"((?:[^\"\\]|\\.)*)\"|'([^']*)'|(\[[^\]]*\]|[^,}\n]*)", re.DOTALL)
+_WOULD_BE = re.compile(r"\bwould be\W{0,9}$", re.IGNORECASE)          # "the answer would be: "
+_SUPPOSED = re.compile(r"\b(?:if|whether|suppose)\b", re.IGNORECASE)  # "if we ignored one, the answer is"
+_CONCLUDED = re.compile(r"\W*(?:so|thus|hence|therefore|then)\b(?!.*\bif\b)", re.IGNORECASE)  # "So the answer would be"
+_JSON_VALUE = re.compile(r"\"((?:[^\"\\]|\\.)*)\"|'([^']*)'|(\[[^\]]*\]|[^,}\n]*)", re.DOTALL)  # "B", 'B', [1, 2], 7
 _BOXES_JOINED = re.compile(  # between two boxes: "and", ", or", "and the area is", ", y ="
     r"(?:,|;|&|and\b|(?P<either>,?\s?or\b))\s?(?:and\b|or\b)?\s?(?:(?:\w+ ){0,3}\w+ ?(?:=|\bis\b|\bare\b))?",
     re.IGNORECASE)
 _CLOSING_BOLD = re.compile(r"(?P<line>[^\n]*)\*\*\W?(?P<bold>[^*\n]{1,80})\*\*[\s.]*$")  # "so\n**D**"
 _SECOND_THOUGHT = re.compile(r"\b(?:no,|wait\b|actually\b|correction\b|on second thoughts?\b)", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？\n]|</")
-_CLAUSE_END = re.compile(  # a clause opens with the word that joins it on, but "since (A) is red," is cut away
-    r";|^\W*(?:because|since|as|although|while)\s[^,;]*,\s"
-    r"|,\s(?=(?:as|which|while|but|in|exactly|respectively)\b)|(?:,\s|\()(?=not\s)"
-    r"|\((?=(?:because|since|as)\s)|[,，]\s?(?=而?不是|因为)"
+_SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？\n]|</")  # "It is B." and "<answer>B</answer>", not "3.5"
+_CLAUSE_END = re.compile(  # "8, not 6", "B; A is wrong"; the joining word opens a clause, but "since (A) is red," goes
+    r";|^\W*not\s[^,;]{1,40}?,?\sbut\s(?:rather\s)?|^\W*(?:because|since|as|although|while)\s[^,;]*,\s"
+    r"|,\s(?=(?:as|which|while|but|however|in|exactly|respectively)\b)|(?:,\s|\()(?=not\s)"
+    r"|\((?=(?:because|since|as|confidence)\b)|[,，]\s?(?=而?不是|因为)"
     r"|,?\s(?=(?:because|since|although|whereas|rather than|instead of|and not|so|hence|thus|therefore)\b)",
     re.IGNORECASE)
-_ASIDE = re.compile(
-    r"\W*(?:(?:because|since|although|whereas|rather|instead|and not|not|as|while|in (?:total|all)|exactly"
+_ASIDE = re.compile(  # "because A is too dark", "in total"
+    r"\W*(?:(?:because|since|confidence|although|whereas|rather|instead|and not|not|as|while|in (?:total|all)|exactly"
     r"|respectively)\b|而?不是|因为)", re.IGNORECASE)
-_NEGATED = re.compile(r"\b(?:not|neither|nor|never|cannot)\b|n['’]t\b", re.IGNORECASE)
-_REJECTED = re.compile(
+_NEGATED = re.compile(r"\b(?:not|neither|nor|never|cannot)\b|n['’]t\b", re.IGNORECASE)  # "We do not see 5"
+_REJECTED = re.compile(  # "B is wrong"
     _NEGATED.pattern + r"|\b(?:wrong|incorrect|false|eliminated?|excluded?|ruled? out)\b|[不错]", re.IGNORECASE)
-_DOUBTED = re.compile(
+_DOUBTED = re.compile(  # "more than 7 cubes", "it might be 7"
     _REJECTED.pattern + r"|\b(?:if|would|could|might|may|suppose|assum\w+|either|or|than|least|most|each|every|per)\b",
     re.IGNORECASE)
 
 # ---- Patterns of a last sentence: the value that it arrives at
 
-_VALUE_STARTS = re.compile(r"\s(?:is|are|be|was|were|equals)\s(?!the (?:\w+ "
-                           r")?answer$)|(?<![<>!])[=≈](?!=)|:\s")
+_VALUE_STARTS = re.compile(  # "The sum is 7", "5 + 4 = 9", but not "7 is the answer"
+    r"\s(?:is|are|be|was|were|equals)\s(?!the (?:\w+ )?answer$)|(?<![<>!])[=≈](?!=)|:\s")
 _TRAILING_NUMBER = re.compile(  # "7 red circles"
     r"-?[$€£]?\d[\d,.]*(?:\s?[/:]\s?\d+)?\s?[%°]?(?:\s[^\W\d]+){0,4}$")
 _SUBJECT_NUMBER = re.compile(  # "42 is the sum"
@@ -96,26 +84,22 @@ _COUNTED = re.compile(  # a verb before the one number: "took 7 cubes out of ...
     r"\b(?:is|are|was|were|has|have|had|took|takes?|taken|removed?|removes|used?|uses|counted|count|needed|needs?"
     r"|sees?|saw|found|gets?|got|makes?|made|gives?|leaves?|left|contains?|shows?|bought|sold|ate)"
     r"\s(?:exactly\s|only\s|a total of\s)?[*$]{0,3}(-?\d[\d,.]*\s?[%°]?)[*$]{0,3}(?=\s[a-z])", re.IGNORECASE)
-_STATED = re.compile(  # what comes before a value that a sentence arrives at
-    r"(?:\b(?:is|are|was|were|be|equals?|gives?|yields?|makes?|leaves?|gets?|have)|[=≈])[\s*$]*$",
-    re.IGNORECASE)
+_STATED = re.compile(  # what comes before a value that a sentence arrives at: "36 minus 12 gives **"
+    r"(?:\b(?:is|are|was|were|be|equals?|gives?|yields?|makes?|leaves?|gets?|have)|[=≈])[\s*$]*$", re.IGNORECASE)
 _STATEMENT_STARTS = re.compile(  # "We find that $x \neq 3$"
-    r"\b(?:is|are|be|that|so|thus|hence|therefore|get|have|means|find|obtain|then)\b[,:]?\s|:\s",
-    re.IGNORECASE)
+    r"\b(?:is|are|be|that|so|thus|hence|therefore|get|have|means|find|obtain|then)\b[,:]?\s|:\s", re.IGNORECASE)
 
 
 def extract_answer(text, choices=None):
-    r"""The final answer of a response, or None. With `choices`, the option's letter wherever one is
-    recognised.
+    r"""The final answer of a response, or None. With `choices`, the option's letter where one is recognised.
 
-    In order: the last non-empty balanced `\boxed{}` (or else `\fbox{}`), or several that one sentence joins,
-    as a list; what follows the last "answer is", "answer:", `"answer":` or "答案是" (an "answer would be" gives
-    way to an earlier "answer is"); with choices, the option that the response opens or closes with, the last
-    letter named, the last option quoted, the value that the last sentence arrives at; without, an opening
-    "Yes," or "No,", or what the last sentence ends in, if that is a formula, a number or at most four words,
-    or its only number. A closing "answer is 7" or "**D**", or a second thought, revises what comes before. No
-    answer is what is denied ("not B"), left open ("A or B"), only argued with ("because (A) ..."), or an echo
-    of all the options.
+    In order: the last non-empty balanced `\boxed{}` (or else `\fbox{}`), or several that one sentence joins;
+    what follows the last "answer is", `"answer":` or "答案是" (an "answer would be" gives way to an earlier one);
+    with choices, the option that the response opens or closes with, the last letter named, the last option
+    quoted, the value that the last sentence arrives at; without, an opening "Yes," or "No,", or what the last
+    sentence ends in: a formula, a number, at most four words, or its only number. A closing "answer is 7" or
+    "**D**", or a second thought, revises what comes before. No answer is what is denied ("not B"), left open
+    ("A or B"), only argued with ("because (A) ..."), or an echo of all the options.
     """
     if not isinstance(text, str):
         return None
@@ -132,7 +116,7 @@ def extract_answer(text, choices=None):
     verdict = re.match(r"\s*(yes|no|true|false)\s*[,.;\n]", text, re.IGNORECASE)
     if verdict:
         return verdict[1]
-    sentence = re.split(r"[.!?]\s+|\n", text[-MAX_ANSWER:].rstrip(" .!?*$\n"))[-1]
+    sentence = re.split(r"[.!?]\s+|\n", text[-MAX_ANSWER:].rstrip(" .!?*$`\n"))[-1]
     answer = _ending(sentence) or (None if _asks(text) else _only_number(sentence))
     return answer and re.sub(r"^[A-J]\.(?=\d)", "", answer)  # "C.162 °": an option's letter, glued on
 
@@ -146,9 +130,9 @@ def _texts(choices):
 
 
 def _response(text):
-    """The first turn, without "I hope it is correct" at its end. Of a very long one, its beginning and its
-    end."""
+    """The first turn, without "I hope it is correct" at its end. Of a very long one, beginning and end."""
     roles = ("", "assistant", "user", "model")
+    text = text.replace("<|begin_of_box|>", r"\boxed{").replace("<|end_of_box|>", "}")  # GLM-4.1V
     text = next((turn for turn in _CHAT_TOKEN.split(text) if turn.strip() not in roles), "").rstrip()
     if len(text) > MAX_RESPONSE:
         text = text[:MAX_RESPONSE // 5] + "\n" + text[-MAX_RESPONSE * 4 // 5:]
@@ -156,8 +140,7 @@ def _response(text):
 
 
 def boxes(text):
-    r"""(start, slice of the content) of each balanced `\boxed{...}`. An outer box follows its inner ones; one
-    pass."""
+    r"""(start, slice of the content) of each balanced `\boxed{...}`, an outer box after its inner ones."""
     contents, opened = [], []
     for token in re.compile(r"\\boxed\s*\{|\\[{}]|[{}]").finditer(text, (text + "\\boxed").find("\\boxed")):
         if token[0] == "}" and opened:
@@ -170,8 +153,7 @@ def boxes(text):
 
 
 def _last_boxes(text):
-    r"""The last box's content, or a list of those that one sentence joins ("4 and 6"); and its end in the
-    text."""
+    r"""The last box's content, or a list of those that one sentence joins ("4 and 6"); and where it ends."""
     text = text if boxes(text) else text.replace(r"\fbox", r"\boxed")
     filled = [(start, content) for start, content in boxes(text) if text[content].strip()]
     if not filled:
@@ -205,29 +187,27 @@ def _marked(text, choices):
 
 
 def _settled(text, markers):
-    """The last "answer is" before a closing "if we ..., the answer would be". That concludes nothing: one or
-    none."""
+    """The last "answer is" before a closing "if we ..., the answer would be": a list of one marker, or none."""
     if not markers or not _WOULD_BE.search(markers[-1][0]):
         return []
     end = markers[-1].end()
-    sentence = _before(text, markers[-1]) + _SENTENCE_END.split(text[end:end + 200], maxsplit=1)[0]
-    if re.match(r"\W*(?:so|thus|hence|therefore|then)\b(?!.*\bif\b)", sentence, re.IGNORECASE):
+    if _CONCLUDED.match(_before(text, markers[-1]) + _SENTENCE_END.split(text[end:end + 200], maxsplit=1)[0]):
         return []
-    plain = (marker for marker in reversed(markers) if not _WOULD_BE.search(marker[0]))
-    return [marker for marker in plain if not _conditional(_before(text, marker))][:1]
+    return [marker for marker in reversed(markers) if _states(text, marker)][:1]
 
 
 def _before(text, marker):
+    """What a marker's sentence begins with."""
     return _SENTENCE_END.split(text[max(0, marker.start() - 200):marker.start()])[-1]
 
 
-def _conditional(sentence):
-    return re.search(r"\b(?:if|whether|suppose)\b", sentence, re.IGNORECASE)
+def _states(text, marker):
+    """Whether a marker states an answer, and does not suppose one."""
+    return not _WOULD_BE.search(marker[0]) and not _SUPPOSED.search(_before(text, marker))
 
 
 def _revision(rest, choices, boxed=False):
-    r"""What the text behind an answer puts in its place: a closing "**D**", "No, it is C", a value after a
-    box."""
+    r"""What the text behind an answer puts in its place: "**D**", "No, it is C", after a box "answer is 7"."""
     closing = _CLOSING_BOLD.search(rest[-MAX_ANSWER:])
     if closing and not _REJECTED.search(closing["line"]):
         option = _labelled(closing["bold"], choices) if choices else None
@@ -235,8 +215,8 @@ def _revision(rest, choices, boxed=False):
             return _letter(option)
         if not choices and not closing["line"].strip() and quantity(closing["bold"]):
             return closing["bold"].strip()
-    marker = next(reversed(list(_MARKER.finditer(rest))), None) if boxed else None
-    if marker and not _WOULD_BE.search(marker[0]) and not _conditional(_before(rest, marker)):
+    markers = list(_MARKER.finditer(rest)) if boxed else []
+    if markers and _states(rest, markers[-1]):
         answer, _ = _marked(rest, choices)
         rough = re.match(r"about|approx|around|roughly|≈|\\approx", answer or "", re.IGNORECASE)
         if answer and (len(answer) == 1 if choices else quantity(answer) and len(answer) < 40 and not rough):
@@ -258,14 +238,12 @@ def _asks(text):
 
 
 def _clauses(sentence):
-    """The clauses of a sentence that may state its answer: no reasons, nothing that the answer is set
-    against."""
+    """The clauses of a sentence that may state its answer: no reason, nothing that it is set against."""
     return [clause for clause in _CLAUSE_END.split(sentence) if clause.strip() and not _ASIDE.match(clause)]
 
 
 def _ending(sentence):
-    """The formula, the number, or the at most four words, that a sentence leads up to. None if it denies
-    them."""
+    """The formula, the number, or the at most four words that a sentence leads up to, and does not deny."""
     clause = (_clauses(sentence) or [""])[-1]
     clause = re.sub(r",?\sI (?:believe|think|guess|suppose)\W*$", "", clause)
     clause = re.sub(r"[\s$]+is (?:the|our|my) (?:answer|solution)\W*$", "", clause)
@@ -287,8 +265,7 @@ def _ending(sentence):
 
 
 def _statement(clause):
-    r"""The formula that a sentence ends in: "x \neq 3", "5 = 2a + b", a span in $. Not "x = 5", which is
-    5."""
+    r"""The formula that a sentence ends in: "x \neq 3", "5 = 2a + b", a span in $. Not "x = 5", which is 5."""
     clause = re.sub(r"(=[^$]*)\$\s*(,?\s*(?:and|or)|,)\s*\$(?=[^$]*=)", r"\1 \2 ", clause)  # $a=2$ and $b=3$
     spans = re.split(r"\$+|\\[()\[\]]", clause.strip(" *`,."))
     in_span = len(spans) % 2 == 0 or (len(spans) > 1 and not spans[-1])
@@ -319,14 +296,12 @@ def _only_number(sentence):
 def equivalent(a, b, choices=None):
     """Whether two answers are the same. Symmetric; never raises, never evaluates code; None equals nothing.
 
-    With `choices`, a letter in any dress and an option's text both name the option. An upper-case letter
-    comes first, and two letters are the same only where the two options are one text. Text: spaces, articles,
-    LaTeX dress and, in words of three letters or more, case are ignored; true = yes. Numbers: relative
-    tolerance 1e-6, integers exactly. A decimal with two places and two significant digits, or more, also
-    equals what rounds to it (0.333 and 1/3). A unit counts only if both sides have one. A percentage against
-    a bare number is read as written or as a ratio (50% equals 50 and 0.5). "1.5 million" equals 1.5 and
-    1500000. "One third" is 1/3, but "third" and "three quarters" (coins?) are no numbers. More: the table in
-    answers.py.
+    With `choices`, a letter in any dress and an option's text both name the option. Two letters are the same
+    only where the two options are one text. Text: spaces, articles, LaTeX dress and, in words of three letters
+    or more, case are ignored. Numbers: relative tolerance 1e-6, integers exactly. A decimal with two places and
+    two significant digits, or more, also equals what rounds to it (0.333 and 1/3). A unit counts only if both
+    sides have one. A percentage against a bare number is read as written or as a ratio (50% equals 50 and 0.5).
+    "1.5 million" equals 1.5 and 1500000. More: the table in answers.py.
     """
     if a is None or b is None:
         return False
@@ -343,9 +318,9 @@ def equivalent(a, b, choices=None):
 def is_correct(text, sample):
     """R_out: does the response `text` answer `sample` correctly (a data.Sample: .id, .answer, .choices, .meta)?
 
-    sample.answer: with choices the option's letter, else a value; a list or tuple means any of it. No answer:
-    False. As in MathVista's judge, meta["answer_type"] == "float" rounds both sides to meta["precision"]
-    decimals. Raises ValueError if the sample has no gold answer.
+    Unanswered: False. sample.answer: with choices the option's letter, else a value; a list or tuple means any of it. As in
+    MathVista's judge, meta["answer_type"] == "float" rounds both sides to meta["precision"] decimals. Raises
+    ValueError if the sample has no gold answer.
     """
     return accepts(extract_answer(text, sample.choices), sample)
 
@@ -387,16 +362,15 @@ def _letter(option):
 
 
 def _labelled(text, choices):
-    """Index of the option that a text is by its letter, alone or before the option's own text; else None."""
-    match = LABEL.fullmatch(plain(text).strip(" *#$"))
+    """Index of the option that a text is by its letter, alone or before the option's text; or None."""
+    match = LABEL.fullmatch(re.sub(r"^(\W*[A-Z]\.)(?=[^\W\d])", r"\1 ", plain(text).strip(" *#$\"")))  # "B.red"
     option = ord(match[1].upper()) - ord("A") if match else len(choices)
     named = option < len(choices) and (not match[3] or same_text(match[3], choices[option]))
     return option if named else None
 
 
 def _is_option(text, choices):
-    """Index of the option that a text is, by its very text, its letter or its value. None if none or
-    several."""
+    """Index of the option that a text is, by its very text, its letter or its value; or None."""
     text = text.strip()
     if not text or len(text) > MAX_ANSWER:
         return None
@@ -413,8 +387,7 @@ def _is_option(text, choices):
 
 
 def _option(answer, choices):
-    """Index of the option that a short answer is, or that its first words or else later ones name; or
-    None."""
+    """Index of the option that a short answer is, or that its first words, else later ones, name; or None."""
     option = _is_option(answer, choices)
     if option is not None or len(answer) > MAX_ANSWER:
         return option
@@ -426,7 +399,7 @@ def _option(answer, choices):
 
 
 def _closing_option(text, choices):
-    """Index of the option that a response with no box and no marker decides for; None if none or several."""
+    """Index of the option that a response without box and marker decides for; or None."""
     echo = r"\W{1,6}".join(
         rf"\b{_letter(i)}\W{{1,4}}{re.escape(choice)}" for i, choice in enumerate(choices) if choice)
     text = re.sub(echo, "\n", text).strip() if len(choices) > 1 else text.strip()
@@ -452,8 +425,7 @@ def _arrived_at(sentences, choices):
 
 
 def _claims(sentence, choices):
-    """The clauses of a sentence that deny nothing, with a mark and the letter for each option's text in
-    them."""
+    """The clauses of a sentence that deny nothing; options' texts in them become a mark and their letter."""
     sentence = plain(re.sub(r"\s?—\s?|\s(?:–|--+)\s", " ; ", sentence))
     quotes = {plain(choice).strip(" ."): i for i, choice in enumerate(choices)}
     fold = re.IGNORECASE if len({quote.lower() for quote in quotes}) == len(quotes) else 0
@@ -473,7 +445,7 @@ def _named(sentences, choices):
     letter = f"[A-{_letter(len(choices) - 1)}]"
     listed = rf"(?<!{_QUOTED})\b{letter}\b\W{{0,3}}(?:[,/&]|\b(?:and|to|(or))\b)\W{{0,3}}{letter}\b"
     letters = (rf"[(\[]({letter})[)\]]|\b(?i:option|choice|answer)\s\W?({letter})\b(?!(?<=I)\s[a-z])"
-               rf"|\b({letter})(?=\s(?:is|was|must be)\s(?:the\s)?(?:\w+ly\s)?(?:correct|right|best|answer))")
+               rf"|\b({letter})(?=\s(?:is|was|must be)\s(?:the\s)?(?:\w+ly\s)?(?:correct|right|best|better|answer))")
     for i, clause in enumerate(clauses):
         several = re.search(listed, clause)
         if several and several[1]:  # "A or B" leaves it open
@@ -499,10 +471,9 @@ def _same(a, b):
 
 
 def use_math_verify(on=True):
-    """Let the package `math-verify` accept what these rules refuse (log_2 8 = 3), or, as by default, not.
+    """Let the package `math-verify` accept what these rules refuse (log_2 8 = 3), or not -> MATH_VERIFY.
 
-    Returns the new MATH_VERIFY: the package's version, or None. Raises ImportError, one sentence, if it is
-    missing.
+    Raises ImportError, one sentence, if it is missing.
     """
     global MATH_VERIFY
     MATH_VERIFY = None

@@ -109,7 +109,8 @@ def opening(what, path):
         why = reason(error)
         if "custom code" in why:
             why = "it needs code of its own, which is not run; use a model that transformers knows"
-        raise InputError(f"{what} {str(path)!r} cannot be loaded: {why}") from error
+        other = "; --clip names another" if what == "CLIP model" else ""
+        raise InputError(f"{what} {str(path)!r} cannot be loaded: {why}{other}") from error
 
 
 @contextmanager

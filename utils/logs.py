@@ -133,11 +133,11 @@ def training_log(folder):
     path = Path(folder) / "metrics.jsonl"
     rows = [row for _, row in _rows(path) if all(type(value) in (int, float) for value in row.values())]
     names = {name for name in (rows[-1] if rows else ()) if not name.startswith("gap")}
-    whole = [row for row in rows if names <= row.keys()]
+    complete = [row for row in rows if names <= row.keys()]
     lines = sum(bool(line.strip()) for line in path.read_text(errors="replace").splitlines()) if rows else 0
-    if lines > len(whole):
-        cli.warn(f"{path}: {lines - len(whole)} lines are damaged, and left out")
-    return whole
+    if lines > len(complete):
+        cli.warn(f"{path}: {lines - len(complete)} lines are damaged, and left out")
+    return complete
 
 
 def smoothed(points, most=60):

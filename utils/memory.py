@@ -129,7 +129,7 @@ def dry_run(args, vlm, clip_parameters, samples, prompt_of, world):
         ids = inputs["input_ids"]
         vision_tokens = sum(patches(value, sight) for key, value in inputs.items() if "pixel_values" in key)
         counts.append((ids.shape[1], int((ids == image_id).sum()), vision_tokens))
-    prompt, picture, seen = (max(column) for column in zip(*counts))
+    prompt, picture, vision = (max(column) for column in zip(*counts))
 
     if prompt + args.max_new_tokens > vlm.context:
         raise InputError(f"a prompt takes {prompt} tokens and --max_new_tokens {args.max_new_tokens} more, "

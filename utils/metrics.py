@@ -42,7 +42,10 @@ def average_precision_of_errors(confidence, correct):
 
 
 def calibration_error(confidence, correct, bins=15, mass=False):
-    """ECE: mean |accuracy - confidence| over bins of equal width, (lower, upper] each, or of equal mass."""
+    """ECE: mean |accuracy - confidence| over bins of equal width, (lower, upper] each, or of equal mass. nan
+    where a confidence is nan, as of a map whose other half has no questions (`cross_fitted`)."""
+    if not np.isfinite(confidence).all():
+        return math.nan
     if mass:
         groups = np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(confidence)))
     else:

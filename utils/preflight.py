@@ -240,7 +240,7 @@ class HopelessTraining:
     def __call__(self, row, progress=None):
         """row: a dict of metrics; progress: the tqdm above which warnings are printed -> the warning, or
         None. Raises InputError after `patience` hopeless steps."""
-        said = []
+        causes = []
         for sign, (is_hopeless, cure) in self.SIGNS.items():
             self.in_a_row[sign] = self.in_a_row[sign] + 1 if is_hopeless(row) else 0
             if self.patience and self.in_a_row[sign] >= self.patience:
@@ -248,8 +248,8 @@ class HopelessTraining:
                                  f"{row['step']}; {cure}, or go on "
                                  "with --patience 0")
             if self.in_a_row[sign] == 1:
-                said.append(f"{sign} in step {row['step']}; if that goes on, {cure}")
-        warning = "; and ".join(said) or None
+                causes.append(f"{sign} in step {row['step']}; if that goes on, {cure}")
+        warning = "; and ".join(causes) or None
         if warning and progress is not None:
             progress.write(f"warning: {warning}", file=sys.stderr)
         return warning

@@ -65,11 +65,13 @@ def _mathvista(question, sample):
 PROMPTS = {"project": project_prompt, "bare": bare_prompt, "official": official_prompt}
 
 
-def place_images(prompt, count):
+def place_images(prompt, count, special_tokens):
     """A prompt and its number of pictures -> (content of a chat message, order of the pictures in it).
 
     `<image>` is the next picture not named yet, `<image 2>` and `<image2>` the second. A picture stands at
     its first mention; those never named stand in front. A tag of a picture that does not exist stays text.
+    special_tokens (a pattern) become spaces: the words of a user or of an Expert cannot open a picture or end
+    the turn.
     """
     pieces, order = [], []
     for piece in re.split(r"(<image ?\d{0,3}>)", prompt):
@@ -81,7 +83,7 @@ def place_images(prompt, count):
                 pieces.append({"type": "image"})
                 continue
         if piece.strip():
-            pieces.append({"type": "text", "text": piece})
+            pieces.append({"type": "text", "text": special_tokens.sub(" ", piece)})
     front = [i for i in range(count) if i not in order]
     return [{"type": "image"} for _ in front] + pieces, front + order
 

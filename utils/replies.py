@@ -187,9 +187,9 @@ def parse_probabilities(text, n, candidates=None):
 
     text = re.sub(r"(?<=\d)\s*%(?=\s*[,\]}])", "", text.strip()[:MAX_TEXT])          # [90%, 10%] is no JSON
     reasons = []
-    for whole in (_unfenced(text), text.rsplit("\n", 1)[-1]):
+    for candidate_text in (_unfenced(text), text.rsplit("\n", 1)[-1]):
         try:
-            value = _json(whole[:10_000])
+            value = _json(candidate_text[:10_000])
         except ValueError:
             reasons.append("not a JSON list")
             continue

@@ -360,6 +360,7 @@ class Progress(tqdm):
 def advance(questions):
     """Tell the progress bar that part of a batch is done: its work, counted in questions (float)."""
     if bar := Progress.current:
+        questions = min(questions, max(0.0, bar.total - bar.n))     # thirds of a batch sum to more
         bar.begun += questions
         bar.update(questions)
 
@@ -370,12 +371,12 @@ def _with_earlier_costs(row, earlier):
     if not (earlier and is_open(earlier) and "ledger" in row and "ledger" in earlier):
         return row
     before = earlier["ledger"]["parts"]
-    parts = {name: before[name] if costs.get("cached_calls") and name in before else costs
+    by_source = {name: before[name] if costs.get("cached_calls") and name in before else costs
              for name, costs in row["ledger"]["parts"].items()}
-    ledger = row["ledger"] | {"parts": parts}
-    for name in {name for costs in parts.values() for name in costs}:
+    ledger = row["ledger"] | {"parts": by_source}
+    for name in {name for costs in by_source.values() for name in costs}:
         ledger[name] = 0
-        for costs in parts.values():
+        for costs in by_source.values():
             ledger[name] = _sum(ledger[name], costs.get(name, 0))
     return row | {"ledger": ledger}
 
@@ -515,6 +516,9 @@ def average(rows, price=None):
     mean = {"questions": len(rows), "accuracy": sum(graded) / len(graded) if graded else float("nan"),
             "confidence": sum(row["confidence"] for row in rows) / len(rows),
             "abstained": sum(row["abstained"] for row in rows) / len(rows)}
+    answered = [row["correct"] for row in rows if row["correct"] is not None and not row["abstained"]]
+    if len(answered) < len(graded):
+        mean["errors, answered"] = 1 - sum(answered) / len(answered) if answered else math.nan
     cut = [not sample["finished"] for row in rows for sample in row.get("samples", [])]
     mean["cut"] = sum(cut) / len(cut) if cut else math.nan
     optional = ("expert_retries", "expert_prompt_tokens")

@@ -52,8 +52,8 @@ def fault(value, schema, name="it"):
 
 def _fits(value, kind):
     if kind in (float, int):                    # true is no number, and infinity none either
-        whole = type(value) is int and abs(value) < 2**63
-        return whole or kind is float and type(value) is float and math.isfinite(value)
+        is_integer = type(value) is int and abs(value) < 2**63
+        return is_integer or kind is float and type(value) is float and math.isfinite(value)
     return value is None if kind is None else isinstance(value, kind)
 
 

@@ -113,22 +113,24 @@ def split_url(url):
     try:
         if "://" not in text:
             text = f"{'http' if _is_local(urllib.parse.urlsplit('//' + text).hostname) else 'https'}://{text}"
-        parts = urllib.parse.urlsplit(text)
-        fine = parts.scheme in ("http", "https") and parts.hostname.encode("idna") and (parts.port or True)
+        address = urllib.parse.urlsplit(text)
+        fine = (address.scheme in ("http", "https") and address.hostname.encode("idna")
+                and (address.port or True))
     except (AttributeError, ValueError):
         fine = False
     if not fine:
         raise InputError(f"server {public_url(url)!r} is not of the form http(s)://host/v1")
-    return parts._replace(path=ENDPOINT.sub("", parts.path).rstrip("/"), fragment="")
+    return address._replace(path=ENDPOINT.sub("", address.path).rstrip("/"), fragment="")
 
 
-def _endpoints(parts):
+def _endpoints(address):
     """Where the chat may be, the likeliest first; the others are tried after a 404."""
-    path, root = parts.path, "/openai/v1" if (parts.hostname or "").endswith(".openai.azure.com") else "/v1"
+    path, is_azure = address.path, (address.hostname or "").endswith(".openai.azure.com")
+    root = "/openai/v1" if is_azure else "/v1"
     paths = [path, path + "/v1"] if path else [root, "", "/api/v1"]
     paths = paths[:1] if re.search(r"/v\d\w*(/|$)|/deployments/", path) else paths
-    netloc = parts.netloc.rpartition("@")[2]
-    return [urllib.parse.urlunsplit(parts._replace(netloc=netloc, path=p + "/chat/completions"))
+    netloc = address.netloc.rpartition("@")[2]
+    return [urllib.parse.urlunsplit(address._replace(netloc=netloc, path=p + "/chat/completions"))
             for p in paths]
 
 
@@ -208,8 +210,8 @@ def told_wait(headers, text, now=None):
     text = text[:20_000].lower()
     named = r"(?:try again|retry|wait|resets?|available)\W*(?:\w+\W+){0,3}?((?:" + DURATION + r"\s*)+)"
     if match := re.search(named, text):
-        return sum(float(re.match(r"[\d.]+", part)[0]) * UNIT[re.sub(r"[\d.\s]", "", part)]
-                   for part in re.findall(DURATION, match[1]))
+        return sum(float(re.match(r"[\d.]+", duration)[0]) * UNIT[re.sub(r"[\d.\s]", "", duration)]
+                   for duration in re.findall(DURATION, match[1]))
     match = re.search(r"retry[_ -]?after\w*\W{0,5}(\d+(?:\.\d+)?)", text)
     return float(match[1]) if match else None
 
@@ -403,10 +405,10 @@ class Server:
     def __init__(self, url, model, key=None, timeout=60.0, retries=4, cache=None, backoff=0.5, workers=8, *,
                  body=None,
                  headers=None, max_side=2048, thinking_tokens=4096, patience=120.0, flag="expert"):
-        parts = split_url(url)
+        address = split_url(url)
         self.flag, self.model = flag, model
         self.name_flag = "--expert_model" if flag == "expert" else "--model_name"
-        self.url = public_url(_endpoints(parts)[0])
+        self.url = public_url(_endpoints(address)[0])
         if not model:
             raise InputError(f"server {public_url(url)!r} needs the name of a model: --expert_model or "
                              f"--model_name")
@@ -417,26 +419,26 @@ class Server:
         self.workers, self.patience = workers, patience
         self.body, self.max_side, self.thinking_tokens = body or {}, max_side, thinking_tokens
         self.cache = Path(cache) if cache else None
-        self.headers, self.secrets = self._headers(parts, headers or {}), [key or ""]
-        self.secrets += [parts.password or "", urllib.parse.unquote(parts.password or ""),
+        self.headers, self.secrets = self._headers(address, headers or {}), [key or ""]
+        self.secrets += [address.password or "", urllib.parse.unquote(address.password or ""),
                          *(headers or {}).values()]
-        self.secrets += [value for name, value in urllib.parse.parse_qsl(parts.query)
+        self.secrets += [value for name, value in urllib.parse.parse_qsl(address.query)
                          if name.lower() not in PUBLIC]
         self.secrets += [self.headers.get("Authorization", "").partition(" ")[2]]
-        self.secrets += secrets_in_path(parts.path)
+        self.secrets += secrets_in_path(address.path)
         self.secrets = [urllib.parse.quote(s, safe="") for s in self.secrets] + self.secrets
         self.secrets = sorted({secret for secret in self.secrets if len(secret) >= 8}, key=len, reverse=True)
-        self.urls, self.sayings = _endpoints(parts), set()
+        self.urls, self.sayings = _endpoints(address), set()
         self.dialect, self.pace, self.broken, self.refusals = Dialect(self.say), Pace(workers), None, 0
         self.proxy = None
-        self.client = self._client(parts)
+        self.client = self._client(address)
 
-    def _headers(self, parts, more):
+    def _headers(self, address, more):
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": AGENT}
-        azure = (parts.hostname or "").endswith((".azure.com", ".azure-api.net"))
-        azure = azure or "api-version" in parts.query
-        if parts.username is not None:
-            pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        azure = (address.hostname or "").endswith((".azure.com", ".azure-api.net"))
+        azure = azure or "api-version" in address.query
+        if address.username is not None:
+            pair = f"{urllib.parse.unquote(address.username)}:{urllib.parse.unquote(address.password or '')}"
             headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
         elif self.key and not any("{key}" in value for value in more.values()):
             headers |= {"api-key": self.key} if azure else {"Authorization": f"Bearer {self.key}"}
@@ -448,16 +450,17 @@ class Server:
             headers[name] = value
         return headers
 
-    def _client(self, parts):
+    def _client(self, address):
         """httpx2's client: proxies of the environment but for this machine, certificates also from
         REQUESTS_CA_BUNDLE."""
-        loopback = _is_loopback(parts.hostname)
-        if not loopback and not urllib.request.proxy_bypass(parts.hostname):
+        loopback = _is_loopback(address.hostname)
+        if not loopback and not urllib.request.proxy_bypass(address.hostname):
             proxies = urllib.request.getproxies()
-            self.proxy = proxies.get(parts.scheme) or proxies.get("all")
+            self.proxy = proxies.get(address.scheme) or proxies.get("all")
         bundle = os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE")
         try:
-            verify = ssl.create_default_context(cafile=bundle) if bundle and parts.scheme == "https" else True
+            verify = (ssl.create_default_context(cafile=bundle) if bundle and address.scheme == "https"
+                      else True)
             return httpx2.Client(verify=verify, trust_env=not loopback,
                                  timeout=httpx2.Timeout(self.timeout, pool=None),
                                  limits=httpx2.Limits(max_connections=None,
@@ -469,7 +472,7 @@ class Server:
         except (ImportError, ValueError, httpx2.InvalidURL) as error:
             raise InputError(f"the proxy {public_url(self.proxy or '')!r} of the environment cannot be used: "
                              f"{printable(str(error))[:120]}; unset it, or set "
-                             f"NO_PROXY={parts.hostname}") from error
+                             f"NO_PROXY={address.hostname}") from error
 
     def say(self, words):
         """What was learned about the server, once, on stderr."""

@@ -32,7 +32,8 @@ class Sight:
         self.unchanged = {}  # (width, height) -> whether the processor leaves such a picture as it is
 
     def __call__(self, texts, images, **settings):
-        """Texts and as many lists of pictures -> the model's inputs (dict of tensors)."""
+        """Texts and as many lists of pictures -> the model's inputs (dict of tensors). InputError where the
+        processor refuses them."""
         twins = [image for pictures in images for image in pictures if hasattr(image, "noised_values")
                  and image.t > 0]
         twins = [twin for twin in twins if not self.unchanged.get(twin.size)]
@@ -54,9 +55,14 @@ class Sight:
 
     def _run(self, texts, images, settings, picture_of):
         nested = [[picture_of(image) for image in pictures] for pictures in images]
-        return dict(self.processor(text=texts, images=nested if any(nested) else None, padding=True,
-                                   return_tensors="pt",
-                                   **settings))
+        try:
+            return dict(self.processor(text=texts, images=nested if any(nested) else None, padding=True,
+                                       return_tensors="pt", **settings))
+        except InputError:              # of a picture that is read only now
+            raise
+        except ValueError as error:     # some classes take no prompt without a picture, or not beside others
+            name = type(self.processor).__name__
+            raise InputError(f"{name} does not take these prompts: {error}") from error
 
     def levels(self, value):
         """Pixel values as the processor makes them -> float32 array (units, 3, n) of 8-bit levels.
