@@ -48,13 +48,12 @@ from utils import checkpoint, cli, distributed, explain, locks, logs, lora, memo
 from utils.cli import TINY, RunOptions, option
 from utils.clip_files import count_parameters
 from utils.contact_sheet import write_pairs
-from utils.distributed import QuestionOrder, agreed, micro_batches
+from utils.distributed import QuestionOrder, agreed, micro_batches, replace_tied
 from utils.finite import FiniteSteps
 from utils.held_out import HeldOutProbe, write_held_out
 from utils.judge import is_correct
 from utils.model_defaults import next_evaluation
 from utils.prefetch import Ahead, open_pictures, reader_of
-from utils.resample import replace_tied
 from vlm import VLM, load_model
 
 MIN_DIVISOR = 0.1               # below it nearly all groups of a batch are tied

@@ -7,8 +7,8 @@
     python results/recipes.py --rows base grpo ours --seeds 6 --question_seed 12 --vote_questions 0       # fresh questions
 
 Each run is `train_cdrl.py` with the row's flags, then answers of the trained model to held-out questions, clean and with
-noise on key, random and inverse regions, and the votes of CA-TTS. One record a run, results/recipes/SPLIT-ROW-SEED.json (with
-`--question_seed 10`: test10-ROW-SEED.json), from which all tables and pictures are made; a run whose record is there, with the
+noise on key, random and inverse regions, and the votes of CA-TTS. One record a run, results/recipes/SPLIT-ROW-SEED.json.gz (with
+`--question_seed 10`: test10-ROW-SEED.json.gz), from which all tables and pictures are made; a run whose record is there, with the
 same flags, base and Expert, is not repeated.
 Models, answers and votes stay under runs/recipes (delete both when the code has changed).
 
@@ -19,6 +19,7 @@ one half. "CA-TTS, tuned" votes with the weights tau that `--split val` found be
 in results/recipes/taus.json.
 """
 import argparse
+import gzip
 import json
 import multiprocessing
 import os
@@ -238,18 +239,18 @@ def columns(answers_by_view, scale):
             "words": len({word for a in answers_by_view["clean"] for word in a.text.split()})}
 
 
-def asked(args):
+def questions_name(args):
     """The name of a set of questions: its split, and its seed where that is not 0."""
     return f"{args.split}{args.question_seed or ''}"
 
 
 def votes_name(args):
-    return f"{asked(args)}-{args.vote_questions}-votes.jsonl"
+    return f"{questions_name(args)}-{args.vote_questions}-votes.jsonl"
 
 
 def record_of(row, seed, args, samples):
     """One run, made or read -> its record (dict)."""
-    file = HERE / f"{asked(args)}-{name_of(row, seed)}.json"
+    file = HERE / f"{questions_name(args)}-{name_of(row, seed)}.json.gz"
     sizes, voters = SIZES if row in HEADLINE and args.split == "test" else [ANSWERS], samples[:args.vote_questions]
     taus = json.loads(WEIGHTS.read_text()) if args.split == "test" and WEIGHTS.exists() else None
     settings = settings_of(train_cdrl.parse([*(ROWS[row] or "").split(), *args.flags.split()]))     # today's defaults included
@@ -258,11 +259,11 @@ def record_of(row, seed, args, samples):
     frame = {"seed": seed, "questions": len(samples), "voted": len(voters), "taus": taus,
              **{name: f"{cli.checksum(ROOT / 'tiny' / name):08x}" for name in ("base", "expert")}}
     if file.exists():
-        old = json.loads(file.read_text())
+        old = json.loads(gzip.decompress(file.read_bytes()))
         if frame.items() <= old.items() and same_settings(old["settings"], settings):
             return old
     path, folder, seconds = train(row, seed, args.flags.split())
-    answers_by_view, scale = ask(path, samples, folder / f"{asked(args)}-{args.questions}.json"), scale_of(seed, folder)
+    answers_by_view, scale = ask(path, samples, folder / f"{questions_name(args)}-{args.questions}.json"), scale_of(seed, folder)
     skills = {"all": answers_by_view} | {
         skill: {view: [a for a in answers if a.skill == skill] for view, answers in answers_by_view.items()}
         for skill in questions.SKILLS}
@@ -282,8 +283,10 @@ def record_of(row, seed, args, samples):
         "of a question": {"skill": [group[0].skill for group in views["clean"]],
                           f"majority@{ANSWERS}": [int(right) for right in tables.majorities(answers_by_view["clean"])],
                           **{f"gap {region}": (mean["clean"] - mean[region]).round(4).tolist() for region in REGIONS}}}
-    cli.write_atomically(file, cli.strict_json(record))
-    return json.loads(file.read_text())
+    text = cli.strict_json(record)
+    file.with_suffix(".tmp").write_bytes(gzip.compress(text.encode(), mtime=0))
+    os.replace(file.with_suffix(".tmp"), file)
+    return json.loads(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

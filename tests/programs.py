@@ -84,6 +84,8 @@ class Program:
                 raise subprocess.TimeoutExpired(str(self.ranks), timeout)
             time.sleep(0.02)
         stdout, stderr = (Path(path).read_text() for path in self.printed)
+        for path in self.printed:
+            os.unlink(path)
         return subprocess.CompletedProcess([], self.returncode, stdout, stderr)
 
 

@@ -396,7 +396,8 @@ def test_equal_cost_interpolates_between_measured_sizes():
         assert found["majority, same tokens"] == pytest.approx(expected, nan_ok=True)
 
 
-def test_intervals_of_the_probe_hold_its_values():
+def test_intervals_of_the_probe_hold_its_values(monkeypatch):
+    monkeypatch.setattr(tables, "ROUNDS", 1000)
     rng = np.random.default_rng(0)
     clean, noised = ([eval.Answer(f"q{i // 4}", "a" if i < 80 else "b", "", "", bool(rng.random() < p), rng.normal(p), p, p, 9,
                                    True) for i in range(160)] for p in (0.8, 0.3))

@@ -5,7 +5,6 @@ import json
 import re
 import threading
 import time
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -555,7 +554,6 @@ def test_a_table_says_on_how_many_questions_the_expert_failed(tmp_path, capsys, 
     """Over --max_failed no row is called CA-TTS; the same command then makes the table of an undisturbed
     run."""
     monkeypatch.setattr(tables, "ROUNDS", 10)               # intervals are not what is tested
-    monkeypatch.setattr(tables, "summary_intervals", partial(tables.summary_intervals, rounds=10))
 
     def ill(request):
         return act_as_expert(request) if request.count % 5 else servers.refuse(500, "now and then I break")

@@ -7,9 +7,8 @@ import torch
 
 import data
 import train_cdrl
-from utils.distributed import QuestionOrder
+from utils.distributed import QuestionOrder, replace_tied
 from utils.judge import is_correct
-from utils.resample import replace_tied
 
 ARGS = replace(train_cdrl.parse(["--recipe", "grpo"]), group_size=3, max_new_tokens=48)
 

@@ -47,11 +47,13 @@ def calibration_error(confidence, correct, bins=15, mass=False):
     if not np.isfinite(confidence).all():
         return math.nan
     if mass:
-        groups = np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(confidence)))
+        index = np.empty(len(confidence), int)
+        for b, group in enumerate(np.array_split(np.argsort(confidence, kind="stable"),
+                                                 min(bins, len(confidence)))):
+            index[group] = b
     else:
         index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-        groups = [np.flatnonzero(index == b) for b in range(bins)]
-    return float(sum(abs(correct[g].sum() - confidence[g].sum()) for g in groups) / len(confidence))
+    return float(np.abs(np.bincount(index, correct) - np.bincount(index, confidence)).sum() / len(confidence))
 
 
 def confidence_metrics(confidence, correct, groups=None):

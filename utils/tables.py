@@ -337,12 +337,12 @@ def summary(clean, noised, scale=None):
             "cut": 1 - float(clean["finished"].mean())}
 
 
-def summary_intervals(clean, noised, scale=None, rounds=1000, seed=0):
+def summary_intervals(clean, noised, scale=None, seed=0):
     """`summary` with a 95% interval for each column, questions resampled, on both views alike -> {name:
     (value, low, high)}."""
     views, rng, resamples = [columns_of(clean), columns_of(noised)], np.random.default_rng(seed), []
     groups = [clusters(view["id"]) for view in views]
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         draw = rng.integers(len(groups[0]), size=len(groups[0]))
         index = [np.concatenate([rows[g] for g in draw]) for rows in groups]
         resamples.append(summary(*({field: column[i] for field, column in view.items() if field != "id"}
