@@ -679,3 +679,14 @@ def test_an_empty_completion_is_refused_by_the_score_and_never_sampled(base):
         base.score([s.pictures()], [data.prompt(s)], [[]])
     (group,) = base.sample([s.pictures()], [data.prompt(s)], n=2, max_new_tokens=1)
     assert all(len(r.tokens) == 1 and r.confidences.isfinite().all() for r in group)
+
+
+def test_settings_nested_too_deep_are_a_sentence(tmp_path):
+    deep = "[" * 100_000
+    with pytest.raises(ValueError, match="too deep"):
+        cli.parse_json(deep)
+    with pytest.raises(InputError, match="no JSON object"):
+        cli.json_object("--expert_options", deep)
+    (tmp_path / "results.jsonl.args.json").write_text(deep)
+    with pytest.raises(InputError, match="is not what this program wrote"):
+        list(results_file.run_resumable(None, [], str(tmp_path / "results.jsonl"), {}, 1, "q"))

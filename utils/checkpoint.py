@@ -1,6 +1,5 @@
 """The run folder of a training: opened, saved to, resumed from, damage named in a sentence."""
 import base64
-import json
 import math
 import os
 import shutil
@@ -110,7 +109,7 @@ def _stored_settings(output):
     if not output.is_dir() or all(path.name in ("args.json.tmp", ".lock") for path in output.iterdir()):
         return None
     try:
-        return dict(json.loads((output / "args.json").read_text()))
+        return dict(cli.parse_json((output / "args.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"--output {str(output)!r} holds something that is not a run; choose another "
                          f"folder") from error
@@ -317,7 +316,7 @@ def load_checkpoint(checkpoint, policy, optimizer):
 def _read_training(checkpoint):
     """training.json of a checkpoint (dict), random states as tensors. Raises OSError, KeyError, TypeError or
     ValueError."""
-    stored = json.loads((checkpoint / TRAINING).read_text())
+    stored = cli.parse_json((checkpoint / TRAINING).read_text())
     if stored["step"] != step_of(checkpoint):
         raise ValueError(f"{TRAINING} is of step {str(stored['step'])[:20]}")
     for name, value in dict(stored["scale"]).items():

@@ -368,10 +368,18 @@ def shown(path):
     return os.path.relpath(path) if os.path.isdir(path) else public_url(str(path))
 
 
+def parse_json(text):
+    """JSON text or bytes -> value. ValueError for all that is none, and for what is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 def json_object(flag, text):
     """A flag's JSON object -> dict, empty without the flag. Raises InputError."""
     try:
-        value = json.loads(text) if text else {}
+        value = parse_json(text) if text else {}
     except ValueError:
         value = None
     if not isinstance(value, dict):

@@ -96,7 +96,7 @@ def read_probe(path, answer_class, ts=()):
     """before.json or after.json of a run folder -> {t: list of answer_class}, t of `ts` among them.
     InputError where it is damaged."""
     try:
-        stored = json.loads(path.read_text())
+        stored = cli.parse_json(path.read_text())
         if words := schema.fault(stored, {str(t): [schema.of(answer_class), ...] for t in ts}):
             raise ValueError(words)
         if not all(stored.values()):

@@ -5,7 +5,6 @@
 """
 import copy
 import errno
-import json
 import os
 import re
 import sys
@@ -31,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from utils import lora, shared_prefix
 from utils.caches import new_cache, tensors_of, with_tensors
-from utils.cli import InputError, reason
+from utils.cli import InputError, parse_json, reason
 
 # Rows that have ended leave the batch every so many tokens. Looking costs a synchronisation on a GPU.
 TRIM_EVERY = 8
@@ -82,7 +81,7 @@ def check_folder(path):
 def _check_settings(path, file):
     """InputError for settings that are no JSON object, or that name code to fetch (kernels of a hub id)."""
     try:
-        settings = json.loads(file.read_text(errors="replace")) if file.is_file() else {}
+        settings = parse_json(file.read_text(errors="replace")) if file.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"model {str(path)!r}: {file.name} cannot be read ({reason(error)}); fetch it "
                          "again") from error

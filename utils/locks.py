@@ -83,7 +83,7 @@ def _locked(path):
 
 def _read(path):
     try:
-        return dict(json.loads(path.read_bytes()[:10_000]))
+        return dict(cli.parse_json(path.read_bytes()[:10_000]))
     except (OSError, ValueError, TypeError):
         return {}
 

@@ -91,7 +91,7 @@ def tracker(kind, output):
     if kind == "wandb":
         import wandb
         run = wandb.init(project="cdrl", name=output.name, dir=str(output), resume="allow", id=output.name,
-                         config=json.loads((output / "args.json").read_text()))
+                         config=cli.parse_json((output / "args.json").read_text()))
         return lambda row: run.log(row, step=row["step"])
     return lambda row: None
 
@@ -120,7 +120,7 @@ def _rows(path):
     """(line, row) of a log's lines that are whole: JSON objects with a step."""
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            row = json.loads(line)
+            row = cli.parse_json(line)
             if isinstance(row, dict) and type(row["step"]) is int:
                 yield line, row
         except (ValueError, KeyError, RecursionError):

@@ -12,7 +12,6 @@ Left out on purpose: DoRA, RS-LoRA and adapters with biases or whole layers; LoR
 MoE (they are no linear layers; its attention and shared layers are adapted); 4-bit base weights (QLoRA),
 which merging here does not read.
 """
-import json
 import os
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils.cli import InputError, reason
+from utils.cli import InputError, parse_json, reason
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME, PREFIX = "default", "base_model.model."  # PEFT's: of an adapter, of every module's name in its file
@@ -154,7 +153,7 @@ def base_of(path):
 
 def _config(folder):
     try:
-        return dict(json.loads((folder / CONFIG).read_text()))
+        return dict(parse_json((folder / CONFIG).read_text()))
     except (OSError, TypeError, ValueError) as error:
         raise InputError(f"{folder / CONFIG} cannot be read: {reason(error)}") from error
 

@@ -1,9 +1,8 @@
 """What goes with a model: for a built-in one the built-in CLIP, Expert and answer length, else asked for."""
-import json
 import shlex
 from pathlib import Path
 
-from utils.cli import READING, TINY, InputError, names_in, public_url, shown
+from utils.cli import READING, TINY, InputError, names_in, parse_json, public_url, shown
 from utils.server import is_url
 
 CLIP = "openai/clip-vit-large-patch14-336"      # the usual one of real models
@@ -16,7 +15,7 @@ def is_built_in(model):
     """Whether a model directory holds a built-in model, or one that was trained from it: it has the same
     vocabulary."""
     def vocabulary(folder):
-        config = json.loads((Path(folder) / "config.json").read_text())
+        config = parse_json((Path(folder) / "config.json").read_text())
         return config.get("text_config", config).get("vocab_size")
     try:
         return vocabulary(model) == vocabulary(TINY / "base")

@@ -5,7 +5,6 @@
 `runs/paper_table.sh` makes the runs: self (the base with itself as Expert), server (with a server as Expert),
 trained (after CDRL). Every figure follows from the lines of results.jsonl alone.
 """
-import json
 import sys
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def read_run(folder):
     if len(files) > 1:
         raise InputError(f"{folder} holds results of {len(files)} models; one is expected, remove the others")
     try:
-        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        return [cli.parse_json(line) for file in files for line in file.read_text().splitlines()]
     except ValueError as error:
         raise InputError(f"{files[0]} is damaged ({error}); the same run writes it again") from error
 

@@ -1,5 +1,4 @@
 """policy.json: written, read, and refused where it does not fit the run."""
-import json
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ def read(settings, sources, features, fields):
         if getattr(settings, flag) != unset:
             raise InputError(f"--{flag} {getattr(settings, flag)} belongs to --policy paper; {instead}")
     try:
-        stored = json.loads(Path(path).read_text())
+        stored = cli.parse_json(Path(path).read_text())
         coefficients = np.array([stored["coefficients"][name] for name in features], float)
         scale = tuple(tuple(map(float, pair)) for pair in stored["scale"])
         values = {name: stored[name] for name in fields}

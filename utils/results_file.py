@@ -177,7 +177,7 @@ def read_threshold(settings, sources=None):
         value = float(text)
     except ValueError:
         try:
-            stored = json.loads(Path(text).read_text())
+            stored = cli.parse_json(Path(text).read_text())
             value = math.inf if stored["threshold"] is None else float(stored["threshold"])
             fitted, current = dict(stored.get("settings") or {}), threshold_settings(settings)
             defaults = threshold_settings(type(settings)())
@@ -240,7 +240,7 @@ def read_results(path, shape=None):
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                row = json.loads(line)
+                row = cli.parse_json(line)
                 rows[row["id"]] = row
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number < len(lines) or not line.startswith(b'{"id": '):
@@ -399,7 +399,7 @@ def failures(rows):
 def _refuse_other_settings(output, settings_path, settings, defaults):
     """InputError when the file `settings_path` says that `output` was made with other settings."""
     try:
-        stored = dict(json.loads(settings_path.read_text())) if settings_path.exists() else settings
+        stored = dict(cli.parse_json(settings_path.read_text())) if settings_path.exists() else settings
     except (ValueError, TypeError) as error:
         raise InputError(f"{settings_path} is not what this program wrote; remove it, or choose another "
                          f"--output") from error

@@ -37,7 +37,7 @@ from pathlib import Path
 import httpx2
 from PIL import Image
 
-from utils.cli import PUBLIC, InputError, printable, public_url, secrets_in_path, warn
+from utils.cli import PUBLIC, InputError, parse_json, printable, public_url, secrets_in_path, warn
 from utils.replies import read_body
 
 MAX_BODY = 4 * 2**20            # bytes of a reply without log-probs that are read
@@ -180,7 +180,7 @@ def words_of(body):
     markup."""
     text = body.decode("utf-8", "replace")
     try:
-        return _message(json.loads(text)) or text[:MAX_WORDS]
+        return _message(parse_json(text)) or text[:MAX_WORDS]
     except (ValueError, RecursionError):
         text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda m: chr(int(m[1], 16)), text[:20_000]).replace("\\/", "/")
         text = re.sub(r"(?is)<(script|style|svg)\b.*?</\1>|<[^>]{0,2000}>", " ", text)
@@ -499,7 +499,7 @@ class Server:
         path = self.cache / name[:2] / f"{name}.json" if self.cache else None
         if path and path.is_file():
             try:
-                return Answer(_read_cut(read, json.loads(path.read_text())), True, 1, path)
+                return Answer(_read_cut(read, parse_json(path.read_text())), True, 1, path)
             except (*UNUSABLE, ServerError, Cut, Lesson):
                 pass                # torn by a full disk or a kill, or of no use: asked again, written again
         reply, value, requests = self._ask(body, read)

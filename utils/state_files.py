@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from utils.cli import parse_json
+
 INDEX = "index.json"
 FILE_BYTES = 2**30              # a file is gathered in the CPU's memory before it is written
 
@@ -77,7 +79,7 @@ def write_index(tensors, pieces, folder):
 
 def read_index(folder):
     """{name: {"dtype", "shape", "pieces"}}. Raises OSError, or ValueError for another kind of file."""
-    index = json.loads((folder / INDEX).read_text())
+    index = parse_json((folder / INDEX).read_text())
     if not isinstance(index, dict) or not all(isinstance(entry, dict) for entry in index.values()):
         raise ValueError(f"{INDEX} is no index")
     return index

@@ -1,5 +1,4 @@
 """Tables from stored rows: methods, subsets, scaling, calibration, abstention, probe, before and after."""
-import json
 import math
 import re
 from collections import Counter
@@ -119,7 +118,7 @@ CALIBRATED = "pass@1, c"
 
 def _stored_scale(file):
     try:
-        scale = json.loads(file.read_text())
+        scale = cli.parse_json(file.read_text())
         words = schema.fault(scale, {"slope": float, "intercept": float})
     except (OSError, ValueError, RecursionError) as error:
         words = cli.reason(error)
