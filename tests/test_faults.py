@@ -614,7 +614,7 @@ def update(step, spoil=lambda original, noised, sums: None):
     original, noised = view("original", [0, 1]), view("noised", [2, 3])
     sums = {"kl": 0.0, "pathwise": 0.0, "loss": 0.0, "grad_norm": 1.0}
     spoil(original, noised, sums)
-    return step, samples, [original, noised], [(original, noised, 1.0)], sums
+    return step, samples, [original, noised], [([original, noised], 1.0)], sums
 
 
 def at(tensor, place):
