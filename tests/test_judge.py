@@ -637,6 +637,8 @@ RESPONSES = [  # text, options, gold, right?
     ("The answer is not 7 but 8.", None, "7", False), ("The answer is 12 (confidence 90%)", None, "12", True),
     ("the answer is 3.14 m (rounded to two decimals)", None, "3.14", True), ("It is 5 o'clock", None, "5", True),
     ("Both B and C are plausible, however C is better.", COLOURS, "C", True),
+    ("Is it 12?", None, "12", False), ("It is less than 12", None, "12", False), ("at least 12", None, "12", False),
+    ("All except A", COLOURS, "A", False), ("A. No, B.", COLOURS, "B", True), ("A. No, B.", COLOURS, "A", False),
 ]
 
 

@@ -312,7 +312,7 @@ _EQUAL_PAIR = re.compile(r"(.+?)(?:\s\(|\s*[=≈]\s*)(?:or )?(.+?)\)?")  # 5 (fi
 _THOUSANDS = re.compile(  # 1,234, 1 234; not 1 200/300
     r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\d.,])[1-9]\d{0,2}(?:\s\d{3})+(?![\d,]|\s?/|\s\d)")
 _MIXED = re.compile(r"(?<![\d.])(\d+)(?:\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}|\s+(\d+)\s*/\s*(\d+))")  # 2 1/2
-_REPEATING = re.compile(r"(\d*)\.(\d{0,9})\\(?:overline|bar|dot)\s*\{?(\d{1,9})\}?")  # 0.1\overline{6}
+_REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d{0,9})\\(?:overline|bar|dot)\s*\{?(\d{1,9})\}?")  # 0.1\overline{6}
 SEQUENCE = re.compile(r"\d+(?:\s*[-/:]\s*\d+){2,}|\d+\s*-\s*\d+")  # 5-4-3-2-1, a date, a range: no arithmetic
 _UNIT = re.compile(  # a symbol, or a word after a space, and what follows it up to an exponent
     r"\s*|\s*(?:[%°'\"]|[^\x00-\x7f±]|(?:[pnμcdmkMGT]?(?:m|g|s|[lL]|A|V|W|N|J|F|Ω|Pa|Hz)|[KC]|in|ft|h|hr|min|sq|o'clock)\b"

@@ -66,7 +66,7 @@ _ASIDE = re.compile(  # "because A is too dark", "in total"
     r"|respectively)\b|而?不是|因为)", re.IGNORECASE)
 _NEGATED = re.compile(r"\b(?:not|neither|nor|never|cannot)\b|n['’]t\b", re.IGNORECASE)  # "We do not see 5"
 _REJECTED = re.compile(  # "B is wrong"
-    _NEGATED.pattern + r"|\b(?:wrong|incorrect|false|eliminated?|excluded?|ruled? out)\b|[不错]", re.IGNORECASE)
+    _NEGATED.pattern + r"|\b(?:except|wrong|incorrect|false|eliminated?|excluded?|ruled? out)\b|[不错]", re.IGNORECASE)
 _DOUBTED = re.compile(  # "more than 7 cubes", "it might be 7"
     _REJECTED.pattern + r"|\b(?:if|would|could|might|may|suppose|assum\w+|either|or|than|least|most|each|every|per)\b",
     re.IGNORECASE)
@@ -112,12 +112,12 @@ def extract_answer(text, choices=None):
     if answer:
         return _revision(text[end:], choices) or answer
     if choices:
-        return _letter(_closing_option(text, choices))
+        return _revision(text, choices) or _letter(_closing_option(text, choices))
     verdict = re.match(r"\s*(yes|no|true|false)\s*[,.;\n]", text, re.IGNORECASE)
     if verdict:
         return verdict[1]
     sentence = re.split(r"[.!?]\s+|\n", text[-MAX_ANSWER:].rstrip(" .!?*$`\n"))[-1]
-    answer = _ending(sentence) or (None if _asks(text) else _only_number(sentence))
+    answer = None if _asks(text) else _ending(sentence) or _only_number(sentence)
     return answer and re.sub(r"^[A-J]\.(?=\d)", "", answer)  # "C.162 °": an option's letter, glued on
 
 
@@ -258,7 +258,8 @@ def _ending(sentence):
         return None
     number = _TRAILING_NUMBER.search(value)
     counted = number and re.match(r"\D*[\s*$]$", value[:number.start()])  # "I count 7 circles"
-    wordy = len(value.split()) > 4 or counted
+    bounded = number and re.search(r"\b(?:than|least|most)\s$", value[:number.start()])  # "at least 12"
+    wordy = (len(value.split()) > 4 or counted) and not bounded
     if value and (quantity(value) or not wordy):
         return value
     return number[0] if number else None
