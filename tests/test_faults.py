@@ -646,8 +646,8 @@ def test_a_number_that_is_not_finite_is_named_and_its_step_skipped(spoil, words,
 def test_a_skipped_step_changes_no_weight_and_is_counted_in_the_log(tmp_path, monkeypatch):
     draw = train_cdrl.roll_out
 
-    def spoilt(policy, samples, images, noised, control, step, *rest):
-        views = draw(policy, samples, images, noised, control, step, *rest)
+    def spoilt(policy, samples, images, noised, control, inputs, step, *rest):
+        views = draw(policy, samples, images, noised, control, inputs, step, *rest)
         if step == 1:
             at(views[0].confidence, (0, 0))
         return views
