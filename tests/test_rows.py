@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 
 import data
-from utils import formats
+from utils import formats, preflight
 from utils.cli import InputError
 from utils.judge import is_correct
 
@@ -280,7 +280,8 @@ def test_fuzzed_rows_raise_input_errors_only(folder):
         row = {rng.choice(KEYS): rng.choice(VALUES) for _ in range(rng.randrange(1, 7))}
         rows = formats.Rows([("q.jsonl, line 1", row if rng.random() < 0.9 else rng.choice(VALUES))])
         try:
-            samples = formats.File(path, rows, None, True, data._training_fault)
+            samples = formats.File(
+                path, rows, None, True, lambda fields: preflight.training_fault(data.Sample(**fields), data.golds))
         except InputError:
             continue
         assert isinstance(samples[0]["question"], str) and samples[0]["question"]
